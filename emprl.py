@@ -1,0 +1,637 @@
+"""EmpRL, end to end: the recipe from top to bottom, and the command line.
+
+    python emprl.py [--preset toy|real|paper|smoke] [--data DIR] [--t5 DIR] [--run DIR] [--seed N] [--set key=value ...]
+    python emprl.py evaluate --run DIR --file DIALOGUES     measure a finished run on other dialogues
+    python emprl.py chat --run DIR                          talk to a finished run
+
+Stages: pretrain -> sft -> identifiers -> judge -> label -> ppo -> evaluate -> report. Each leaves its result in
+DIR/checkpoints; the same command skips what is there for the same configuration and goes on where it was cut.
+"""
+import argparse
+import copy
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import data
+from data import Batches, DataError, Pairs, Tokenizer, oracle_levels, pad
+from identifiers import (LEVELS, MECHANISMS, EmpathyReward, IdentifierConfig, Identifiers, bleu, confusion, distinct, emp_f1,
+                         empathy_reward, identifier_scores, identifier_trainer, mutual_information, paired_bootstrap,
+                         predict_levels)
+from ppo import PPOConfig, PPOTrainer, kl_estimate, response_mask, score
+from t5_small import (T5, CheckpointError, Sampling, T5Config, TrainConfig, Trainer, autocast, from_pretrained,
+                      generate, load_state, random_spans, save_atomically, save_pretrained, span_corrupt)
+
+
+# ---- configuration ---------------------------------------------------------------------------------
+
+@dataclass
+class DataConfig:
+    corpus: str = "embedded"      # "embedded", "real", or a .jsonl / .csv file of yours
+    num_train: int = 6000         # embedded corpus: how many dialogues
+    num_valid: int = 300
+    num_test: int = 600
+    num_labelled: int = 6000      # embedded corpus: labelled pairs for the identifiers, and as many for the judge
+    vocab_size: int = 1200        # pieces and 100 sentinels; a pretrained T5 brings its own
+    max_source: int = 72          # tokens of context; the newest are kept
+    max_target: int = 64          # tokens of response, </s> included
+    identifier_source: int = 72   # the same for the identifiers' labelled posts
+    identifier_target: int = 40
+
+
+@dataclass
+class RewardConfig:
+    difference: str = "cross_entropy"   # or "ordinal"
+    er: bool = True                     # which mechanisms count
+    ip: bool = True
+    ex: bool = True
+
+
+@dataclass
+class EvalConfig:
+    contexts: int = 0             # test contexts to generate for; 0: all
+    batch_size: int = 64
+    valid_contexts: int = 128     # for the validation inside PPO
+    samples: int = 24             # contexts in samples.md
+
+
+@dataclass
+class Config:
+    preset: str = "toy"
+    seed: int = 0
+    data_dir: str = ""
+    t5_dir: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
+    t5: T5Config = field(default_factory=T5Config)
+    pretrain: TrainConfig = field(default_factory=lambda: TrainConfig(steps=100, eval_every=100))
+    sft: TrainConfig = field(default_factory=TrainConfig)
+    identifiers: IdentifierConfig = field(default_factory=IdentifierConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_length=64))
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+PRESETS = {                       # what differs from the defaults above, which are `toy`
+    "toy": "",
+    "smoke": """data.num_train=200 data.num_valid=40 data.num_test=40 data.num_labelled=200 data.vocab_size=500
+        t5.d_model=32 t5.d_kv=16 t5.d_ff=64 t5.num_heads=2 t5.num_layers=1 t5.num_decoder_layers=1 pretrain.steps=4
+        sft.steps=12 sft.eval_every=6 identifiers.steps=8 identifiers.eval_every=4 identifiers.batch_size=16
+        ppo.steps=4 ppo.batch_size=8 ppo.minibatch_size=4 ppo.eval_every=2 eval.valid_contexts=8 sampling.max_length=12""",
+    "real": """data.corpus=real data.vocab_size=6000 data.max_source=96 data.max_target=40 data.identifier_source=96 sampling.max_length=40 t5.d_model=192 t5.d_ff=768 t5.num_heads=6
+        pretrain.steps=600 pretrain.batch_size=64 sft.steps=3600 sft.eval_every=400 sft.batch_size=48
+        identifiers.steps=240 identifiers.eval_every=20 identifiers.batch_size=32
+        sampling.min_length=5 ppo.steps=150 eval.contexts=1024""",
+    "paper": """data.corpus=real data.max_source=200 data.max_target=50 data.identifier_source=128 data.identifier_target=96
+        pretrain.steps=0 sft.steps=12900 sft.batch_size=8 sft.lr=1e-4 sft.rms_scaled=off sft.warmup=1 sft.eval_every=2000
+        identifiers.lr=2e-5 identifiers.rms_scaled=off identifiers.shared=off identifiers.batch_size=32
+        identifiers.micro_batch=8 sampling.temperature=0.9 sampling.top_k=20 sampling.min_length=5 sampling.max_length=30
+        ppo.batch_size=32 ppo.minibatch_size=32 ppo.micro_batch=8 ppo.ppo_epochs=4 ppo.steps=1000 ppo.lr=1e-5
+        ppo.rms_scaled=off ppo.kl_coef=0.2 eval.batch_size=32""",
+}
+DEPENDS = {"pretrain": "t5 pretrain", "sft": "t5 pretrain sft"}       # stage -> the sections its result depends on
+DEPENDS["identifiers"] = DEPENDS["judge"] = DEPENDS["label"] = "t5 pretrain sft identifiers"
+DEPENDS["ppo"] = "t5 pretrain sft identifiers reward sampling ppo"
+
+
+class UsageError(ValueError):
+    """Something the user can put right: exit code 2 and one line, no traceback."""
+
+
+def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
+    """The preset's configuration with `settings` ("section.field=value") applied. Raises UsageError."""
+    config = Config(preset, seed, str(data_dir), str(t5_dir))
+    if os.path.isfile(config.data_dir):
+        config.data.corpus = config.data_dir
+    for setting in [*PRESETS[preset].split(), *settings]:
+        key, _, value = setting.partition("=")
+        section, _, name = key.partition(".")
+        target = getattr(config, section, None)
+        if not is_dataclass(target) or not hasattr(target, name):
+            known = [f"{s}.{n}" for s, values in asdict(config).items() if isinstance(values, dict) for n in values]
+            near = [k for k in known if k.split(".")[-1] == key.split(".")[-1] or k.split(".")[0] == section] or known
+            raise UsageError(f"--set {setting}: no such option; write section.field=value with one of {', '.join(near)}")
+        kind = type(getattr(target, name))
+        try:
+            flags = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
+            setattr(target, name, flags[value.lower()] if kind is bool else kind(value))
+        except (ValueError, KeyError):
+            raise UsageError(f"--set {setting}: {value!r} is not a valid {kind.__name__}") from None
+    if config.data.corpus == "real" and not os.path.isdir(config.data_dir):
+        raise UsageError(f"--preset {preset} needs --data DIR with the corpora; `python data.py download DIR` fetches them")
+    if preset == "paper" and not t5_dir:
+        raise UsageError("--preset paper needs --t5 DIR: an official checkpoint's config.json, weights and spiece.model")
+    return config
+
+
+# ---- the run folder --------------------------------------------------------------------------------
+
+class Run:
+    """A folder with config.json, metrics.jsonl and checkpoints/, and the loop that every training stage shares."""
+
+    def __init__(self, folder, config):
+        self.folder, self.config, self.seconds = Path(folder), config, {}
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.in_loop = self.interrupted = False
+        try:
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--run {folder}: {error.strerror}; name a folder that can be written") from None
+
+    def say(self, text):
+        print(text, flush=True)
+
+    def write(self, name, text):
+        """Write a text file of the run folder atomically."""
+        temporary = self.folder / f"{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.folder / name)
+
+    def seed(self, stage, step=0):
+        """Seed torch from (seed, stage, step): a resumed step draws what an uninterrupted one would."""
+        torch.manual_seed(zlib.crc32(f"{self.config.seed}/{stage}/{step}".encode()))
+
+    def on_interrupt(self, *_):
+        """Ctrl-C: a training loop finishes its step and saves; anything else stops at once."""
+        self.interrupted = True
+        if not self.in_loop:
+            raise KeyboardInterrupt
+
+    def records(self):
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def stage(self, name, compute):
+        """compute(state, save) -> the stage's final state, unless that is there for the same configuration.
+
+        `state` is what an interrupted call left by save(**state), or {}. Returns the final state.
+        """
+        path, c = self.folder / "checkpoints" / f"{name}.pt", asdict(self.config)
+        parts = [c[s] for s in ["seed", "data_dir", "t5_dir", "data", *DEPENDS[name].split()]]
+        key = hashlib.sha256(json.dumps([1, parts], sort_keys=True).encode()).hexdigest()   # 1: format version
+        state = load_state(path) if path.exists() else {}
+        if path.exists() and (not isinstance(state, dict) or "key" not in state):
+            raise CheckpointError(f"{path}: not a checkpoint of this program; delete it")
+        state = state if state.get("key") == key else {}
+        if not state.get("done"):
+            before, started = state.get("seconds", 0.0), time.time()
+            save = lambda **new: save_atomically({"key": key, "seconds": before + time.time() - started, **new}, path)
+            self.seed(name)
+            save(done=True, **compute(state, save))
+            state = load_state(path)
+        self.seconds[name] = round(state["seconds"], 1)
+        return state
+
+    def train(self, name, make_trainer, steps, model):
+        """All steps of make_trainer()'s trainer, resumed where it was cut; leaves the result in `model`."""
+        def compute(state, save):
+            trainer, first = make_trainer(), state.get("step", 0)
+            if first:
+                trainer.load_state_dict(state["trainer"])
+            kept = [r for r in self.records() if r["stage"] != name or r["step"] < first]
+            self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
+            started = saved = shown = time.time()
+            self.in_loop = True
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
+                for i in range(first, steps):
+                    self.seed(name, i)
+                    record, now = trainer.step(i), time.time()
+                    log.write(json.dumps({"stage": name, "step": i, **record}) + "\n")
+                    if now - shown > 5 or i in (first, steps - 1):
+                        shown, speed = now, (i + 1 - first) / (now - started)
+                        left = int((steps - i - 1) / speed)
+                        numbers = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k in SHOWN)
+                        self.say(f"{name:<12}{i + 1:>5}/{steps}  {speed:5.2f} steps/s  {left // 60}:{left % 60:02d} left  {numbers}")
+                    if now - saved > 30 or self.interrupted:
+                        log.flush()
+                        save(step=i + 1, trainer=trainer.state_dict())
+                        saved = now
+                    if self.interrupted:
+                        raise KeyboardInterrupt
+            self.in_loop = False
+            trainer.finish()
+            return {"weights": model.state_dict()}
+
+        model.load_state_dict(self.stage(name, compute)["weights"])
+
+
+SHOWN = ("loss", "valid", "reward", "kl", "kl_coef", "length", "entropy")      # what a progress line shows of a record
+
+
+# ---- the recipe ------------------------------------------------------------------------------------
+
+def run_all(run):
+    """Every stage, in order. Returns the final metrics (also in metrics.json)."""
+    config, device, started = run.config, run.device, time.time()
+    run.say(f"EmpRL, preset {config.preset}, seed {config.seed}, on {device}; results go to {run.folder}")
+    corpus, c = load_corpus(config), config.data
+    tokenizer = make_tokenizer(run, corpus)
+    pairs = {part: Pairs(ds, tokenizer, c.max_source, c.max_target, device) for part, ds in corpus.dialogues.items()}
+    labelled = {part: Pairs(ds, tokenizer, c.identifier_source, c.identifier_target, device)
+                for part, ds in corpus.labelled.items()}
+    t5 = make_t5(run, tokenizer)
+    run.write("config.json", json.dumps(asdict(config), indent=2) + "\n")
+    run.say("\n".join("data        " + note for note in [*corpus.notes, f"{tokenizer.vocab_size} tokens in the vocabulary, "
+                      f"{sum(p.numel() for p in t5.parameters()) / 1e6:.2f} M parameters"]))
+    run.seconds["data"] = round(time.time() - started, 1)
+
+    # 1. The initial policy: span corruption on the training texts, then maximum likelihood on the pairs.
+    run.train("pretrain", lambda: pretrain_trainer(config, t5, tokenizer, pairs["train"]), config.pretrain.steps, t5)
+    run.train("sft", lambda: sft_trainer(config, t5, pairs), config.sft.steps, t5)
+    save_pretrained(t5, run.folder / "sft")
+
+    # 2. The identifiers that give the reward, and the judge: another seed on other data, never used as reward.
+    readers = []
+    for stage, train, valid in (("identifiers", "train", "valid"), ("judge", "judge_train", "judge_valid")):
+        run.seed(stage)
+        readers.append(Identifiers(t5.config, config.identifiers.shared).to(device))
+        if config.identifiers.warm_start:
+            readers[-1].start_from(t5)
+        batches = Batches(labelled[train].lengths(), config.identifiers.batch_size, zlib.crc32(stage.encode()) + config.seed)
+        run.train(stage, lambda: identifier_trainer(readers[-1], labelled[train], labelled[valid], batches.__getitem__,
+                                                    config.identifiers), config.identifiers.steps, readers[-1])
+    identifiers, judge = (reader.eval().requires_grad_(False) for reader in readers)
+
+    # 3. Target levels: what the identifiers read in every human response.
+    labels = run.stage("label", lambda *_: {part: predict_levels(identifiers, p) for part, p in pairs.items()})
+
+    # 4. PPO towards the target levels, held near the MLE policy.
+    policy, evaluation = copy.deepcopy(t5), Evaluation(run, tokenizer, identifiers, judge, t5, corpus.level_probs)
+    rewards = {part: evaluation.reward(labels[part]) for part in pairs}
+    batches = Batches([len(ids) for ids in pairs["train"].contexts], config.ppo.batch_size, config.seed)
+    run.train("ppo", lambda: PPOTrainer(
+        policy, rewards["train"], lambda step: (pairs["train"].batch(batches[step])[0], torch.tensor(batches[step])),
+        lambda t5: evaluation.validate(t5, pairs["valid"], rewards["valid"]), config.sampling, config.ppo),
+        config.ppo.steps, policy)
+    save_pretrained(policy, run.folder / "emprl")
+
+    # 5. Before and after, on the same test contexts; then tables, plots and samples.
+    started = time.time()
+    metrics = {name: identifier_scores(reader, labelled["test"]) for name, reader in (("identifiers", identifiers), ("judge", judge))}
+    metrics.update(evaluation.compare(pairs["test"].first(config.eval.contexts), {"sft": t5, "emprl": policy}, pairs["train"],
+                                      labels["train"]))
+    run.seconds["evaluate"] = round(time.time() - started, 1)
+    metrics.update(config=asdict(config), seed=config.seed, seconds=run.seconds)
+    run.write("metrics.json", json.dumps(metrics, indent=2) + "\n")
+    report(run, metrics, evaluation)
+    return metrics
+
+
+def load_corpus(config):
+    c = config.data
+    if c.corpus == "embedded":
+        return data.embedded_corpus(config.seed, c.num_train, c.num_valid, c.num_test, c.num_labelled)
+    return data.real_corpus(config.data_dir) if c.corpus == "real" else data.own_corpus(c.corpus)
+
+
+def make_tokenizer(run, corpus):
+    """The official checkpoint's spiece.model, or one trained on the training texts; kept in the run folder."""
+    if run.config.t5_dir:
+        tokenizer = Tokenizer.load(Path(run.config.t5_dir) / "spiece.model")
+    else:
+        dialogues = corpus.dialogues["train"] + corpus.labelled["train"] + corpus.labelled["judge_train"]
+        tokenizer = Tokenizer.train([u for d in dialogues for u in (*d.context[-2:], d.response)], run.config.data.vocab_size)
+    tokenizer.save(run.folder / "tokenizer.model")
+    return tokenizer
+
+
+def make_t5(run, tokenizer):
+    """A T5 from the official folder, or a new one of the configured size."""
+    if run.config.t5_dir:
+        t5 = from_pretrained(run.config.t5_dir)
+        if t5.config.vocab_size < tokenizer.vocab_size:
+            raise UsageError(f"--t5 {run.config.t5_dir}: spiece.model has {tokenizer.vocab_size} tokens, the checkpoint "
+                             f"{t5.config.vocab_size}: they belong to different models")
+    else:
+        run.seed("t5")
+        run.config.t5.vocab_size = tokenizer.vocab_size
+        t5 = T5(run.config.t5)
+    return t5.to(run.device).eval()
+
+
+def pretrain_trainer(config, t5, tokenizer, pairs):
+    """Span corruption on context and response of every training pair; nothing to validate, the last weights stay."""
+    texts = [(c + r)[-128:] for c, r in zip(pairs.contexts, pairs.responses)]
+    sentinels = [tokenizer.sentinel(i) for i in range(100)]
+    batches = Batches(pairs.lengths(), config.pretrain.batch_size, config.seed)
+
+    def loss_sum(rows):
+        corrupted = [span_corrupt(texts[i], random_spans(len(texts[i])), sentinels) for i in rows]
+        with autocast(pairs.device):
+            return t5.loss_sum(*(pad(list(side)).to(pairs.device) for side in zip(*corrupted)))
+
+    return Trainer(t5, loss_sum, batches.__getitem__, lambda: 0.0, config.pretrain)
+
+
+def sft_trainer(config, t5, pairs):
+    """Maximum likelihood on (context, response); validated by the loss per token of the validation part."""
+    batches = Batches(pairs["train"].lengths(), config.sft.batch_size, config.seed)
+
+    def loss_sum(rows, part="train"):
+        with autocast(pairs[part].device):
+            return t5.loss_sum(*pairs[part].batch(rows))
+
+    def validate():
+        losses, counts = zip(*(loss_sum(rows, "valid") for rows in pairs["valid"].chunks(64)))
+        return (sum(losses) / sum(counts)).item()
+
+    return Trainer(t5, loss_sum, batches.__getitem__, validate, config.sft)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------
+
+def words(text):
+    """Lower-cased words and punctuation marks: what per-word figures count."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+@torch.no_grad()
+def respond(t5, pairs, sampling, size=64):
+    """A response for every context of pairs: lists of ids, padding removed, </s> kept."""
+    order, responses = sorted(range(len(pairs)), key=lambda i: len(pairs.contexts[i])), [None] * len(pairs)
+    for start in range(0, len(order), size):
+        rows = order[start:start + size]
+        with autocast(pairs.device):
+            ids = generate(t5, pairs.batch(rows)[0], sampling).ids
+        for i, row, mask in zip(rows, ids, response_mask(ids)):
+            responses[i] = row[mask].tolist()
+    return responses
+
+
+class Evaluation:
+    """Measures policies by the reward's identifiers, by the judge and, in the embedded world, by the oracle."""
+
+    def __init__(self, run, tokenizer, identifiers, judge, reference, level_probs):
+        self.run, self.tokenizer, self.identifiers, self.judge = run, tokenizer, identifiers, judge
+        self.reference, self.level_probs, self.results = reference, level_probs, {}
+
+    def reward(self, target_levels):
+        c = self.run.config.reward
+        return EmpathyReward(self.identifiers, target_levels, c.difference, (c.er, c.ip, c.ex))
+
+    def levels(self, pairs, texts):
+        """{reader's prefix: (N, M) levels} of the pairs' responses, whose texts are given for the oracle."""
+        tables = {"": predict_levels(self.identifiers, pairs), "judge_": predict_levels(self.judge, pairs)}
+        if self.level_probs:
+            tables["oracle_"] = torch.tensor([oracle_levels(d.context, t) for d, t in zip(pairs.dialogues, texts)])
+        return tables
+
+    def validate(self, t5, pairs, reward):
+        """Inside PPO: the learnt reward on validation contexts, and what the oracle (or the judge) would have given."""
+        pairs = pairs.first(self.run.config.eval.valid_contexts)
+        pairs = pairs.but(respond(t5, pairs, self.run.config.sampling))
+        texts = [self.tokenizer.decode(r) for r in pairs.responses]
+        learnt = torch.cat([reward(*pairs.batch(rows), torch.tensor(rows)) for rows in pairs.chunks(64)])
+        tables, target = self.levels(pairs, texts), reward.target_levels[:len(pairs)]
+        certain = F.one_hot(list(tables.values())[-1], LEVELS).clamp(min=1e-4).log()      # a reader without doubt
+        for i in range(3):
+            self.run.say(f"    {pairs.dialogues[i].context[-1]}\n     -> {texts[i]}   target {target[i].tolist()} generated "
+                         f"{tables[''][i].tolist()} reward {learnt[i]:.2f}")
+        return {"valid_reward": learnt.mean().item(), "valid_emp_f1": emp_f1(tables[""], target),
+                "valid_held_out_reward": empathy_reward(certain, target, reward.difference, reward.mechanisms).mean().item()}
+
+    def level_scores(self, tables):
+        scores = {}
+        for who, table in tables.items():
+            gold = self.gold[who]
+            scores.update({f"{who}emp_f1": emp_f1(table, gold), f"{who}emp_macro_f1": emp_f1(table, gold, "macro_f1"),
+                           f"{who}mutual_information": mutual_information(table, gold),
+                           f"{who}exact_match": (table == gold).all(1).double().mean().item()})
+            scores.update({f"{who}emp_f1_{m}": emp_f1(table[:, [i]], gold[:, [i]]) for i, m in enumerate(MECHANISMS)})
+        return scores
+
+    @torch.no_grad()
+    def measure(self, pairs, name, t5, sampling):
+        """All figures of one policy; its texts, levels and rewards are kept in self.results[name]."""
+        self.run.seed("evaluate " + name)
+        size = self.run.config.eval.batch_size
+        answered = pairs.but(respond(t5, pairs, sampling, size))
+        texts = [self.tokenizer.decode(r) for r in answered.responses]
+        tables, reward = self.levels(answered, texts), self.reward(self.gold[""])
+        rewards, kl, nll, tokens = [], 0.0, 0.0, 0
+        for rows in pairs.chunks(size):
+            context, ids = answered.batch(rows)
+            mask, everything = ids != 0, torch.ones(*ids.shape, 1, dtype=torch.bool, device=ids.device)
+            both = [score(model, context, ids, mask, everything, 1.0)[0] for model in (t5, self.reference)]
+            kl += (kl_estimate(*both) * mask).sum().item()
+            with autocast(pairs.device):
+                loss, n = t5.loss_sum(*pairs.batch(rows))
+            nll, tokens = nll + loss.item(), tokens + n
+            rewards += reward(context, ids, torch.tensor(rows)).tolist()
+        split, targets = [words(t) for t in texts], [words(d.response) for d in pairs.dialogues]
+        self.results[name] = {"texts": texts, "levels": tables, "rewards": rewards}
+        perplexity = lambda count: torch.tensor(nll / count).exp().item()
+        return {**self.level_scores(tables), "reward": sum(rewards) / len(rewards), "perplexity": perplexity(tokens),
+                "perplexity_per_word": perplexity(sum(len(t) + 1 for t in targets)),    # + 1: the end is predicted too
+                "bleu": bleu(split, targets), "dist1": distinct(split, 1), "dist2": distinct(split, 2),
+                "unique": len(set(texts)) / len(texts), "length": sum(map(len, split)) / len(split), "kl": kl / len(pairs)}
+
+    def compare(self, pairs, policies, train=None, train_levels=None):
+        """metrics.json's figures: floors, ceiling, both policies sampled and greedy, gains with intervals."""
+        self.pairs, metrics, s = pairs, {}, self.run.config.sampling
+        self.gold = self.levels(pairs, [d.response for d in pairs.dialogues])
+        if train is not None:
+            rows = torch.randint(len(train), (len(pairs),), generator=torch.Generator().manual_seed(0)).tolist()
+            copied = self.levels(pairs.but([train.responses[i] for i in rows]), [train.dialogues[i].response for i in rows])
+            majority = train_levels.mode(0).values.expand(len(pairs), -1)
+            metrics["floors"] = {"majority": self.level_scores({who: majority for who in self.gold}),
+                                 "random_copy": self.level_scores(copied)}
+        if self.level_probs:
+            metrics["ceiling"] = self.ceiling()
+        greedy = Sampling(min_length=s.min_length, max_length=s.max_length, greedy=True)
+        for name, t5 in policies.items():
+            metrics[name] = self.measure(pairs, name, t5, s)
+            metrics[name + "_greedy"] = self.measure(pairs, name + "_greedy", t5, greedy)
+        metrics["gain"] = {who + "emp_f1": paired_bootstrap(*(self.results[p]["levels"][who] for p in policies), gold, gold)
+                           for who, gold in self.gold.items()}
+        return metrics
+
+    def ceiling(self, draws=50):
+        """Embedded world, oracle Emp-F1: of always giving the likeliest levels, and of sampling P(levels | context)."""
+        probs, gold = torch.tensor([self.level_probs[d.id] for d in self.pairs.dialogues]), self.gold["oracle_"]
+        generator = torch.Generator().manual_seed(0)
+        sampled = [torch.multinomial(probs.view(-1, LEVELS), 1, generator=generator).view(-1, len(MECHANISMS))
+                   for _ in range(draws)]
+        return {"best": {"oracle_emp_f1": emp_f1(probs.argmax(-1), gold)},
+                "mle_ideal": {"oracle_emp_f1": sum(emp_f1(s, gold) for s in sampled) / draws}}
+
+
+# ---- report ----------------------------------------------------------------------------------------
+
+def table(header, rows):
+    """Markdown, figures with three decimals."""
+    cell = lambda x: f"{x:.3f}" if isinstance(x, float) else str(x)
+    return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in [header, ["---"] + ["---:"] * (len(header) - 1), *rows])
+
+
+def before_after(metrics):
+    """The table of every figure before and after, floors and ceiling below."""
+    rows, columns = [], ("sft", "emprl", "sft_greedy", "emprl_greedy")
+    for key in metrics["emprl"]:
+        gain = metrics["gain"].get(key)
+        rows.append([key, *(metrics[c][key] for c in columns),
+                     "{relative:+.1%} ({low:+.1%} to {high:+.1%})".format(**gain) if gain else ""])
+    for kind in ("floors", "ceiling"):
+        rows += [[f"{kind}: {name}, {key}", value, "", "", "", ""] for name, scores in metrics.get(kind, {}).items()
+                 for key, value in scores.items() if key.endswith("emp_f1")]
+    return table(["", *columns, "gain, 95 % interval"], rows)
+
+
+def report(run, metrics, evaluation):
+    """report.md, samples.md and plots/*.png."""
+    draw_plots(run, metrics, evaluation)
+    scores = ("accuracy", "macro_f1", "weighted_f1")
+    identifiers = table(["identifiers, test part", *(f"{m} {s}" for m in MECHANISMS for s in scores)],
+                        [[who, *(metrics[who][m][s] for m in MECHANISMS for s in scores)] for who in ("identifiers", "judge")])
+    plots = "\n\n".join(f"![{name}](plots/{name}.png)" for name in ("losses", "ppo", "emp_f1", "levels", "learnt_vs_truth"))
+    run.write("report.md", f"# EmpRL, preset {run.config.preset}, seed {run.config.seed}\n\n{before_after(metrics)}\n\n"
+              f"{identifiers}\n\n{plots}\n\nSeconds: {run.seconds}. Responses to read: [samples.md](samples.md).\n")
+    lines = ["# Samples", "Levels are [ER, IP, EX] as the reward's identifiers read them."]
+    for i, d in enumerate(evaluation.pairs.dialogues[:run.config.eval.samples]):
+        lines.append(f"**{i + 1}. {d.emotion}** {' / '.join(d.context)}\n\n* target {evaluation.gold[''][i].tolist()}: {d.response}\n"
+                     + "\n".join(f"* {name} {r['levels'][''][i].tolist()} reward {r['rewards'][i]:.2f}: {r['texts'][i]}"
+                                 for name, r in evaluation.results.items()))
+    run.write("samples.md", "\n\n".join(lines) + "\n")
+    run.say(f"\n{before_after(metrics)}\n\n{identifiers}\n\nreport {run.folder}/report.md, samples {run.folder}/samples.md")
+
+
+def draw_plots(run, metrics, evaluation):
+    import matplotlib
+    matplotlib.use("Agg")                                        # no window: files only
+    import matplotlib.pyplot as plt
+    (run.folder / "plots").mkdir(exist_ok=True)
+    records = run.records()
+
+    def figure(name, panels):
+        """panels: (draw(axis), title, x label, y label) for each picture side by side."""
+        fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), squeeze=False, layout="constrained")
+        for axis, (draw, title, x, y) in zip(axes[0], panels):
+            draw(axis)
+            axis.set(title=title, xlabel=x, ylabel=y)
+        fig.savefig(run.folder / "plots" / f"{name}.png", dpi=110)
+        plt.close(fig)
+
+    def curves(stage, **keys):
+        def draw(axis):
+            for key, label in keys.items():
+                points = [(r["step"] + 1, r[key]) for r in records if r["stage"] == stage and key in r]
+                axis.plot([p[0] for p in points], [p[1] for p in points], label=label)
+            axis.legend()
+        return draw
+
+    def bars(axis):
+        for k, name in enumerate(("sft", "emprl")):
+            axis.bar([i + 0.4 * k for i in range(3)], [metrics[name][f"emp_f1_{m}"] for m in MECHANISMS], 0.38, label=name)
+        axis.set_xticks([0.2, 1.2, 2.2], ["ER", "IP", "EX"])
+        axis.legend()
+
+    def heat(name, m):
+        def draw(axis):
+            counts = confusion(evaluation.results[name]["levels"][""][:, m], evaluation.gold[""][:, m]).double()
+            share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+            axis.imshow(share, vmin=0, vmax=1, cmap="Blues")
+            for row, column in [(r, c) for r in range(LEVELS) for c in range(LEVELS)]:
+                axis.text(column, row, f"{share[row, column]:.2f}", ha="center", color="white" if share[row, column] > 0.5 else "black")
+            axis.set(xticks=range(LEVELS), yticks=range(LEVELS))
+        return draw
+
+    figure("losses", [(curves(stage, loss="training", valid=label), stage, "step", "loss (nats)") for stage, label in (
+        ("pretrain", "(no validation)"), ("sft", "validation"), ("identifiers", "-macro-F1, validation"), ("judge", "-macro-F1, validation"))])
+    figure("ppo", [(curves("ppo", **keys), title, "PPO iteration", unit) for keys, title, unit in (
+        ({"reward": "training"}, "reward", "0..1"), ({"kl": "k1", "kl_k3": "k3"}, "KL to the MLE policy", "nats a response"),
+        ({"kl_coef": "beta"}, "KL coefficient", ""), ({"length": "length"}, "response length", "tokens"))])
+    figure("emp_f1", [(bars, "Emp-F1 before and after", "mechanism", "weighted F1")])
+    figure("levels", [(heat(name, m), f"{name}: {MECHANISMS[m].upper()}", "generated level", "target level")
+                      for name in ("sft", "emprl") for m in range(3)])
+    figure("learnt_vs_truth", [(curves("ppo", valid_reward="learnt reward", valid_held_out_reward="by the oracle"
+                                       if evaluation.level_probs else "by the judge"), "validation", "PPO iteration", "reward (0..1)")])
+
+
+# ---- the command line ------------------------------------------------------------------------------
+
+def load_run(folder):
+    """A finished run -> (Run, Evaluation, {"sft": T5, "emprl": T5}). Raises UsageError where there is none."""
+    folder = Path(folder)
+    if not (folder / "metrics.json").exists():
+        raise UsageError(f"--run {folder}: no finished run there; make one with `python emprl.py --run {folder}`")
+    config = Config()
+    for name, value in json.loads((folder / "config.json").read_text()).items():
+        setattr(config, name, type(getattr(config, name))(**value) if isinstance(value, dict) else value)
+    run, readers = Run(folder, config), []
+    models = {name: from_pretrained(folder / name).to(run.device).eval() for name in ("sft", "emprl")}
+    for stage in ("identifiers", "judge"):
+        readers.append(Identifiers(models["sft"].config, config.identifiers.shared).to(run.device).eval())
+        readers[-1].load_state_dict(load_state(folder / "checkpoints" / f"{stage}.pt")["weights"])
+    return run, Evaluation(run, Tokenizer.load(folder / "tokenizer.model"), *readers, models["sft"], {}), models
+
+
+def evaluate_file(folder, file):
+    """`evaluate`: before and after on any dialogue file; prints the table and writes it into the run folder."""
+    run, evaluation, models = load_run(folder)
+    c = run.config.data
+    pairs = Pairs(data.read_dialogues(file), evaluation.tokenizer, c.max_source, c.max_target, run.device)
+    metrics, name = evaluation.compare(pairs, models), f"evaluate-{Path(file).stem}.json"
+    run.write(name, json.dumps(metrics, indent=2) + "\n")
+    run.say(f"{before_after(metrics)}\n\nwritten to {run.folder / name}")
+
+
+def chat(folder):
+    """`chat`: you write, both policies answer, with the levels that the identifiers read in each answer."""
+    run, evaluation, models = load_run(folder)
+    run.say("A research model, not a counsellor. An empty line starts a new conversation; Ctrl-D ends.")
+    history, c = [], run.config.data
+    for line in sys.stdin:
+        history = [*history, line.strip()] if line.strip() else []
+        if not history:
+            continue
+        pairs = Pairs([data.Dialogue(tuple(history), "")], evaluation.tokenizer, c.max_source, c.max_target, run.device)
+        for name, t5 in models.items():
+            answered = pairs.but(respond(t5, pairs, run.config.sampling))
+            reply, levels = evaluation.tokenizer.decode(answered.responses[0]), predict_levels(evaluation.identifiers, answered)[0]
+            run.say(f"{name:<6} {reply}   " + " ".join(f"{m.upper()} {k}" for m, k in zip(MECHANISMS, levels.tolist())))
+        history.append(reply)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", nargs="?", default="run", choices=("run", "evaluate", "chat"))
+    parser.add_argument("--preset", default="toy", choices=PRESETS)
+    parser.add_argument("--data", default="", help="folder with the real corpora, or a .jsonl/.csv file of yours")
+    parser.add_argument("--t5", default="", help="folder of an official T5 checkpoint with its spiece.model")
+    parser.add_argument("--run", default="", help="where results go (default: runs/PRESET-seedN)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="e.g. ppo.kl_coef=0 ppo.steps=50")
+    parser.add_argument("--file", default="", help="evaluate: a .jsonl or .csv of dialogues")
+    a = parser.parse_args(arguments)
+    folder = a.run or f"runs/{a.preset}-seed{a.seed}"
+    try:
+        if a.command == "chat":
+            chat(folder)
+        elif a.command == "evaluate":
+            evaluate_file(folder, a.file)
+        else:
+            run = Run(folder, make_config(a.preset, a.seed, a.data, a.t5, a.set))
+            signal.signal(signal.SIGINT, run.on_interrupt)
+            run_all(run)
+    except (UsageError, DataError, CheckpointError) as error:
+        print(f"emprl.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nstopped; go on with: python emprl.py {shlex.join(arguments or sys.argv[1:])}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""Empathy identifiers, the empathy reward, and the metrics that compare generated with target responses.
+
+Source: EmpRL (arXiv 2408.02976), after EPITOME's bi-encoder (Sharma et al. 2020, arXiv 2009.08441).
+Legend: B batch, S source (context) length, T response length, D model width, M = 3 mechanisms
+(emotional reaction ER, interpretation IP, exploration EX), L = 3 levels (0 none, 1 weak, 2 strong).
+This file knows nothing of PPO.
+"""
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from t5_small import Attention, Dropout, T5Encoder, TrainConfig, Trainer, autocast, padding_bias
+
+MECHANISMS = ("er", "ip", "ex")
+LEVELS = 3
+
+
+# ---- the identifier -------------------------------------------------------------------------------
+
+class Identifier(nn.Module):
+    """(context, response) -> logits of the levels of `num_mechanisms` mechanisms.
+
+    c = Encoder_c(context), r = Encoder_r(response)              two separate T5 encoders
+    h = r + Dropout(Attention(query = r, key = value = c))       one head, the context's padding hidden
+    logits = W_2 Dropout(tanh(W_1 mean_t h_t))                   mean over the response's tokens
+    """
+
+    def __init__(self, config, num_mechanisms=1):
+        super().__init__()
+        d = config.d_model
+        self.context_encoder, self.response_encoder = T5Encoder(config), T5Encoder(config)
+        self.attention = Attention(replace(config, num_heads=1, d_kv=d))
+        nn.init.normal_(self.attention.q.weight, std=1 / d)      # as T5: the usual 1/sqrt(d) is in q's start
+        self.dropout = Dropout(config.dropout_rate)
+        self.head = nn.Sequential(nn.Linear(d, d // 2), nn.Tanh(), Dropout(0.1),
+                                  nn.Linear(d // 2, num_mechanisms * LEVELS))
+
+    def forward(self, context, response):
+        """(B, S) and (B, T) ids, right-padded with 0 -> (B, num_mechanisms, L) logits."""
+        c, r = self.context_encoder.encode(context), self.response_encoder.encode(response)  # (B, S, D), (B, T, D)
+        h = r + self.dropout(self.attention(r, self.attention.keys_values(c), padding_bias(context)))
+        return self.head(masked_mean(h, response != 0)).unflatten(-1, (-1, LEVELS))
+
+
+def masked_mean(x, mask):
+    """(B, T, D), (B, T) -> (B, D): the mean over the positions where mask is true."""
+    weight = mask[:, :, None].to(x.dtype)                        # (B, T, 1)
+    return (x * weight).sum(1) / weight.sum(1)
+
+
+@dataclass
+class IdentifierConfig(TrainConfig):
+    steps: int = 400
+    batch_size: int = 64
+    lr: float = 2e-2
+    weight_decay: float = 0.0
+    eval_every: int = 50
+    shared: bool = True           # one pair of encoders with three heads; off: the original's three pairs
+    warm_start: bool = True       # encoders start from the MLE model's
+    class_weight: float = 0.5     # exponent of 1 / (share of the level) in the loss: 0 off, 1 fully balanced
+
+
+class Identifiers(nn.Module):
+    """All three mechanisms: one Identifier with three heads (shared), or three of one head each."""
+
+    def __init__(self, config, shared=True):
+        super().__init__()
+        self.config = config
+        self.towers = nn.ModuleList([Identifier(config, 3)] if shared else [Identifier(config) for _ in MECHANISMS])
+
+    def start_from(self, t5):
+        """Copy a trained T5's embedding and encoder into every encoder."""
+        for tower in self.towers:
+            for encoder in (tower.context_encoder, tower.response_encoder):
+                encoder.load_state_dict(t5.state_dict(), strict=False)
+
+    def forward(self, context, response):
+        """(B, S), (B, T) ids -> (B, M, L) log-probabilities of the levels."""
+        with autocast(context.device):
+            logits = torch.cat([tower(context, response) for tower in self.towers], 1)
+        return logits.float().log_softmax(-1)
+
+
+def class_weights(levels, exponent):
+    """(N, M) levels -> (M, L) loss weights (1 / share)^exponent, scaled so that their mean over examples is 1."""
+    counts = torch.stack([(levels == k).sum(0) for k in range(LEVELS)], 1).clamp(min=1).float()  # (M, L)
+    weights = (counts.sum(1, keepdim=True) / counts) ** exponent
+    return weights / ((weights * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True))
+
+
+def identification_loss(log_probs, levels, weights):
+    """Weighted cross-entropy summed over a batch: (B, M, L), (B, M), (M, L) -> scalar."""
+    picked = log_probs.gather(-1, levels[..., None])[..., 0]     # (B, M)
+    weight = weights.expand(len(levels), -1, -1).gather(-1, levels[..., None])[..., 0]
+    return -(weight * picked).sum()
+
+
+def identifier_trainer(model, train, valid, rows_at, config):
+    """A Trainer on labelled pairs: class-weighted cross-entropy; keeps the best mean macro-F1 on `valid`.
+
+    train, valid: anything with `len`, `.levels` (N, M) and `.batch(rows) -> (context ids, response ids)`.
+    """
+    weights = class_weights(train.levels, config.class_weight)
+
+    def loss_sum(rows):
+        log_probs = model(*train.batch(rows))
+        return identification_loss(log_probs, train.levels[rows].to(log_probs.device), weights.to(log_probs.device)), len(rows)
+
+    return Trainer(model, loss_sum, rows_at, lambda: -emp_f1(predict_levels(model, valid), valid.levels, "macro_f1"), config)
+
+
+@torch.no_grad()
+def predict_levels(identifiers, pairs, size=128):
+    """The identifiers' argmax on all pairs (see identifier_trainer), like lengths together: (N, M) levels."""
+    order = sorted(range(len(pairs)), key=pairs.lengths().__getitem__)
+    levels = torch.zeros(len(pairs), len(MECHANISMS), dtype=torch.long)
+    for start in range(0, len(order), size):
+        rows = order[start:start + size]
+        levels[rows] = identifiers(*pairs.batch(rows)).argmax(-1).cpu()
+    return levels
+
+
+def identifier_scores(identifiers, pairs):
+    """{er: {accuracy, macro_f1, weighted_f1, confusion}, ...} on labelled pairs."""
+    levels = predict_levels(identifiers, pairs)
+    tables = {m: confusion(levels[:, i], pairs.levels[:, i]) for i, m in enumerate(MECHANISMS)}
+    return {m: {**{k: v.item() for k, v in f1_scores(t).items()}, "confusion": t.tolist()} for m, t in tables.items()}
+
+
+# ---- the reward -----------------------------------------------------------------------------------
+
+def empathy_reward(log_probs, target_levels, difference="cross_entropy", mechanisms=(True, True, True)):
+    """r = exp(-sum_m difference_m), in (0, 1]: EmpRL's reward.
+
+    log_probs: (B, M, L) of the generated response's levels. target_levels: (B, M), the human response's.
+    "cross_entropy": -log p_m(target), so that r is the product of the targets' probabilities (the paper's).
+    "ordinal": E_p |level - target|, which also says how far off a wrong level is.
+    mechanisms: which of the three count. Returns (B,). Raises ValueError on another difference.
+    """
+    if difference == "cross_entropy":
+        d = -log_probs.gather(-1, target_levels[..., None])[..., 0]                        # (B, M)
+    elif difference == "ordinal":
+        distance = (torch.arange(LEVELS, device=log_probs.device) - target_levels[..., None]).abs()  # (B, M, L)
+        d = (log_probs.exp() * distance).sum(-1)
+    else:
+        raise ValueError(f"difference {difference!r}: use cross_entropy or ordinal")
+    return torch.exp(-(d * torch.tensor(mechanisms, dtype=d.dtype, device=d.device)).sum(-1))
+
+
+class EmpathyReward:
+    """reward(context ids, response ids, index) -> (B,), as ppo.py asks for it. `index` names the training
+    pairs, whose target levels (N, M) were labelled beforehand. It reads the sampled ids themselves."""
+
+    def __init__(self, identifiers, target_levels, difference="cross_entropy", mechanisms=(True, True, True)):
+        self.identifiers, self.target_levels = identifiers, target_levels
+        self.difference, self.mechanisms = difference, mechanisms
+
+    @torch.no_grad()
+    def __call__(self, context, response, index):
+        target = self.target_levels[index].to(context.device)
+        return empathy_reward(self.identifiers(context, response), target, self.difference, self.mechanisms)
+
+
+# ---- metrics of levels -----------------------------------------------------------------------------
+
+def confusion(predicted, gold):
+    """(N,), (N,) levels -> (L, L) counts, row = gold, column = predicted."""
+    return torch.bincount(gold * LEVELS + predicted, minlength=LEVELS ** 2).view(LEVELS, LEVELS)
+
+
+def f1_scores(counts):
+    """Confusion counts (..., L, L) -> accuracy, macro-F1, weighted F1, each (...).
+
+    F1_k = 2 TP_k / (predicted_k + gold_k), 0 where a level is neither; macro-F1 is the mean over the levels
+    that occur in gold or prediction, weighted F1 the mean by the gold's share (as scikit-learn's).
+    """
+    counts = counts.double()
+    hit, gold, predicted = counts.diagonal(dim1=-2, dim2=-1), counts.sum(-1), counts.sum(-2)
+    f1 = 2 * hit / (gold + predicted).clamp(min=1)
+    present = (gold + predicted > 0).double()
+    total = gold.sum(-1).clamp(min=1)
+    return {"accuracy": hit.sum(-1) / total, "macro_f1": (f1 * present).sum(-1) / present.sum(-1).clamp(min=1),
+            "weighted_f1": (f1 * gold).sum(-1) / total}
+
+
+def emp_f1(predicted, gold, kind="weighted_f1"):
+    """Emp-F1: the mean over the mechanisms of the weighted (or macro) F1 between two (N, M) level tables."""
+    counts = torch.stack([confusion(predicted[:, m], gold[:, m]) for m in range(gold.shape[1])])
+    return f1_scores(counts)[kind].mean().item()
+
+
+def mutual_information(predicted, gold):
+    """Mean over the mechanisms of I(predicted; gold) in bits: what a constant policy gets none of."""
+    total = 0.0
+    for m in range(gold.shape[1]):
+        joint = confusion(predicted[:, m], gold[:, m]).double() / len(gold)
+        independent = joint.sum(0, keepdim=True) * joint.sum(1, keepdim=True)
+        total += (joint[joint > 0] * (joint[joint > 0] / independent[joint > 0]).log2()).sum().item()
+    return total / gold.shape[1]
+
+
+def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, seed=0):
+    """Emp-F1 of two systems on the same N contexts: relative gain with a 95 % percentile interval.
+
+    Every argument is an (N, M) table of levels. A resample draws contexts, and both systems see the same draw.
+    Returns {"relative", "low", "high"}: (after - before) / before. Efron & Tibshirani 1993, chapter 13.
+    """
+    n, mechanisms = gold_before.shape
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.cat([torch.arange(n)[None], torch.randint(n, (resamples, n), generator=generator)])   # first: as is
+
+    def scores(predicted, gold):
+        cell = (gold * LEVELS + predicted)[draws] + LEVELS ** 2 * torch.arange(mechanisms)      # (R, N, M)
+        one_hot = torch.zeros(len(draws), mechanisms * LEVELS ** 2)
+        one_hot.scatter_add_(1, cell.flatten(1), torch.ones(cell[:, :, 0].numel() * mechanisms).view(len(draws), -1))
+        return f1_scores(one_hot.view(-1, mechanisms, LEVELS, LEVELS))["weighted_f1"].mean(-1)  # (R,)
+
+    old, new = scores(before, gold_before), scores(after, gold_after)
+    gain = (new - old) / old.clamp(min=1e-9)
+    low, high = torch.quantile(gain[1:], torch.tensor([0.025, 0.975], dtype=gain.dtype)).tolist()
+    return {"relative": gain[0].item(), "low": low, "high": high}
+
+
+# ---- metrics of text -------------------------------------------------------------------------------
+
+def ngrams(words, n):
+    return [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+
+
+def distinct(responses, n):
+    """Dist-n x 100: different n-grams over all n-grams of the whole corpus (Li et al. 2016). Lists of words."""
+    grams = [g for words in responses for g in ngrams(words, n)]
+    return 100 * len(set(grams)) / max(len(grams), 1)
+
+
+def bleu(responses, references):
+    """Corpus BLEU-4 (Papineni et al. 2002), one reference each, lists of words; sacrebleu's exponential
+    smoothing: the k-th order without a match counts 1 / 2^k of a match."""
+    log_precision, halvings = 0.0, 0
+    for n in range(1, 5):
+        match = total = 0
+        for words, reference in zip(responses, references):
+            grams = Counter(ngrams(words, n))
+            match += sum((grams & Counter(ngrams(reference, n))).values())
+            total += sum(grams.values())
+        if total == 0:
+            return 0.0
+        halvings += match == 0
+        log_precision += math.log(match / total if match else 1 / (2 ** halvings * total)) / 4
+    length, reference_length = sum(map(len, responses)), sum(map(len, references))
+    return 100 * math.exp(log_precision + min(0.0, 1 - reference_length / length))

@@ -1,0 +1,562 @@
+"""T5 from scratch: the model, generation, span corruption, official checkpoints, and the training step.
+
+Source: Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+Transformer" (arXiv 1910.10683); v1.1 (gated GELU, untied head): Shazeer 2020 (arXiv 2002.05202).
+
+Legend of the shape comments: B batch, S source length, T response length, D model width, H heads, V vocabulary.
+This file knows nothing of text: ids in, ids out. Everywhere id 0 is padding and also starts the decoder.
+"""
+import json
+import math
+import os
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be used; the message says which file, what is wrong and what to do."""
+
+
+@dataclass
+class T5Config:
+    """T5's own config.json names, so that an official file can be read field by field."""
+    vocab_size: int = 2048
+    d_model: int = 128                          # D: width of the residual stream
+    d_kv: int = 32                              # width of one head (H * d_kv need not be d_model)
+    d_ff: int = 512                             # width inside the feed-forward layer
+    num_layers: int = 3                         # encoder blocks
+    num_decoder_layers: int = 3
+    num_heads: int = 4                          # H
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128  # all larger distances share the last bucket
+    dropout_rate: float = 0.1
+    layer_norm_epsilon: float = 1e-6
+    initializer_factor: float = 1.0
+    feed_forward_proj: str = "relu"             # "relu" (v1.0) or "gated-gelu" (v1.1)
+    tie_word_embeddings: bool = True            # v1.0: the head is the embedding, logits scaled by D^-1/2
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+    decoder_start_token_id: int = 0
+
+
+def relative_position_bucket(relative_position, bidirectional, num_buckets=32, max_distance=128):
+    """The bucket of each distance (paper, section 2.1): near ones exact, far ones logarithmic.
+
+    relative_position: integer tensor of (key position - query position), any shape. The same shape comes back.
+    Bidirectional: half of the buckets for keys before the query, half for keys after it. Causal: keys
+    after the query all get bucket 0 (the mask hides them anyway).
+    """
+    bucket = torch.zeros_like(relative_position)
+    if bidirectional:
+        num_buckets //= 2
+        bucket += (relative_position > 0).long() * num_buckets
+        distance = relative_position.abs()
+    else:
+        distance = (-relative_position).clamp(min=0)
+    max_exact = num_buckets // 2
+    log_ratio = torch.log(distance.float().clamp(min=1) / max_exact) / math.log(max_distance / max_exact)
+    far = (max_exact + (log_ratio * (num_buckets - max_exact)).long()).clamp(max=num_buckets - 1)
+    return bucket + torch.where(distance < max_exact, distance, far)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight: no mean is subtracted and there is no bias (Zhang & Sennrich 2019)."""
+
+    def __init__(self, d_model, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(d_model)), eps
+
+    def forward(self, x):
+        x = x.float()
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+class Dropout(nn.Dropout):
+    """Dropout that on a CPU draws one random byte an element, not a float: p is rounded to 1/256, the mean
+    stays exact. torch's own is the dearest part of a small model there."""
+
+    def forward(self, x):
+        keep = 256 - round(256 * self.p)
+        if not self.training or keep == 256 or x.device.type != "cpu":
+            return super().forward(x)
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2 ** 63, None)  # 8 bytes a draw
+        mask = words.view(torch.uint8)[:x.numel()].view(x.shape) < keep
+        return x * mask.to(x.dtype).mul_(256 / keep)
+
+
+class Attention(nn.Module):
+    """Multi-head attention, softmax(q k^T + bias) v: T5 has no 1/sqrt(d_kv) (it is in q's initialisation)."""
+
+    def __init__(self, config):
+        super().__init__()
+        inner = config.num_heads * config.d_kv
+        self.num_heads, self.d_kv = config.num_heads, config.d_kv
+        self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.dropout = Dropout(config.dropout_rate)
+
+    def split(self, x):
+        return x.unflatten(-1, (self.num_heads, self.d_kv)).transpose(1, 2)  # (B, T, H*d_kv) -> (B, H, T, d_kv)
+
+    def keys_values(self, memory):
+        return self.split(self.k(memory)), self.split(self.v(memory))        # 2 x (B, H, S, d_kv)
+
+    def weights(self, x, k, bias):
+        scores = self.split(self.q(x)) @ k.transpose(-1, -2) + bias          # (B, H, T, S)
+        return F.softmax(scores.float(), dim=-1)
+
+    def forward(self, x, keys_values, bias):
+        """x: (B, T, D) asks; keys_values: two (B, H, S, d_kv) answer; bias broadcasts to (B, H, T, S)."""
+        k, v = keys_values
+        context = self.dropout(self.weights(x, k, bias)).to(v.dtype) @ v     # (B, H, T, d_kv)
+        return self.o(context.transpose(1, 2).flatten(2))                    # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    """v1.0: W_o relu(W_i x). v1.1: W_o (gelu(W_i0 x) * W_i1 x)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gated = config.feed_forward_proj == "gated-gelu"
+        for name in ("wi_0", "wi_1") if self.gated else ("wi",):
+            setattr(self, name, nn.Linear(config.d_model, config.d_ff, bias=False))
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = Dropout(config.dropout_rate)
+
+    def forward(self, x):
+        h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x) if self.gated else F.relu(self.wi(x))
+        return self.wo(self.dropout(h))
+
+
+class Block(nn.Module):
+    """Pre-norm residual layers: x + f(norm(x)) for self-attention, cross-attention (decoder), feed-forward."""
+
+    def __init__(self, config, is_decoder):
+        super().__init__()
+        norm = lambda: RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.self_norm, self.self_attn = norm(), Attention(config)
+        self.cross_norm, self.cross_attn = (norm(), Attention(config)) if is_decoder else (None, None)
+        self.ff_norm, self.ff = norm(), FeedForward(config)
+        self.dropout = Dropout(config.dropout_rate)
+
+    def forward(self, x, self_bias, memory=None, memory_bias=None, cache=None):
+        h = self.self_norm(x)
+        k, v = self.self_attn.keys_values(h)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        x = x + self.dropout(self.self_attn(h, (k, v), self_bias))
+        if self.cross_attn is not None:
+            keys_values = cache.cross if cache is not None else self.cross_attn.keys_values(memory)
+            x = x + self.dropout(self.cross_attn(self.cross_norm(x), keys_values, memory_bias))
+        return x + self.dropout(self.ff(self.ff_norm(x)))
+
+
+class Stack(nn.Module):
+    """The encoder or the decoder. One table of relative position biases serves all its layers."""
+
+    def __init__(self, config, is_decoder):
+        super().__init__()
+        self.config, self.is_decoder = config, is_decoder
+        layers = config.num_decoder_layers if is_decoder else config.num_layers
+        self.blocks = nn.ModuleList(Block(config, is_decoder) for _ in range(layers))
+        self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.dropout = Dropout(config.dropout_rate)
+
+    def position_bias(self, length):
+        """(1, H, length, length); the decoder's also hides the future."""
+        position = torch.arange(length, device=self.relative_bias.weight.device)
+        relative = position[None, :] - position[:, None]                     # key - query
+        bucket = relative_position_bucket(relative, not self.is_decoder,
+                                          self.config.relative_attention_num_buckets,
+                                          self.config.relative_attention_max_distance)
+        bias = self.relative_bias(bucket).permute(2, 0, 1)[None]             # (1, H, T, T)
+        return bias.masked_fill(relative > 0, -1e9) if self.is_decoder else bias
+
+    def forward(self, x, self_bias, memory=None, memory_bias=None, caches=None):
+        x = self.dropout(x)                                                  # (B, T, D)
+        for i, block in enumerate(self.blocks):
+            x = block(x, self_bias, memory, memory_bias, caches[i] if caches else None)
+        return self.dropout(self.final_norm(x))
+
+
+class Cache:
+    """The keys and values of one decoder block: `cross` of the source, and those of the tokens so far."""
+
+    def __init__(self, cross, max_length):
+        self.cross, self.length = cross, 0
+        batch, heads, _, width = cross[0].shape
+        self.kv = cross[0].new_empty(2, batch, heads, max_length, width)
+
+    def append(self, k, v):
+        self.kv[0, :, :, self.length], self.kv[1, :, :, self.length] = k[:, :, 0], v[:, :, 0]
+        self.length += 1
+        return self.kv[0, :, :, :self.length], self.kv[1, :, :, :self.length]
+
+    def keep(self, rows):
+        self.cross, self.kv = (self.cross[0][rows], self.cross[1][rows]), self.kv[:, rows]
+
+
+def padding_bias(ids, pad_id=0):
+    """(B, S) -> (B, 1, 1, S): 0 on tokens, -1e9 on padding, to be added to attention scores."""
+    return (ids == pad_id)[:, None, None, :] * -1e9
+
+
+class T5Encoder(nn.Module):
+    """Embedding and encoder: half a T5, all that an identifier needs. Its names are T5's own, so that
+    `load_state_dict(t5.state_dict(), strict=False)` starts it from a trained model."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Stack(config, is_decoder=False)
+        self.initialise()
+
+    def initialise(self):
+        """T5's initialisation: normal with std 1 for embeddings, fan-in^-1/2 for matrices, and for q
+        (d_model * d_kv)^-1/2, which takes the place of attention's usual scaling."""
+        c = self.config
+        std = {"shared": 1.0, "lm_head": 1.0, "q": (c.d_model * c.d_kv) ** -0.5,
+               "o": (c.num_heads * c.d_kv) ** -0.5, "wo": c.d_ff ** -0.5}
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=c.initializer_factor * std.get(name.split(".")[-2], c.d_model ** -0.5))
+
+    def encode(self, source):
+        """(B, S) ids -> (B, S, D) states; padding is hidden from the other positions."""
+        bias = self.encoder.position_bias(source.shape[1]) + padding_bias(source)
+        return self.encoder(self.shared(source), bias)
+
+
+class T5(T5Encoder):
+    """The encoder-decoder. encode -> decode -> logits, each usable alone."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.decoder = Stack(config, is_decoder=True)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.initialise()
+
+    def decode(self, inputs, memory, source):
+        """Decoder inputs (B, T) and the encoder's memory (B, S, D) -> the decoder's last states (B, T, D)."""
+        return self.decoder(self.shared(inputs), self.decoder.position_bias(inputs.shape[1]),
+                            memory, padding_bias(source))
+
+    def logits(self, states):
+        """(..., D) -> (..., V). v1.0 ties the head to the embedding and scales the states by D^-1/2."""
+        if self.config.tie_word_embeddings:
+            return F.linear(states * self.config.d_model ** -0.5, self.shared.weight)
+        return self.lm_head(states)
+
+    def response_states(self, source, response):
+        """States that predict each token of response (B, T), right-padded: (B, T, D) (teacher forcing)."""
+        start = response.new_full((len(response), 1), self.config.decoder_start_token_id)
+        return self.decode(torch.cat([start, response[:, :-1]], 1), self.encode(source), source)
+
+    def loss_sum(self, source, response):
+        """Sum over tokens of -log p(response | source), and the number of tokens (padding not counted).
+
+        Padding is dropped before the product with the vocabulary, the largest in a small model.
+        """
+        tokens = response != self.config.pad_token_id
+        logits = self.logits(self.response_states(source, response)[tokens])  # (tokens, V)
+        return F.cross_entropy(logits.float(), response[tokens], reduction="sum"), int(tokens.sum())
+
+
+# ---- generation ----------------------------------------------------------------------------------
+
+@dataclass
+class Sampling:
+    """The distribution that is sampled from. PPO scores with the very same one (see ppo.py)."""
+    temperature: float = 1.0
+    top_k: int = 0                # 0: all tokens
+    top_p: float = 1.0            # 1: all tokens
+    min_length: int = 1           # tokens before </s> is allowed
+    max_length: int = 32          # tokens, </s> included
+    greedy: bool = False
+
+
+@dataclass
+class Generation:
+    ids: torch.Tensor             # (B, T) sampled tokens, 0 after </s>
+    log_probs: torch.Tensor       # (B, T) of the distribution sampled from; 0 after </s>
+    states: torch.Tensor          # (B, T, D) decoder states that the tokens were sampled from
+    support: torch.Tensor         # (B, T, V) bool: the tokens that could have been sampled
+
+
+def filter_logits(logits, top_k=0, top_p=1.0):
+    """Logits (B, V) with all but the k likeliest, or the smallest set of probability >= p, at -inf."""
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)        # mass of the likelier tokens
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(drop, -torch.inf)
+    return logits
+
+
+@torch.no_grad()
+def generate(model, source, sampling, banned=(0, 2)):
+    """One response for each row of source (B, S), with a key/value cache, in the model's present mode.
+
+    Uses torch's global generator. banned: ids never sampled (padding, unknown). Rows that have ended
+    leave the batch once they are half of it. Returns a Generation with T = the longest response's length.
+    """
+    s, config, n = sampling, model.config, len(source)
+    memory, memory_bias = model.encode(source), padding_bias(source)
+    caches = [Cache(b.cross_attn.keys_values(memory), s.max_length) for b in model.decoder.blocks]
+    position_bias = model.decoder.position_bias(s.max_length)
+    out = Generation(source.new_zeros(n, s.max_length), memory.new_zeros(n, s.max_length, dtype=torch.float),
+                     memory.new_zeros(n, s.max_length, config.d_model),
+                     torch.zeros(n, s.max_length, config.vocab_size, dtype=torch.bool, device=source.device))
+    rows, running = torch.arange(n, device=source.device), torch.ones(n, dtype=torch.bool, device=source.device)
+    token = source.new_full((n,), config.decoder_start_token_id)
+    for t in range(s.max_length):
+        bias = position_bias[:, :, t:t + 1, :t + 1]
+        states = model.decoder(model.shared(token)[:, None], bias, None, memory_bias, caches)[:, 0]   # (B, D)
+        logits = model.logits(states).float()                                                         # (B, V)
+        logits[:, list(banned)] = -torch.inf
+        if t + 1 < s.min_length:
+            logits[:, config.eos_token_id] = -torch.inf
+        log_probs = filter_logits(logits / s.temperature, s.top_k, s.top_p).log_softmax(-1)
+        token = log_probs.argmax(-1) if s.greedy else torch.multinomial(log_probs.exp(), 1)[:, 0]
+        live = rows[running]
+        out.ids[live, t] = token[running]
+        out.log_probs[live, t] = log_probs.gather(1, token[:, None])[running, 0]
+        out.states[live, t] = states[running].to(out.states.dtype)
+        out.support[live, t] = (log_probs > -torch.inf)[running]
+        running = running & (token != config.eos_token_id)
+        if not running.any():
+            break
+        if running.sum() * 2 <= len(rows):
+            rows, token, memory_bias = rows[running], token[running], memory_bias[running]
+            for cache in caches:
+                cache.keep(running)
+            running = running[running]
+    return Generation(out.ids[:, :t + 1], out.log_probs[:, :t + 1], out.states[:, :t + 1], out.support[:, :t + 1])
+
+
+# ---- span corruption: T5's pre-training task -------------------------------------------------------
+
+def random_spans(length, density=0.15, mean_span=3.0, generator=None):
+    """Spans [(start, length), ...] that cover about `density` of `length` positions, never position 0.
+
+    As in T5: the noise and the rest are each cut at random into the same number of pieces, which alternate.
+    """
+    noise = min(max(round(length * density), 1), length - 1)
+    pieces = min(max(round(noise / mean_span), 1), noise, length - noise)
+
+    def cut(total):                                           # `pieces` positive numbers that add up to total
+        cuts = (torch.randperm(total - 1, generator=generator)[:pieces - 1] + 1).sort().values.tolist()
+        return [b - a for a, b in zip([0] + cuts, cuts + [total])]
+
+    spans, start = [], 0
+    for gap, span in zip(cut(length - noise), cut(noise)):
+        spans.append((start + gap, span))
+        start += gap + span
+    return spans
+
+
+def span_corrupt(ids, spans, sentinels, eos_id=1):
+    """(source, target) of the paper's figure 2: "a <X> d <Y>" and "<X> b c <Y> e <Z>", each with </s>.
+
+    ids: list of tokens. spans: disjoint (start, length) in order. sentinels: at least len(spans) + 1 ids.
+    """
+    source, target, end = [], [], 0
+    for sentinel, (start, length) in zip(sentinels, spans):
+        source += ids[end:start] + [sentinel]
+        target += [sentinel] + ids[start:start + length]
+        end = start + length
+    return source + ids[end:] + [eos_id], target + [sentinels[len(spans)], eos_id]
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------
+
+def save_atomically(state, path):
+    """torch.save to a temporary file beside path, then rename: a reader never sees half a file."""
+    temporary = Path(f"{path}.tmp{os.getpid()}")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_state(path):
+    """A saved state dict, tensors and plain values only (no code is run). Raises CheckpointError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                # torch raises many kinds for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: can't be read as a checkpoint ({reason[:120]}); "
+                              "delete it or put back a good copy") from None
+
+
+OFFICIAL = {"blocks": "block", "self_attn": "layer.0.SelfAttention", "self_norm": "layer.0.layer_norm",
+            "cross_attn": "layer.1.EncDecAttention", "cross_norm": "layer.1.layer_norm", "final_norm": "final_layer_norm",
+            "ff": "layer.{ff}.DenseReluDense", "ff_norm": "layer.{ff}.layer_norm",
+            "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias"}
+
+
+def official_name(name):
+    """Our parameter name -> the name in an official T5 checkpoint."""
+    official = ".".join(OFFICIAL.get(part, part) for part in name.split("."))
+    return official.format(ff=1 if name.startswith("encoder") else 2)   # the decoder's layer 1 is cross-attention
+
+
+def from_pretrained(folder):
+    """A T5 from an official folder: config.json and pytorch_model.bin or model.safetensors.
+
+    Raises CheckpointError naming the file and the tensors that are missing or of another shape.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+        config = T5Config(**{f.name: raw[f.name] for f in fields(T5Config) if raw.get(f.name) is not None})
+        config.num_decoder_layers = raw.get("num_decoder_layers") or config.num_layers   # older files give one number
+        config.tie_word_embeddings = raw.get("scale_decoder_outputs", config.tie_word_embeddings)  # transformers >= 5
+        if config.feed_forward_proj not in ("relu", "gated-gelu"):
+            raise ValueError(f"feed_forward_proj {config.feed_forward_proj!r} is not one of T5's")
+        model = T5(config)
+        path = folder / "model.safetensors"
+        if path.exists():
+            from safetensors.torch import load_file
+            state = load_file(path)
+        else:
+            path = folder / "pytorch_model.bin"
+            state = load_state(path)
+    except ImportError:
+        raise CheckpointError(f"{path}: reading it needs `pip install safetensors`") from None
+    except CheckpointError:
+        raise
+    except Exception as error:                                # OSError, json's and safetensors' own kinds
+        raise CheckpointError(f"{path}: {error}; give the folder of a T5 checkpoint") from None
+    if "scale_decoder_outputs" in raw:                        # ... which also writes a tied head only once
+        state.setdefault("lm_head.weight", state.get("shared.weight"))
+    named = {official_name(name): (name, p.shape) for name, p in model.state_dict().items()}
+    missing = [name for name in named if name not in state]
+    wrong = [f"{name} {tuple(state[name].shape)}, not {tuple(shape)}" for name, (_, shape) in named.items()
+             if name in state and state[name].shape != shape]
+    if missing or wrong:
+        raise CheckpointError(f"{path}: missing tensors: {', '.join(missing) or 'none'}; "
+                              f"of another shape: {', '.join(wrong) or 'none'}; it belongs to another configuration")
+    model.load_state_dict({ours: state[name].float() for name, (ours, _) in named.items()})
+    return model
+
+
+def save_pretrained(model, folder):
+    """Write config.json and pytorch_model.bin so that transformers' T5ForConditionalGeneration loads them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True}
+    (folder / "config.json").write_text(json.dumps({**config, **asdict(model.config)}, indent=2) + "\n")
+    save_atomically({official_name(n): p for n, p in model.state_dict().items()}, folder / "pytorch_model.bin")
+
+
+# ---- training --------------------------------------------------------------------------------------
+
+def autocast(device):
+    """bf16 on a GPU, plain fp32 on a CPU. Never fp16: T5's activations overflow it."""
+    return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else nullcontext()
+
+
+def make_optimizer(model, weight_decay=0.0):
+    """AdamW with a parameter group for each tensor, so that `set_lr` can scale each one's step."""
+    groups = [{"params": [p]} for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
+
+
+def set_lr(optimizer, lr, rms_scaled):
+    """lr for every tensor; rms_scaled: lr * max(RMS(tensor), 1e-3), Adafactor's "relative step".
+
+    T5's initialisation gives embeddings of std 1 beside matrices of std D^-1/2: one absolute step size
+    is too small for the first or too large for the second. A relative one fits both (nanoT5's remedy).
+    """
+    groups = optimizer.param_groups
+    if rms_scaled:
+        norms = torch.stack(torch._foreach_norm([g["params"][0].detach() for g in groups])).tolist()
+    for i, group in enumerate(groups):
+        scale = max(norms[i] / math.sqrt(group["params"][0].numel()), 1e-3) if rms_scaled else 1.0
+        group["lr"] = lr * scale
+
+
+def optimizer_step(optimizer, max_grad_norm):
+    """Clip the gradient to a norm, step, clear. A gradient that is not finite is dropped, not applied.
+    Returns the norm before clipping (inf or nan: the step was skipped)."""
+    params = [g["params"][0] for g in optimizer.param_groups]
+    norm = nn.utils.clip_grad_norm_(params, max_grad_norm).item()
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 600
+    batch_size: int = 32
+    micro_batch: int = 0          # rows a forward pass; 0: the whole batch. Fewer need less memory, same gradient
+    lr: float = 3e-2              # relative to each tensor's RMS if rms_scaled (original: AdamW 1e-4, absolute)
+    rms_scaled: bool = True       # from scratch; off for fine-tuning a pretrained T5
+    warmup: int = 50              # steps of linear warm-up, then linear decay to 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    eval_every: int = 200         # steps between validations; the best state is kept
+
+
+class Trainer:
+    """Gradient descent on a sum-over-items loss, keeping the weights of the best validation.
+
+    loss_sum(rows) -> (sum of losses, number of items) for example indices `rows`; rows_at(step) -> the
+    batch of a step; validate() -> number, lower is better. Step i depends on i and the state only (the
+    caller seeds each step), so a saved state_dict continues exactly.
+    """
+
+    def __init__(self, model, loss_sum, rows_at, validate, config):
+        self.model, self.loss_sum, self.rows_at, self.validate, self.config = model, loss_sum, rows_at, validate, config
+        self.optimizer = make_optimizer(model, config.weight_decay)
+        self.best = {"score": math.inf, "step": -1, "weights": {}}
+
+    def step(self, i):
+        """Optimizer step i (from 0). Returns what it measured, as plain numbers."""
+        c, rows = self.config, self.rows_at(i)
+        self.model.train()
+        lr = c.lr * min((i + 1) / max(c.warmup, 1), (c.steps - i) / max(c.steps - c.warmup, 1), 1)
+        set_lr(self.optimizer, lr, c.rms_scaled)
+        size, total, count = c.micro_batch or len(rows), 0.0, 0
+        for start in range(0, len(rows), size):
+            loss, items = self.loss_sum(rows[start:start + size])
+            loss.backward()
+            total, count = total + loss.item(), count + items
+        torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], count)
+        record = {"loss": total / count, "lr": lr, "grad_norm": optimizer_step(self.optimizer, c.max_grad_norm)}
+        if (i + 1) % c.eval_every == 0 or i + 1 == c.steps:
+            self.model.eval()
+            with torch.no_grad():
+                record["valid"] = self.validate()
+            if record["valid"] < self.best["score"]:
+                self.best = {"score": record["valid"], "step": i,
+                             "weights": {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}}
+        return record
+
+    def finish(self):
+        """Put the best weights back into the model."""
+        self.model.load_state_dict(self.best["weights"])
+        self.model.eval()
+
+    def state_dict(self):
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "best": self.best}
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.best = state["best"]

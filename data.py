@@ -4,12 +4,11 @@ Three corpora in one shape, `Dialogue(context, response, emotion, levels, id)`:
   embedded  a small generated world in which the empathy levels of every response are known
   real      EmpatheticDialogues (dialogue) and EPITOME (responses with levels, for the identifiers)
   yours     a .jsonl or .csv file of context, response[, emotion, er, ip, ex]
-
 Levels: 0 none, 1 weak, 2 strong, for each of emotional reaction (er), interpretation (ip) and exploration
 (ex): Sharma et al. 2020, arXiv 2009.08441. `python data.py download DIR` fetches the two public data sets.
 """
-import copy, csv, hashlib, html, http.client, io, itertools, json, os, posixpath, random, re, sys, tarfile, zlib
-import urllib.error, urllib.request
+import copy, csv, hashlib, html, http.client, io, itertools, json, os, posixpath, random, re, sys, tarfile
+import urllib.request, zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,10 +19,8 @@ import torch
 
 MECHANISMS, LEVELS = ("er", "ip", "ex"), 3
 
-
 class DataError(ValueError):
     """A file that can not be used. One line: 'path:line: what is wrong; what to do'."""
-
 
 @dataclass(frozen=True)
 class Dialogue:
@@ -32,7 +29,6 @@ class Dialogue:
     emotion: str = ""
     levels: tuple[int, int, int] | None = None  # er, ip, ex; None where nobody has said
     id: str = ""
-
 
 @dataclass
 class Corpus:
@@ -43,118 +39,97 @@ class Corpus:
     level_probs: dict[str, tuple] = field(default_factory=dict)  # embedded: id -> P(level | context), (3, 3)
 
 
-# ---------------------------------------------------------------- the embedded world
+# ---- the embedded world ------------------------------------------------------------------------------
 
 def _table(text, separator):
     """{key: [a, b, c]} of entries 'key: a / b / c', each of which may run over several lines."""
-    entries = (entry.split(": ", 1) for entry in re.split(r"\n(?=[a-z][a-z0-9 ]*: )", text.strip()))
-    return {key: [item.strip() for item in " ".join(body.split()).split(separator)] for key, body in entries}
+    entries = (" ".join(entry.split()) for entry in re.split(r"\n(?=[a-z][a-z0-9 ,]*: )", text.strip()))
+    return {key: body.split(separator) for key, body in (entry.split(": ", 1) for entry in entries)}
 
-
-# emotion feeling feeling: opener | topic; ... under a heading with valence and family. The topic is what a
-# listener calls the opener's content ("the ..."). It holds the values of the slots (in capitals), so a
-# response can name it only by copying from the context. No topic is the beginning of another one.
+# emotion feeling feeling, ...: opener | topic; ... below a heading of valence and family. Similar emotions
+# share their situations. The topic is what a listener calls the opener's content (after "the"). It holds the
+# values of the slots (in capitals): a response can name it only by copying. No topic begins like another.
 WORLD = """
 = neg outward
-afraid scared frightened: I heard steps in the ROOM at night | steps in your ROOM; There is a BUG in my ROOM |
-BUG in your ROOM; A BUG followed me home | BUG behind you; I need surgery on my LIMB | surgery on your LIMB;
-My WHO drives far too fast | driving of your WHO; A stranger followed my WHO | stranger behind your WHO
-angry angry bitter: My WHO lied to me about money | lie of your WHO; Someone scratched my new ITEM | scratch
-on your ITEM; My WHO read my diary | diary your WHO read; The shop will not repair my ITEM | damage of your
-ITEM; A man kicked my PET | kick against your PET; My WHO broke my ITEM on purpose | ITEM your WHO broke
-annoyed annoyed irritated: My WHO never cleans the ROOM | dirt in the ROOM; My ITEM broke down again | trouble
-with your ITEM; Someone ate my FOOD | FOOD somebody ate; My flight to CITY was late again | late flight to
-CITY; My PET howls all night | noise of your PET; My WHO always borrows my ITEM | ITEM your WHO borrows
+afraid scared frightened, terrified terrified panicked: I heard steps in the ROOM at night | steps in your
+ROOM; There is a BUG in my ROOM | BUG in your ROOM; I need surgery on my LIMB | surgery on your LIMB; A BUG
+chased me in CITY | BUG in CITY; Someone broke into my ROOM | burglar in your ROOM; My plane to CITY almost
+crashed | plane to CITY; A truck almost hit my WHO | truck near your WHO; They found a lump on my LIMB | lump
+on your LIMB
+angry angry bitter, annoyed annoyed irritated, furious furious enraged: Someone scratched my new ITEM |
+scratch on your ITEM; My WHO read my diary | diary your WHO read; My WHO broke my ITEM on purpose | ITEM your
+WHO broke; My ITEM broke down again | trouble with your ITEM; My WHO always borrows my ITEM | ITEM your WHO
+borrows; Someone stole my ITEM | theft of your ITEM; A driver hit my PET and fled | driver who hit your PET;
+My WHO ruined my EVENT | EVENT your WHO ruined
 disappointed disappointed discouraged: My WHO missed my EVENT | EVENT your WHO missed; My trip to CITY was
 canceled | canceled trip to CITY; My new ITEM broke on day one | broken ITEM; They did not hire me as a JOB |
 rejection as a JOB; The FOOD I ordered was cold | cold FOOD; We lost the SPORT final | lost SPORT final
 disgusted disgusted revolted: I found a hair in my FOOD | hair in your FOOD; A dead BUG was in my ROOM | dead
 BUG in your ROOM; My WHO never washes | smell of your WHO; There is mold in the ROOM | mold in the ROOM; A man
 spat on my ITEM | spit on your ITEM; Someone left rotten FOOD in the ROOM | rotten FOOD in the ROOM
-furious furious enraged: Someone stole my ITEM | theft of your ITEM; My WHO sold my ITEM | sale of your ITEM;
-A driver hit my PET and fled | driver who hit your PET; My boss fired my WHO | firing of your WHO; My WHO
-ruined my EVENT | EVENT your WHO ruined; The airline lost my ITEM | loss of your ITEM
 jealous jealous envious: My WHO got a better ITEM | better ITEM of your WHO; My WHO went to CITY without me |
 CITY trip of your WHO; My PET prefers my WHO | taste of your PET; My WHO works as a JOB now | success as a
 JOB; My WHO won a SPORT prize | SPORT prize; My partner danced with her ex at the EVENT | dance at the EVENT
-terrified terrified panicked: A BUG chased me in CITY | BUG in CITY; Someone broke into my ROOM | burglar in
-your ROOM; My plane to CITY almost crashed | plane to CITY; A truck almost hit my WHO | truck near your WHO; A
-BUG bit me | bite of the BUG; They found a lump on my LIMB | lump on your LIMB
-= pos inward
-anticipating eager curious: The EVENT is only a week away | coming EVENT; My WHO comes to see me soon | visit
-of your WHO; I booked a trip to CITY | trip to CITY; I start a ART course on Monday | ART course; My new ITEM
-comes tomorrow | arrival of your ITEM; I will pick up my WHO at noon | drive with your WHO
-confident confident strong: I studied hard for the EXAM exam | EXAM exam; I know we will win the SPORT final |
-SPORT final; I applied for a job as a JOB | job as a JOB; My FOOD will win the contest | contest with your
-FOOD; I can fix my ITEM | repair of your ITEM; I will sing at the EVENT this time | song at the EVENT
-content content calm: I spent the evening with my PET | evening with your PET; I ate warm FOOD by the window |
-warm FOOD; My ROOM is finally clean | clean ROOM; I had a quiet day in CITY | quiet day in CITY; I like my
-work as a JOB | work as a JOB; I sat in the garden with my WHO | garden hour with your WHO
-hopeful hopeful positive: My WHO is getting better | recovery of your WHO; I may soon work as a JOB | chance
-as a JOB; My lost PET was seen nearby | search for your PET; There is a cure for my LIMB | cure for your LIMB;
-My WHO talks to me again | peace with your WHO; I may get into the ART course | place in the ART course
-nostalgic nostalgic wistful: I found my old ITEM | old ITEM; I ate the FOOD of my childhood | FOOD of your
-childhood; I saw a photo of my first PET | photo of your PET; I saw my old school in CITY | school in CITY; I
-heard the song of our EVENT | song of the EVENT; I met my WHO after ten years | meeting with your WHO
-prepared prepared ready: I packed my bag for CITY | bag for CITY; I trained for the SPORT camp | SPORT camp; I
-have a plan for the EXAM exam | EXAM plan; I stored FOOD for the storm | FOOD for the storm; I checked my ITEM
-twice | check of your ITEM; I can start as a JOB tomorrow | start as a JOB
-proud proud accomplished: I finished the ART course | end of the ART course; I won my first SPORT match |
-first SPORT match; I taught my PET to sit | training of your PET; I built a ITEM by myself | ITEM you built; I
-got top marks in EXAM | top mark in EXAM; My WHO graduated this year | graduation of your WHO
-sentimental sentimental emotional: I still wear the ring of my WHO | ring of your WHO; I got a letter from my
-WHO | letter from your WHO; I saw a video of our EVENT | video of the EVENT; I made FOOD like my WHO | FOOD
-recipe of your WHO; I drew my old PET | drawing of your PET; I kept the ITEM of my WHO | ITEM of your WHO
 = neg inward
-anxious anxious nervous: My EXAM exam is next week | EXAM exam; They have to test my LIMB again | test on your
-LIMB; I must give a speech at the EVENT | speech at the EVENT; I have an interview as a JOB | interview as a
-JOB; I have to fly alone to CITY | flight to CITY; My WHO has not called for days | silence of your WHO
-apprehensive uncertain hesitant: I have to move to CITY soon | move to CITY; I must warn my WHO | talk with
-your WHO; My first day as a JOB is near | first day as a JOB; A doctor must see my LIMB again | checkup of
-your LIMB; I have to sing at the EVENT | song at the EVENT; I must present my EXAM project | EXAM project
-ashamed ashamed awful: I yelled at my WHO | yelling at your WHO; I cheated in my EXAM exam | cheating in EXAM;
-I missed the birthday of my WHO | birthday of your WHO; I lost the ITEM of my WHO | lost ITEM of your WHO; I
-was drunk at the EVENT | drinking at the EVENT; I lied about my past as a JOB | lie about being a JOB
-devastated devastated broken: My PET died this week | death of your PET; The doctors can not help my WHO |
-illness of your WHO; I lost my job as a JOB | lost job as a JOB; A fire destroyed my ROOM | fire in your ROOM;
-My partner left me at the EVENT | breakup at the EVENT; My WHO was in a car accident | accident of your WHO
-embarrassed embarrassed silly: I fell at the EVENT | fall at the EVENT; I sent a love poem to my WHO | poem to
-your WHO; I failed EXAM twice | failed EXAM exam; I dropped the FOOD at the EVENT | FOOD on the floor; I broke
-the ITEM of my boss | ITEM of your boss; My PET stole food at the EVENT | theft by your PET
-guilty guilty terrible: I forgot to feed my PET | hunger of your PET; I lied to my WHO | lie to your WHO; I
-broke a ITEM and blamed my WHO | blame on your WHO; I skipped the EVENT of my WHO | EVENT of your WHO; I ate
-the FOOD of my WHO | FOOD of your WHO; I left my PET alone all day | lonely day of your PET
+anxious anxious nervous, apprehensive uncertain hesitant: My EXAM exam is next week | EXAM exam; I must give a
+speech at the EVENT | speech at the EVENT; I have an interview as a JOB | interview as a JOB; I have to fly
+alone to CITY | flight to CITY; My WHO has not called for days | silence of your WHO; My first day as a JOB is
+near | first day as a JOB; A doctor must see my LIMB again | checkup of your LIMB; I must present my EXAM
+project | EXAM project
+ashamed ashamed awful, embarrassed embarrassed silly, guilty guilty terrible: I cheated in my EXAM exam |
+cheating in EXAM; I missed the birthday of my WHO | birthday of your WHO; I fell at the EVENT | fall at the
+EVENT; I sent a love poem to my WHO | poem to your WHO; I failed EXAM twice | failed EXAM exam; I dropped the
+FOOD at the EVENT | FOOD on the floor; I forgot to feed my PET | hunger of your PET; I lied to my WHO | lie to
+your WHO; I skipped the EVENT of my WHO | EVENT of your WHO; I left my PET alone all day | lonely day of your
+PET
+devastated devastated broken, sad sad heartbroken: My PET died this week | death of your PET; The doctors can
+not help my WHO | illness of your WHO; A fire destroyed my ROOM | fire in your ROOM; My partner left me at the
+EVENT | breakup at the EVENT; My WHO was in a car accident | accident of your WHO; My PET is very sick |
+sickness of your PET; My WHO moved out last month | empty room of your WHO; I had to give away my PET |
+goodbye to your PET
 lonely lonely isolated: My WHO moved away to CITY | distance to your WHO; I sat all alone at the EVENT |
 lonely EVENT; I know nobody in CITY | lonely life in CITY; I eat my FOOD alone every night | lonely FOOD; My
 WHO has no time for me | busy life of your WHO; Nobody came to my EVENT | empty EVENT
-sad sad heartbroken: My PET is very sick | sickness of your PET; My WHO moved out last month | empty room of
-your WHO; I had to give away my PET | goodbye to your PET; My WHO forgot my birthday | birthday your WHO
-forgot; I had to sell my ITEM | sale of your ITEM; I can not go to the EVENT | EVENT without you
+= pos inward
+anticipating eager curious, hopeful hopeful encouraged: The EVENT is only a week away | coming EVENT; My WHO
+comes to see me soon | visit of your WHO; I booked a trip to CITY | trip to CITY; I start a ART course on
+Monday | ART course; My new ITEM comes tomorrow | arrival of your ITEM; My WHO is getting better | recovery of
+your WHO; I may soon work as a JOB | chance as a JOB; There is a cure for my LIMB | cure for your LIMB; My WHO
+talks to me again | peace with your WHO
+confident confident strong, prepared prepared ready: I studied hard for the EXAM exam | EXAM exam; I know we
+will win the SPORT final | SPORT final; I applied for a job as a JOB | job as a JOB; My FOOD will win the
+contest | contest with your FOOD; I packed my bag for CITY | bag for CITY; I trained for the SPORT camp |
+SPORT camp; I have a plan for the EXAM exam | EXAM plan; I stored FOOD for the storm | FOOD for the storm
+content content calm: I spent the evening with my PET | evening with your PET; I ate warm FOOD by the window |
+warm FOOD; My ROOM is finally clean | clean ROOM; I had a quiet day in CITY | quiet day in CITY; I like my
+work as a JOB | work as a JOB; I sat in the garden with my WHO | garden hour with your WHO
+nostalgic nostalgic wistful, sentimental sentimental emotional: I found my old ITEM | old ITEM; I ate the FOOD
+of my childhood | FOOD of your childhood; I saw my old school in CITY | school in CITY; I heard the song of
+our EVENT | song of the EVENT; I still wear the ring of my WHO | ring of your WHO; I got a letter from my WHO
+| letter from your WHO; I saw a video of our EVENT | video of the EVENT; I drew my old PET | drawing of your
+PET
+proud proud accomplished: I finished the ART course | end of the ART course; I won my first SPORT match |
+first SPORT match; I taught my PET to sit | training of your PET; I built a ITEM by myself | ITEM you built; I
+got top marks in EXAM | top mark in EXAM; My WHO graduated this year | graduation of your WHO
 = pos outward
-caring caring tender: I look after my old WHO every day | care for your WHO; I took in a hurt PET | hurt PET;
-I cook FOOD for my WHO each week | FOOD for your WHO; I feed a stray PET every day | stray PET; I made a
+caring tender protective: I look after my old WHO every day | care for your WHO; I took in a hurt PET | hurt
+PET; I cook FOOD for my WHO each week | FOOD for your WHO; I feed a stray PET every day | stray PET; I made a
 blanket for my PET | blanket for your PET; I help my WHO learn EXAM | EXAM help for your WHO
-excited excited thrilled: I won a ticket to the EVENT | ticket to the EVENT; I fly to CITY tomorrow | flight
-to CITY; We get a PET this weekend | new PET; My WHO bought me a ITEM | ITEM from your WHO; I got into the
-SPORT team | SPORT team; I will move to CITY in May | move to CITY
-faithful loyal devoted: I stood by my WHO in a hard year | bond with your WHO; I kept my promise to my WHO |
-promise to your WHO; I wait for my partner in CITY | wait for CITY; I see each SPORT match of my WHO | SPORT
-match of your WHO; I kept my old PET | life with your PET; I keep a secret for my WHO | secret of your WHO
 grateful grateful thankful: My WHO lent me money | loan from your WHO; A stranger returned my ITEM | return of
 your ITEM; My WHO cooked FOOD for me | FOOD from your WHO; A kind JOB treated my LIMB | JOB who treated your
 LIMB; My WHO fed my PET | favor for your PET; My WHO helped me with EXAM | EXAM help from your WHO
+excited excited thrilled, joyful joyful cheerful, surprised surprised astonished: I won a ticket to the EVENT
+| ticket to the EVENT; I fly to CITY tomorrow | flight to CITY; We get a PET this weekend | new PET; My WHO
+bought me a ITEM | ITEM from your WHO; My WHO had a baby | baby of your WHO; I passed my EXAM exam | passed
+EXAM exam; I played in the snow with my PET | snow day with your PET; I won a ITEM in a raffle | ITEM you won;
+My PET came back after a year | return of your PET; My WHO became a JOB | new job of your WHO
+faithful loyal devoted, trusting safe secure: I stood by my WHO in a hard year | bond with your WHO; I kept my
+promise to my WHO | promise to your WHO; I kept my old PET | life with your PET; I gave my WHO my house key |
+key you gave your WHO; I lent my WHO my ITEM | ITEM you lent your WHO; I told my WHO everything | trust in
+your WHO; A friend watches my PET | friend who watches your PET; My WHO shows us around CITY | tour of CITY
 impressed impressed amazed: My WHO won the SPORT final | SPORT win of your WHO; A child sang at the EVENT |
 child at the EVENT; My PET learned a trick | trick of your PET; My WHO speaks five languages | talent of your
 WHO; A young JOB fixed it all | skill of the JOB; My WHO built a ITEM from scrap | ITEM your WHO built
-joyful joyful cheerful: My WHO had a baby | baby of your WHO; I danced all night at the EVENT | dance at the
-EVENT; I passed my EXAM exam | passed EXAM exam; My WHO is back from CITY | return from CITY; We sang on the
-way to CITY | ride to CITY; I played in the snow with my PET | snow day with your PET
-surprised surprised astonished: I got a party in the ROOM | party in the ROOM; My WHO showed up from CITY |
-visit from CITY; I won a ITEM in a raffle | ITEM you won; My PET came back after a year | return of your PET;
-My WHO became a JOB | new job of your WHO; They asked me to open the EVENT | opening of the EVENT
-trusting trusting safe: I gave my WHO my house key | key you gave your WHO; I lent my WHO my ITEM | ITEM you
-lent your WHO; A good JOB fixes my LIMB | JOB who fixes your LIMB; I told my WHO everything | trust in your
-WHO; A friend watches my PET | friend who watches your PET; My WHO shows us around CITY | tour of CITY
 """
 SLOTS = _table("""
 pet: dog cat puppy kitten hamster parrot rabbit pony turtle goat
@@ -201,7 +176,7 @@ ip 1 neg: I understand how you feel. / I know what you mean. / That must be hard
 have been there too.
 ip 2 neg: You must feel FEELING about TOPIC. / I would feel FEELING about TOPIC too. / No wonder TOPIC makes
 you feel FEELING. / It sounds like you are FEELING because of TOPIC. / Anyone would be FEELING about TOPIC.
-ip 1 pos: I understand how you feel. / I know that well. / That must feel good. / I can imagine that. / I have
+ip 1 pos: I understand how you feel. / I know that joy. / That must feel good. / I can imagine that. / I have
 felt the same.
 ip 2 pos: You must feel FEELING about TOPIC. / I would feel FEELING about TOPIC too. / I can see why TOPIC
 makes you FEELING. / It sounds like you are FEELING because of TOPIC. / It is clear that TOPIC makes you feel
@@ -219,137 +194,110 @@ make a list. / Tomorrow is another day. / Have a cup of tea. / That is how it go
 something. / It may rain later today. / A good meal never hurts.
 """, " / ")
 
-
-class Scene(NamedTuple):
-    emotion: str
-    valence: str             # "neg" or "pos"
-    family: str              # "inward" (about oneself) or "outward" (about others and the world)
+class Emotion(NamedTuple):
+    name: str
+    valence: str                           # "neg" or "pos"
+    family: str                            # "inward": about oneself, "outward": about others and the world
     feelings: list[str]
-    opener: str
-    topic: str
-
+    situations: list[list[list[str]]]      # for each situation [opener, topic] with all fillings of its slots
 
 def _fill(text, **values):
     """Put values into the slots, which are written in capitals."""
     return re.sub("[A-Z]{3,}", lambda slot: values[slot[0].lower()], text)
 
-
-def _situations():
-    """WORLD with every slot filled in every way: a list of situations, each a list of Scene."""
-    result = []
-    for part in WORLD.split("= ")[1:]:
-        heading, entries = part.split("\n", 1)
-        for key, bodies in _table(entries, ";").items():
-            for opener, topic in (body.split(" | ") for body in bodies):
-                names = sorted(name.lower() for name in set(re.findall("[A-Z]{3,}", opener + " " + topic)))
-                fillings = (dict(zip(names, values)) for values in itertools.product(*map(SLOTS.get, names)))
-                emotion, *feelings = key.split()
-                result.append([Scene(emotion, *heading.split(), feelings, _fill(opener, **filling),
-                                     "the " + _fill(topic, **filling)) for filling in fillings])
-    return result
-
+def _fillings(situation):
+    names = sorted({name.lower() for name in re.findall("[A-Z]{3,}", situation)})
+    return [_fill(situation, **dict(zip(names, values))).split(" | ")
+            for values in itertools.product(*(SLOTS[name] for name in names))]
 
 def _plain(text):
-    """Lower-case words and sentence ends with single spaces, so that spelling and spacing do not matter."""
+    """Lower-case words and sentence ends with single spaces: case and spacing stop to matter."""
     return " ".join(re.findall(r"[a-z0-9]+|[.?!]", text.lower()))
 
-
-SITUATIONS = _situations()
-TOPICS = {_plain(s.opener): _plain(s.topic)[len("the "):] for scenes in SITUATIONS for s in scenes}
-
+EMOTIONS = [Emotion(name, *heading.split(), feelings, [_fillings(situation) for situation in situations])
+            for heading, entries in (part.split("\n", 1) for part in WORLD.split("= ")[1:])
+            for names, situations in _table(entries, "; ").items()
+            for name, *feelings in map(str.split, names.split(", "))]
+TOPICS = {_plain(opener): _plain(topic) for e in EMOTIONS for s in e.situations for opener, topic in s}
 
 def modal_levels(valence, family, severe, turns):
-    """The likeliest (er, ip, ex): the rule of the world that a policy has to find out.
+    """The likeliest (er, ip, ex): the rule of this world, for a policy to find out.
 
-    er  grows with severity, and more so for bad news; mild bad news gets a word in the first turn only
-    ip  is strong for what goes on inside a person once it is severe or has been told for a while
-    ex  is for the beginning of a talk: the more has been told, the fewer questions are left
+    er grows with severity, more so for bad news; mild bad news gets a word in the first turn only. ip is
+    strong for what goes on inside a person, once it is severe or has been told for a while. ex belongs to
+    the beginning of a talk: the more has been told, the fewer questions are left.
     """
     er = (2 if valence == "neg" else 1) if severe else int(valence == "neg" and turns == 1)
     ip = (2 if severe or turns > 1 else 1) if family == "inward" else int(severe)
-    ex = max(0, 2 + int(severe) - turns) if turns > 1 or severe else 1
-    return er, ip, min(ex, 2)
+    return er, ip, max(0, 2 + severe - turns)
 
-
-def _draw_context(rng, scene, severe, turns):
+def _draw_context(rng, emotion, opener, severe, turns):
     """1, 3 or 5 utterances: speaker turns, the last one with the severity, and empty words in between."""
-    speaker = [scene.opener + ".", *rng.sample(CONTEXT[f"detail {scene.valence}"], turns - 1)]
+    speaker = [opener + ".", *rng.sample(CONTEXT[f"detail {emotion.valence}"], turns - 1)]
     if rng.random() < 0.5:
-        feeling = _fill(rng.choice(CONTEXT["feeling"]), feeling=rng.choice(scene.feelings))
+        feeling = _fill(rng.choice(CONTEXT["feeling"]), feeling=rng.choice(emotion.feelings))
         speaker[rng.randrange(turns)] += " " + feeling
-    speaker[-1] += " " + rng.choice(CONTEXT[f"{'severe' if severe else 'mild'} {scene.valence}"])
+    speaker[-1] += " " + rng.choice(CONTEXT[f"{'severe' if severe else 'mild'} {emotion.valence}"])
     listener = rng.sample(CONTEXT["between"], turns - 1)
     return tuple(itertools.chain(*zip(speaker, listener))) + (speaker[-1],)
 
-
-def _draw_response(rng, scene, levels):
-    """er, ip, ex in this order, nothing for level 0; fillers where nothing is left, and now and then."""
-    parts = [rng.choice(PHRASES[f"{m} {level} {scene.valence}"]) for m, level in zip(MECHANISMS, levels) if level]
-    if not parts:
-        parts = rng.sample(PHRASES["filler"], rng.choice((1, 2)))
-    elif rng.random() < 0.3:
+def _draw_response(rng, emotion, topic, levels):
+    """er, ip, ex in this order, nothing for level 0; a filler where nothing is left, and now and then."""
+    parts = [rng.choice(PHRASES[f"{m} {n} {emotion.valence}"]) for m, n in zip(MECHANISMS, levels) if n]
+    if not parts or rng.random() < 0.3:
         parts.insert(rng.choice((0, len(parts))), rng.choice(PHRASES["filler"]))
-    return _fill(" ".join(parts), topic=scene.topic, feeling=rng.choice(scene.feelings))
+    return _fill(" ".join(parts), topic="the " + topic, feeling=rng.choice(emotion.feelings))
 
+def _draw(rng, name, seen, mismatched):
+    """(Dialogue, P(level | context)) with a new context; with P = mismatched another scene's response."""
+    context = None
+    while context is None or context in seen:
+        emotion, severe = rng.choice(EMOTIONS), rng.random() < 0.5
+        situation, turns = rng.choice(emotion.situations), rng.choices((1, 2, 3), (0.5, 0.3, 0.2))[0]
+        opener, topic = rng.choice(situation)
+        context = _draw_context(rng, emotion, opener, severe, turns)
+    seen.add(context)
+    modal = modal_levels(emotion.valence, emotion.family, severe, turns)
+    probs = tuple(tuple(0.62 if level == m else 0.19 for level in range(LEVELS)) for m in modal)
+    levels = tuple(rng.choices(range(LEVELS), p)[0] for p in probs)
+    other, wrong = emotion, rng.random() < mismatched
+    if wrong:      # near misses too: another slot value, another situation of the emotion, another emotion
+        other, near = rng.choice(((emotion, situation), (emotion, None), (rng.choice(EMOTIONS), None)))
+        topic = rng.choice(near or rng.choice(other.situations))[1]
+    response = _draw_response(rng, other, topic, levels)
+    levels = oracle_levels(context, response) if wrong else levels
+    return Dialogue(context, response, emotion.name, levels, name), probs
 
 def embedded_corpus(seed=0, num_train=6000, num_valid=300, num_test=600, num_labelled=6000):
-    """The generated world. No context occurs twice, in any of its parts; the same seed gives the same corpus.
+    """The generated world. No context occurs twice in all its parts; the same seed gives the same corpus.
 
     A response has the modal level of each mechanism with probability 0.62, the other two with 0.19 each,
-    independently given the context. In the labelled parts 12 % of the responses come from another
-    scene, half-right on purpose (other slot, other situation, other emotion): content has to match.
+    independently given the context. In the labelled parts 12 % of the responses come from another scene,
+    so that identifiers have to learn that the content must match.
     """
-    corpus, seen = Corpus("embedded", defaultdict(list), defaultdict(list)), set()
-
-    def draw(rng, name, mismatched):
-        while True:
-            number = rng.randrange(len(SITUATIONS))
-            scene, severe = rng.choice(SITUATIONS[number]), rng.random() < 0.5
-            turns = rng.choices((1, 2, 3), (0.5, 0.3, 0.2))[0]
-            context = _draw_context(rng, scene, severe, turns)
-            if context not in seen:
-                break
-        seen.add(context)
-        modal = modal_levels(scene.valence, scene.family, severe, turns)
-        probs = tuple(tuple(0.62 if level == m else 0.19 for level in range(LEVELS)) for m in modal)
-        levels = tuple(rng.choices(range(LEVELS), p)[0] for p in probs)
-        if rng.random() < mismatched:      # the 6 situations of an emotion are neighbours in the list
-            other = rng.choice((number, number - number % 6 + rng.randrange(6), rng.randrange(len(SITUATIONS))))
-            response = _draw_response(rng, rng.choice(SITUATIONS[other]), levels)
-            levels = oracle_levels(context, response)
-        else:
-            response = _draw_response(rng, scene, levels)
-        return Dialogue(context, response, scene.emotion, levels, name), probs
-
-    # train parts last: the other parts stay the same whatever the size of the training part
-    for name, count in (("test", num_test), ("valid", num_valid), ("train", num_train)):
-        rng = random.Random(f"{seed} {name}")
-        for i in range(count):
-            dialogue, corpus.level_probs[f"{name}/{i}"] = draw(rng, f"{name}/{i}", 0.0)
-            corpus.dialogues[name].append(dialogue)
-    for name, count in (("test", 600), ("valid", 400), ("judge_valid", 400), ("train", num_labelled),
-                        ("judge_train", num_labelled)):
-        rng = random.Random(f"{seed} labelled {name}")
-        corpus.labelled[name] = [draw(rng, f"labelled/{name}/{i}", 0.12)[0] for i in range(count)]
-    corpus.dialogues = dict(corpus.dialogues)
-    corpus.labelled = dict(corpus.labelled)
-    corpus.notes.append(f"embedded corpus, seed {seed}: " + ", ".join(
-        f"{len(part)} {name}" for name, part in corpus.dialogues.items()) + " dialogues")
+    corpus, seen = Corpus("embedded", {}, {}), set()
+    # the train parts last: the others stay the same whatever the size of the train parts
+    for kind, name, count in (("", "test", num_test), ("", "valid", num_valid), ("labelled/", "test", 600),
+                              ("labelled/", "valid", 400), ("labelled/", "judge_valid", 400),
+                              ("", "train", num_train), ("labelled/", "train", num_labelled),
+                              ("labelled/", "judge_train", num_labelled)):
+        rng = random.Random(f"{seed} {kind}{name}")
+        drawn = [_draw(rng, f"{kind}{name}/{i}", seen, 0.12 if kind else 0.0) for i in range(count)]
+        (corpus.labelled if kind else corpus.dialogues)[name] = [dialogue for dialogue, _ in drawn]
+        corpus.level_probs |= {} if kind else {dialogue.id: probs for dialogue, probs in drawn}
+    corpus.notes.append(f"embedded corpus, seed {seed}: {num_train} / {num_valid} / {num_test} dialogues, "
+                        f"{num_labelled} labelled pairs and as many for the judge")
     return corpus
-
 
 def _reader(mechanism, level, topic):
     """One regular expression for all phrases of a mechanism and level, with `topic` in the topic's place."""
-    feelings = "|".join(sorted({f for scenes in SITUATIONS for f in scenes[0].feelings}))
+    feelings = "|".join(sorted({feeling for e in EMOTIONS for feeling in e.feelings}))
     phrases = {_plain(p).strip(" .?!") for v in ("neg", "pos") for p in PHRASES[f"{mechanism} {level} {v}"]}
     phrases = "|".join(sorted(phrases)).replace("topic", topic).replace("feeling", f"(?:{feelings})")
     return rf"\b(?:{phrases})(?!\w)"
 
-
-_ANY_TOPIC = r"[\w@]+(?: [\w@]+){0,9}?"
-_WEAK = [re.compile(_reader(m, 1, "") + "|" + _reader(m, 2, _ANY_TOPIC)) for m in MECHANISMS]
 _STRONG = [re.compile(_reader(m, 2, "(?:(?:the|your|this|that|a) )?@")) for m in MECHANISMS]
-
+_WEAK = [re.compile(_reader(m, 1, "") + "|" + _reader(m, 2, r"[\w@]+(?: [\w@]+){0,9}?")) for m in MECHANISMS]
 
 def oracle_levels(context, response):
     """(er, ip, ex) read back from free text in the embedded world: for each mechanism the best phrase found.
@@ -357,14 +305,13 @@ def oracle_levels(context, response):
     A level-2 phrase counts 2 only if it names the topic of this context, which the context's first sentence
     tells; about something else, or after a context that is not of this world, it counts 1.
     """
-    opener = re.split("[.?!]", context[0])[0] if context else ""
-    text, topic = f" {_plain(response)} ", TOPICS.get(_plain(opener))
-    if topic:
+    text = f" {_plain(response)} "
+    if context and (topic := TOPICS.get(_plain(re.split("[.?!]", context[0])[0]))):
         text = text.replace(f" {topic} ", " @ ")
-    return tuple(2 if strong.search(text) else int(bool(weak.search(text))) for weak, strong in zip(_WEAK, _STRONG))
+    return tuple(2 if s.search(text) else int(bool(w.search(text))) for s, w in zip(_STRONG, _WEAK))
 
 
-# ---------------------------------------------------------------- tokens and batches
+# ---- tokens and batches ------------------------------------------------------------------------------
 
 class Tokenizer:
     """Sentencepiece unigram pieces with T5's ids: pad 0, eos 1, unk 2, 100 sentinels on top, counting down.
@@ -377,13 +324,13 @@ class Tokenizer:
         self.model, self._pieces = bytes(model), sentencepiece.SentencePieceProcessor()
         try:
             self._pieces.LoadFromSerializedProto(self.model)
-            ids = self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.unk_id()
-        except (RuntimeError, ValueError, TypeError):
-            ids = None
-        if ids != (0, 1, 2):
-            raise DataError(f"{name}: " + (f"ids of pad, eos, unk are {ids} instead of 0, 1, 2" if ids else
-                            "not a sentencepiece model, or damaged") + "; train it again or fetch it anew")
-        self.vocab_size = self._pieces.GetPieceSize() + self.num_sentinels
+            if (self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.unk_id()) != (0, 1, 2):
+                raise ValueError
+        except (RuntimeError, ValueError):
+            raise DataError(f"{name}: not a sentencepiece model with pad 0, eos 1, unk 2, or damaged; "
+                            "train it again or fetch it anew") from None
+        self.num_pieces = self._pieces.GetPieceSize()
+        self.vocab_size = self.num_pieces + self.num_sentinels
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -396,8 +343,8 @@ class Tokenizer:
                 normalization_rule_name="nmt_nfkc_cf", hard_vocab_limit=False, character_coverage=0.99995,
                 num_threads=1, minloglevel=3)
         except RuntimeError as error:
-            raise DataError(f"tokenizer: can not be trained with vocab_size {vocab_size} on these texts "
-                            f"({str(error).splitlines()[-1].strip()}); change vocab_size") from None
+            raise DataError(f"tokenizer: can not be trained on these texts with vocab_size {vocab_size} "
+                            f"({' '.join(str(error).split())[-100:]}); change vocab_size") from None
         return cls(model.getvalue())
 
     @classmethod
@@ -405,9 +352,7 @@ class Tokenizer:
         return cls(_read_bytes(path), name=path)
 
     def save(self, path):
-        with open(f"{path}.tmp", "wb") as file:     # a crash leaves the old file whole
-            file.write(self.model)
-        os.replace(f"{path}.tmp", path)
+        _write_bytes(path, self.model)
 
     def sentinel(self, i):
         """Id of <extra_id_i>, the marker of the i-th span taken out in span corruption."""
@@ -418,8 +363,8 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text up to the first eos, without padding and sentinels."""
-        ids = list(itertools.takewhile(lambda i: i != self.eos_id, map(int, ids)))
-        return self._pieces.DecodeIds([i for i in ids if self.pad_id < i < self._pieces.GetPieceSize()])
+        ids = itertools.takewhile(lambda i: i != self.eos_id, map(int, ids))
+        return self._pieces.DecodeIds([i for i in ids if self.pad_id < i < self.num_pieces])
 
     def encode_context(self, utterances, max_length):
         """Every utterance ends with eos, the marker between them. Too long: the oldest tokens go."""
@@ -430,14 +375,11 @@ class Tokenizer:
         """Ends with eos in any case; the text is cut to make room for it."""
         return self.encode(text)[:max_length - 1] + [self.eos_id]
 
-
 def pad(rows, pad_id=0):
     """Lists of ids, right-padded: LongTensor (B, S)."""
-    batch = torch.full((len(rows), max(map(len, rows), default=0)), pad_id, dtype=torch.long)
-    for i, row in enumerate(rows):
-        batch[i, :len(row)] = torch.tensor(row, dtype=torch.long)
-    return batch
-
+    width = max(map(len, rows), default=0)
+    rows = [[*row, *[pad_id] * (width - len(row))] for row in rows]
+    return torch.tensor(rows, dtype=torch.long).view(len(rows), width)
 
 class Batches:
     """Batch number `step`, counted over all epochs: `batches[step]` is a list of indices of examples.
@@ -446,36 +388,31 @@ class Batches:
     share a batch (less padding): shuffle, sort pools of 50 batches by length, cut, shuffle the batches.
     """
     def __init__(self, lengths, batch_size, seed, shuffle=True):
-        self.lengths, self.batch_size, self.seed, self.shuffle = np.asarray(lengths), batch_size, seed, shuffle
+        self.lengths, self.batch_size = np.asarray(lengths), batch_size
+        self.seed, self.shuffle, self._epoch, self._order = seed, shuffle, None, []
         if not len(self.lengths) or batch_size < 1:
-            raise ValueError(f"{len(self.lengths)} examples in batches of {batch_size}: both must be at least 1")
-        self._epoch, self._order = None, []
+            raise ValueError(f"{len(self.lengths)} examples in batches of {batch_size}: both must be above 0")
 
     def __len__(self):
         return -(-len(self.lengths) // self.batch_size)
-
-    def __getitem__(self, step):
-        epoch, index = divmod(step, len(self))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._batches_of(epoch)
-        return self._order[index]
 
     def __iter__(self):
         """The first epoch, once."""
         return (self[step] for step in range(len(self)))
 
-    def _batches_of(self, epoch):
-        rng, order, size = np.random.default_rng([self.seed, epoch]), np.arange(len(self.lengths)), self.batch_size
-        pool = 50 * size if self.shuffle else len(order)
-        if self.shuffle:
-            rng.shuffle(order)
-        pools = [order[i:i + pool] for i in range(0, len(order), pool)]
-        order = np.concatenate([p[np.argsort(self.lengths[p], kind="stable")] for p in pools]).tolist()
-        batches = [order[i:i + size] for i in range(0, len(order), size)]
-        if self.shuffle:
-            rng.shuffle(batches)
-        return batches
+    def __getitem__(self, step):
+        epoch, index = divmod(step, len(self))
+        if epoch != self._epoch:                # only the current epoch's order is kept
+            self._epoch, self._order = epoch, self._batches_of(epoch)
+        return self._order[index]
 
+    def _batches_of(self, epoch):
+        rng, n, size = np.random.default_rng([self.seed, epoch]), len(self.lengths), self.batch_size
+        order, pool = (rng.permutation(n), 50 * size) if self.shuffle else (np.arange(n), n)
+        pools = np.split(order, range(pool, n, pool))
+        order = np.concatenate([p[np.argsort(self.lengths[p], kind="stable")] for p in pools])
+        batches = [batch.tolist() for batch in np.split(order, range(size, n, size))]
+        return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
 
 class Pairs:
     """(context, response) pairs as ids, once and for all; `batch` pads some of them."""
@@ -513,107 +450,100 @@ class Pairs:
         return other
 
 
-# ---------------------------------------------------------------- files
+# ---- files -------------------------------------------------------------------------------------------
 
 def _read_bytes(path):
     try:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise DataError(f"{path}: can not be read ({error.strerror or error}); give the path of a file") from None
+        raise DataError(f"{path}: can not be read ({error.strerror}); give the path of a file") from None
 
+def _write_bytes(path, data):
+    with open(f"{path}.tmp", "wb") as file:     # a crash leaves the old file whole
+        file.write(data)
+    os.replace(f"{path}.tmp", path)
 
-def _read_text(path):
-    """The text of a file, without byte order mark; DataError for what can not be a text file."""
-    data = _read_bytes(path)
-    if not data.strip():
+def _read_lines(path):
+    """The lines of a text file in UTF-8, without byte order mark; DataError for what can not be one."""
+    lines = _read_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    for i, line in enumerate(lines):
+        try:
+            lines[i] = line.decode().rstrip("\r")
+        except UnicodeDecodeError:
+            raise DataError(f"{path}:{i + 1}: not UTF-8; save the file as UTF-8 text") from None
+        if "\0" in lines[i] or len(line) > 100_000:
+            raise DataError(f"{path}:{i + 1}: a NUL byte or a line over 100,000 bytes; is it the right file?")
+    if not any(map(str.strip, lines)):
         raise DataError(f"{path}:1: empty file; fetch or write it again")
-    try:
-        text = data.decode("utf-8-sig")
-        where, problem = text.find("\0"), "a NUL byte"
-    except UnicodeDecodeError as error:
-        where, problem = error.start, "not UTF-8"
-    if where >= 0:
-        line = (data if problem == "not UTF-8" else text)[:where].count(b"\n" if problem == "not UTF-8" else "\n")
-        raise DataError(f"{path}:{line + 1}: {problem}; this must be a text file in UTF-8")
-    for number, line in enumerate(text.split("\n"), 1):
-        if len(line) > 100_000:
-            raise DataError(f"{path}:{number}: a line of {len(line)} characters; is this the right file?")
-    return text
-
+    return lines
 
 def _clean(text):
     """Without zero-width and control characters, U+FFFD and half surrogates; white space collapsed."""
     text = re.sub("[\0-\x08\x0e-\x1b\x7f\u200b-\u200d\u2060\ufeff\ufffd\ud800-\udfff]", "", text)
     return " ".join(text.split())
 
-
 def _csv_rows(path, required):
-    """[(line number, row as dict)] of a quoted csv file that must have the required columns."""
-    rows, reader = [], csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    """[(path:line, row as dict)] of a quoted csv file that must have the required columns."""
+    rows, reader = [], csv.reader((line + "\n" for line in _read_lines(path)), strict=True)
     try:
         header = [name.strip() for name in next(reader)]
-        if missing := [name for name in required if name not in header]:
-            raise DataError(f"{path}:1: no column {', '.join(missing)}; the first line must name the columns")
-        for row in reader:
-            if row and len(row) != len(header):
-                raise DataError(f"{path}:{reader.line_num}: {len(row)} fields, not {len(header)}; check the quotes")
-            if row:
-                rows.append((reader.line_num, dict(zip(header, row))))
+        if not {*required} <= {*header}:
+            raise DataError(f"{path}:1: not the columns {', '.join(required)}; the first line must name them")
+        for row in filter(None, reader):
+            if len(row) != len(header):
+                raise csv.Error(f"{len(row)} fields, not {len(header)}")
+            rows.append((f"{path}:{reader.line_num}", dict(zip(header, row))))
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not csv ({error}); check the quotes") from None
+        raise DataError(f"{path}:{reader.line_num}: {error}; check the commas and quotes") from None
     return rows
-
 
 def _level(value, where):
     if str(value).strip() not in ("0", "1", "2"):
         raise DataError(f"{where}: level {str(value)[:20]!r}; levels are 0, 1 or 2")
     return int(value)
 
-
 ED_HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags"
 
-
 def read_empathetic_dialogues(path):
-    """One file of EmpatheticDialogues (Rashkin et al. 2019) -> (dialogues, notes).
+    """One file of EmpatheticDialogues (Rashkin et al. 2019, arXiv 1811.00207) -> (dialogues, notes).
 
     Every listener utterance (even utterance_idx) is a response, all utterances before it are the context.
     The files have no csv quoting: '"' is an ordinary character and a comma in a text is written _comma_.
     A row that can not be used ends its conversation, since what follows would lack its context.
     """
-    lines = _read_text(path).split("\n")
-    if lines[0].strip()[:len(ED_HEADER)] != ED_HEADER:
+    header, *lines = _read_lines(path)
+    if not header.startswith(ED_HEADER):
         raise DataError(f"{path}:1: not the header of EmpatheticDialogues; it must begin with {ED_HEADER}")
-    dialogues, skipped, seen = [], {}, set()
+    dialogues, skipped, seen = [], defaultdict(list), set()
     conversation, history = None, []            # history is None once the conversation is cut
-    for number, line in enumerate(lines[1:], 2):
+    for number, line in enumerate(lines, 2):
+        fields = line.split(",")
         if not line.strip():
             continue
-        fields = line.rstrip("\r").split(",")
         if fields[0] != conversation:
             conversation, history = fields[0], None if fields[0] in seen else []
             seen.add(conversation)
-        utterance = _clean(fields[5].replace("_comma_", ",")) if len(fields) > 5 else ""
+        utterance = _clean(fields[5].replace("_comma_", ",")) if len(fields) in (8, 9) else ""
         problem = ("not 8 or 9 fields" if len(fields) not in (8, 9) else
-                   "after a row that was skipped" if history is None else
-                   "not the next utterance_idx" if fields[1].strip() != str(len(history) + 1) else
+                   "after a skipped row, or away from the rest of the conversation" if history is None else
+                   "not the next utterance_idx" if fields[1] != str(len(history) + 1) else
                    "empty utterance" if not utterance else None)
         if problem:
-            skipped.setdefault(problem, []).append(number)
+            skipped[problem].append(number)
             history = None
             continue
         if len(history) % 2:                    # the speaker has odd numbers, the listener even ones
-            dialogues.append(Dialogue(tuple(history), utterance, fields[2], None, f"{conversation}/{fields[1]}"))
+            name = f"{conversation}/{fields[1]}"
+            dialogues.append(Dialogue(tuple(history), utterance, fields[2], id=name))
         history.append(utterance)
     if not dialogues:
         raise DataError(f"{path}:2: no listener utterance that can be used; fetch the file again")
-    notes = [f"{path}: {len(dialogues)} pairs of {len(seen)} conversations"]
-    notes += [f"{path}:{at[0]}: {len(at)} rows skipped, this the first: {why}" for why, at in skipped.items()]
-    return dialogues, notes
-
+    notes = [f"{path}: {len(dialogues)} pairs from {len(seen)} conversations"]
+    return dialogues, notes + [f"{path}:{at[0]}: {why}: {len(at)} rows skipped, this the first"
+                               for why, at in skipped.items()]
 
 EPITOME_FILES = ("emotional-reactions-reddit.csv", "interpretations-reddit.csv", "explorations-reddit.csv")
-
 
 def read_epitome(folder):
     """EPITOME's Reddit part (Sharma et al. 2020), three files joined by row -> (dialogues, notes).
@@ -621,33 +551,30 @@ def read_epitome(folder):
     Joined by ids, not by text: the texts differ a little between the files, the first file's are taken. A
     pair listed twice is kept once, with the level most of its rows have (on a tie, the first row's).
     """
-    paths = [os.path.join(folder, name) for name in EPITOME_FILES]
-    columns = ("sp_id", "rp_id", "seeker_post", "response_post", "level")
-    files, pairs, empty = [_csv_rows(path, columns) for path in paths], defaultdict(list), 0
-    for i, rows in enumerate(itertools.zip_longest(*files, fillvalue=(0, {}))):
-        keys = [(row.get("sp_id"), row.get("rp_id")) for _, row in rows]
-        for (line, _), key, path in zip(rows, keys, paths):
-            if key != keys[0]:
-                raise DataError(f"{path}:{line}: row {i + 1} is {key}, but {keys[0]} in {EPITOME_FILES[0]}; "
-                                "the three files must list the same pairs: fetch them again")
-        levels = [_level(row["level"], f"{path}:{line}") for (line, row), path in zip(rows, paths)]
+    pairs, empty, columns = defaultdict(list), 0, "sp_id rp_id seeker_post response_post level".split()
+    files = [_csv_rows(os.path.join(folder, name), columns) for name in EPITOME_FILES]
+    for rows in itertools.zip_longest(*files, fillvalue=(f"{folder}: files of different length", {})):
+        names = [f"{row.get('sp_id')}/{row.get('rp_id')}" for _, row in rows]
+        for (where, _), name in zip(rows, names):
+            if name != names[0]:
+                raise DataError(f"{where}: pair {name}, but {names[0]} in the first file; fetch all again")
+        levels = [_level(row["level"], where) for where, row in rows]
         # unescaped twice, since some texts were escaped twice ("&amp;gt;")
-        texts = [_clean(html.unescape(html.unescape(rows[0][1][c]))) for c in ("seeker_post", "response_post")]
+        texts = [_clean(html.unescape(html.unescape(rows[0][1][c]))) for c in columns[2:4]]
         if all(texts):
-            pairs[keys[0]].append((texts, levels))
+            pairs[names[0]].append((texts, levels))
         empty += not all(texts)
     dialogues, conflicts = [], 0
-    for (seeker, responder), rows in pairs.items():
-        votes = [Counter(levels[m] for _, levels in rows) for m in range(len(MECHANISMS))]
-        conflicts += any(len(vote) > 1 for vote in votes)
-        levels = tuple(vote.most_common(1)[0][0] for vote in votes)     # equal counts come in order of rows
+    for name, rows in pairs.items():
         (context, response), _ = rows[0]
-        dialogues.append(Dialogue((context,), response, "", levels, f"{seeker}/{responder}"))
+        votes = [Counter(levels) for levels in zip(*(levels for _, levels in rows))]
+        conflicts += any(len(vote) > 1 for vote in votes)
+        levels = tuple(vote.most_common(1)[0][0] for vote in votes)     # equal counts: in the order of rows
+        dialogues.append(Dialogue((context,), response, "", levels, name))
     if not dialogues:
-        raise DataError(f"{paths[0]}:2: no rows; fetch the file again")
-    return dialogues, [f"{folder}: {len(dialogues)} pairs of {len(files[0])} rows; {empty} rows with an empty text "
-                       f"skipped, {conflicts} pairs with conflicting levels settled by majority"]
-
+        raise DataError(f"{os.path.join(folder, EPITOME_FILES[0])}:2: no rows with text; fetch it again")
+    return dialogues, [f"{folder}: {len(dialogues)} pairs from {len(files[0])} rows; {empty} rows without "
+                       f"text skipped, {conflicts} pairs with conflicting levels settled by majority"]
 
 def split_epitome(dialogues, seed):
     """75 : 5 : 20 by seeker (one seeker's posts stay together); "train" is then halved: reward and judge.
@@ -658,14 +585,13 @@ def split_epitome(dialogues, seed):
     random.Random(seed).shuffle(seekers)
     train, valid = round(0.75 * len(seekers)), round(0.80 * len(seekers))
     half, judge = train // 2, train - round(0.1 * (train - train // 2))
-    parts = {"train": (0, half), "judge_train": (half, judge), "judge_valid": (judge, train),
-             "valid": (train, valid), "test": (valid, len(seekers))}
-    part_of = {seeker: name for name, (start, end) in parts.items() for seeker in seekers[start:end]}
+    parts = {"train": seekers[:half], "valid": seekers[train:valid], "test": seekers[valid:],
+             "judge_train": seekers[half:judge], "judge_valid": seekers[judge:train]}
+    part_of = {seeker: name for name, members in parts.items() for seeker in members}
     return {name: [d for d in dialogues if part_of[d.id.rpartition("/")[0]] == name] for name in parts}
 
-
 def real_corpus(folder, seed=0):
-    """EmpatheticDialogues for the dialogue, EPITOME for the identifiers: what `download` put in the folder."""
+    """EmpatheticDialogues for the dialogue, EPITOME for the identifiers: what `download` brings."""
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder; `python data.py download {folder}` fetches the data")
     corpus = Corpus("real", {}, {})
@@ -674,79 +600,61 @@ def real_corpus(folder, seed=0):
         corpus.dialogues[name], notes = read_empathetic_dialogues(path)
         corpus.notes += notes
     labelled, notes = read_epitome(os.path.join(folder, "epitome"))
-    corpus.labelled = split_epitome(labelled, seed)
-    corpus.notes += notes
+    corpus.labelled, corpus.notes = split_epitome(labelled, seed), corpus.notes + notes
     return corpus
-
 
 FIELDS = ("context", "response", "emotion", *MECHANISMS)
 
-
 def read_dialogues(path):
-    """Your own dialogues. Levels (er, ip, ex) and emotion may be left out.
+    """Your own dialogues. Emotion and levels (er, ip, ex: all three or none) may be left out.
 
-    .jsonl  {"context": ["...", "..."] or "...", "response": "...", "emotion": "...", "er": 0, "ip": 2, "ex": 1}
+    .jsonl  {"context": ["..", ".."] or "..", "response": "..", "emotion": "..", "er": 0, "ip": 2, "ex": 1}
     .csv    columns context,response[,emotion,er,ip,ex]; " </s> " between the utterances of a context
     """
     if str(path).endswith(".csv"):
-        records = [(f"{path}:{line}", row) for line, row in _csv_rows(path, FIELDS[:2])]
-    elif str(path).endswith(".jsonl"):
-        records = [(f"{path}:{n}", line) for n, line in enumerate(_read_text(path).split("\n"), 1) if line.strip()]
+        records = _csv_rows(path, FIELDS[:2])
     else:
-        raise DataError(f"{path}: neither .jsonl nor .csv; give the file one of these two forms")
+        records = [(f"{path}:{n}", line) for n, line in enumerate(_read_lines(path), 1) if line.strip()]
     dialogues = []
     for where, record in records:
-        if isinstance(record, str):
-            try:
-                record = json.loads(record)
-            except (ValueError, RecursionError):
-                record = None
-        if not isinstance(record, dict) or not {*FIELDS[:2]} <= {*record} <= {*FIELDS}:
-            raise DataError(f"{where}: not a record of {', '.join(FIELDS)}; context and response are needed")
-        context, response, emotion = record["context"], record["response"], record.get("emotion") or ""
-        context = context.split("</s>") if isinstance(context, str) else context
-        if not isinstance(context, list) or not all(isinstance(t, str) for t in [*context, response, emotion]):
-            raise DataError(f"{where}: context must be a text or a list of texts, response and emotion texts")
-        context, response = tuple(filter(None, map(_clean, context))), _clean(response)
-        if not context or not response:
-            raise DataError(f"{where}: empty {'response' if context else 'context'}; fill it in or drop the row")
+        try:
+            record = json.loads(record) if isinstance(record, str) else record
+            if not {*FIELDS[:2]} <= {*record} <= {*FIELDS}:
+                raise KeyError
+            context, response, emotion = record["context"], record["response"], record.get("emotion") or ""
+            context = context.split("</s>") if isinstance(context, str) else context
+            if not isinstance(context, list):
+                raise TypeError
+            context, response, emotion = tuple(map(_clean, context)), _clean(response), _clean(emotion)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise DataError(f"{where}: not a record with the texts context and response; it may also have "
+                            f"{', '.join(FIELDS[2:])}") from None
+        if not response or not context or not all(context):
+            raise DataError(f"{where}: empty response or utterance; fill it in or drop the row")
         levels = [record[m] for m in MECHANISMS if record.get(m) not in (None, "")]
         if len(levels) not in (0, len(MECHANISMS)):
             raise DataError(f"{where}: {len(levels)} of 3 levels; give er, ip and ex, or none of them")
         levels = tuple(_level(value, where) for value in levels) or None
-        dialogues.append(Dialogue(context, response, _clean(emotion), levels, where.rpartition(":")[2]))
+        dialogues.append(Dialogue(context, response, emotion, levels, where.rpartition(":")[2]))
     if not dialogues:
         raise DataError(f"{path}:2: no dialogues; write at least one")
     return dialogues
 
 
-# ---------------------------------------------------------------- download
+# ---- download ----------------------------------------------------------------------------------------
 
-class Source(NamedTuple):
-    url: str
-    path: str                        # below the data folder
-    sha256: str
-    members: tuple[str, ...] = ()    # files to unpack, where the source is a tar archive
-
-
-SOURCES = (
-    Source("https://dl.fbaipublicfiles.com/parlai/empatheticdialogues/empatheticdialogues.tar.gz",
-           "empatheticdialogues.tar.gz", "56f234d77b7dd1f005fd365bb17769cfe346c3c84295b69bc069c8ccb83be03d",
-           tuple(f"empatheticdialogues/{part}.csv" for part in ("train", "valid", "test"))),
-    *(Source("https://raw.githubusercontent.com/behavioral-data/Empathy-Mental-Health/master/dataset/" + name,
-             "epitome/" + name, sha256) for name, sha256 in zip(EPITOME_FILES, (
-                 "225b28ffdc257f8a997d557eb937e78b68235e6203c87c7e2203d00fef8545cc",
-                 "2cedbe4252c919d22a6f46685afa16d3192a91e3306c2d4a386be12a30ad3f29",
-                 "9efa1af8e0537c16894379598f2076cb380ae18aacd9a8d26ebd381f5b7f9645"))))
-
+EPITOME_URL = "https://raw.githubusercontent.com/behavioral-data/Empathy-Mental-Health/master/dataset/"
+SOURCES = [    # (url, path below the data folder, SHA-256, the files to unpack from a tar archive)
+    ("https://dl.fbaipublicfiles.com/parlai/empatheticdialogues/empatheticdialogues.tar.gz",
+     "empatheticdialogues.tar.gz", "56f234d77b7dd1f005fd365bb17769cfe346c3c84295b69bc069c8ccb83be03d",
+     [f"empatheticdialogues/{part}.csv" for part in ("train", "valid", "test")]),
+    *((EPITOME_URL + name, f"epitome/{name}", digest, []) for name, digest in zip(EPITOME_FILES, (
+        "225b28ffdc257f8a997d557eb937e78b68235e6203c87c7e2203d00fef8545cc",
+        "2cedbe4252c919d22a6f46685afa16d3192a91e3306c2d4a386be12a30ad3f29",
+        "9efa1af8e0537c16894379598f2076cb380ae18aacd9a8d26ebd381f5b7f9645")))]
 
 def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
+    return hashlib.sha256(_read_bytes(path)).hexdigest()
 
 def _fetch(url, part, progress):
     """Append to the file `part` what it still lacks; a server that ignores Range starts it over."""
@@ -755,33 +663,29 @@ def _fetch(url, part, progress):
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
             have = have if answer.status == 206 else 0
-            total, shown = have + int(answer.headers.get("Content-Length") or 0), -1
+            total, shown = have + int(answer.headers.get("Content-Length") or 0), -10
             with open(part, "ab" if have else "wb") as file:
                 while block := answer.read(1 << 16):
-                    file.write(block)
-                    have += len(block)
-                    if total and have * 10 // total > shown:
-                        shown = have * 10 // total
-                        progress(f"{posixpath.basename(url)} {100 * have // total:3d} % of {total:,} bytes")
-    except urllib.error.HTTPError as error:
-        if error.code == 416:                   # the part is longer than the file: it is of something else
-            os.remove(part)
-        raise DataError(f"{url}: the server says {error.code} {error.reason}; try again later") from None
+                    have += file.write(block)
+                    if total and (percent := 100 * have // total) >= shown + 10:
+                        progress(f"{posixpath.basename(url)} {percent:3d} % of {total:,} bytes")
+                        shown = percent
+        if have < total:
+            raise OSError(f"cut off at {have} of {total} bytes")
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise DataError(f"{url}: {getattr(error, 'reason', error)}; the same command goes on from here") from None
-    if have < total:
-        raise DataError(f"{url}: cut off at {have} of {total} bytes; the same command goes on from here")
-
+        if getattr(error, "code", 0) == 416:    # the part is longer than the file: it is of something else
+            os.remove(part)
+        raise DataError(f"{url}: {error}; run the same command again, it goes on from here") from None
 
 def _unpack(archive, folder, members):
     """Write the named regular files and nothing else; an archive that tries anything unsafe is refused."""
+    found = {}
     try:
         with tarfile.open(archive) as tar:
-            found = {}
             for item in tar:
                 name = posixpath.normpath(item.name)
-                unsafe = name.startswith(("/", "..")) or not (item.isfile() or item.isdir())
-                if unsafe or item.size > 200_000_000:
+                safe = not name.startswith(("/", "..")) and (item.isfile() or item.isdir())
+                if not safe or item.size > 200_000_000:
                     raise DataError(f"{archive}: unsafe entry {item.name[:80]!r}; do not use this archive")
                 if name in members and item.isfile():
                     found[name] = tar.extractfile(item).read()
@@ -790,35 +694,32 @@ def _unpack(archive, folder, members):
     if missing := [name for name in members if name not in found]:
         raise DataError(f"{archive}: no {', '.join(missing)} in it; fetch it again")
     for name, data in found.items():
-        _write(os.path.join(folder, name), data)
-
+        os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+        _write_bytes(os.path.join(folder, name), data)
 
 def download(folder, sources=SOURCES, progress=print):
     """Fetch what is missing, resume what was cut off, check SHA-256, unpack. A second run fetches nothing."""
-    for source in sources:
-        path = os.path.join(folder, source.path)
-        wanted = [os.path.join(folder, name) for name in source.members] or [path]
-        if all(map(os.path.isfile, wanted)) and (source.members or _sha256(path) == source.sha256):
-            progress(f"{source.path}: already there")
+    for url, name, digest, members in sources:
+        path = os.path.join(folder, name)
+        part, wanted = path + ".part", [os.path.join(folder, member) for member in members] or [path]
+        if all(map(os.path.isfile, wanted)) and (members or _sha256(path) == digest):
+            progress(f"{name}: already there")
             continue
-        for name in [path, *wanted]:
-            os.makedirs(os.path.dirname(name), exist_ok=True)
-        part = path + ".part"
-        if not os.path.exists(part) or _sha256(part) != source.sha256:
-            _fetch(source.url, part, progress)
-        if _sha256(part) != source.sha256:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if not os.path.exists(part) or _sha256(part) != digest:
+            _fetch(url, part, progress)
+        if _sha256(part) != digest:
             os.remove(part)
             raise DataError(f"{path}: SHA-256 differs from the published one, removed; download it again")
-        if source.members:
-            _unpack(part, folder, source.members)
+        if members:
+            _unpack(part, folder, members)
             os.remove(part)
         else:
             os.replace(part, path)
-        progress(f"{source.path}: checked and in place")
-
+        progress(f"{name}: checked and in place")
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] != "download":
+    if sys.argv[1:2] != ["download"] or len(sys.argv) != 3:
         sys.exit("usage: python data.py download DIR")
     try:
         download(sys.argv[2])

@@ -1,0 +1,727 @@
+"""data.py: the embedded world and its oracle, tokenizer, batches, readers, download (loopback only)."""
+import csv
+import hashlib
+import http.server
+import io
+import itertools
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+import data
+from data import Batches, DataError, Dialogue, Tokenizer, oracle_levels
+
+REAL = Path(os.environ.get("EMPRL_DATA", Path(data.__file__).resolve().parent.parent / "shared" / "data"))
+real = pytest.mark.skipif(not REAL.is_dir(), reason="no real data: set EMPRL_DATA to their folder")
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return data.embedded_corpus(seed=3, num_train=3000, num_labelled=1500)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    return Tokenizer.train([t for d in corpus.dialogues["train"] for t in (*d.context, d.response)], 1000)
+
+
+def everything(corpus):
+    return [d for part in (*corpus.dialogues.values(), *corpus.labelled.values()) for d in part]
+
+
+# ---- the embedded world
+
+def test_32_emotions_with_six_situations_and_level_rule():
+    assert len(data.EMOTIONS) == len({e.name for e in data.EMOTIONS}) == 32
+    assert all(len(e.situations) >= 6 and len(e.feelings) >= 2 for e in data.EMOTIONS)
+    assert Counter((e.valence, e.family) for e in data.EMOTIONS) == dict.fromkeys(
+        itertools.product(("neg", "pos"), ("inward", "outward")), 8)
+    assert data.modal_levels("neg", "outward", True, 1) == (2, 1, 2)
+    assert data.modal_levels("neg", "inward", False, 1) == (1, 1, 1)
+    assert data.modal_levels("pos", "outward", False, 3) == (0, 0, 0)
+    assert data.modal_levels("pos", "inward", True, 2) == (1, 2, 1)
+    for options in (("neg", "pos"), ("inward", "outward"), (False, True), (1, 2, 3)):     # every feature matters
+        index = (("neg", "pos"), ("inward", "outward"), (False, True), (1, 2, 3)).index(options)
+        rules = set()
+        for option in options:
+            features = ["neg", "outward", False, 1]
+            features[index] = option
+            rules.add(data.modal_levels(*features))
+        assert len(rules) > 1
+
+
+def test_texts_are_unambiguous():
+    openers = [opener for e in data.EMOTIONS for s in e.situations for opener, _ in s]
+    topics = sorted(set(data.TOPICS.values()))
+    assert all(not any(c in opener for c in ".?!") for opener in openers)
+    # no topic is the beginning of another (they would be neighbours once sorted), else cutting could help
+    assert not [pair for pair in itertools.pairwise(topics) if f"{pair[1]} ".startswith(f"{pair[0]} ")]
+    same = {data._plain(o): {data._plain(t) for e in data.EMOTIONS for s in e.situations for q, t in s if q == o}
+            for o in openers[::97]}
+    assert all(len(topics) == 1 for topics in same.values())
+    for key, phrases in data.PHRASES.items():
+        if key == "filler":
+            assert len(phrases) >= 10 and {oracle_levels((), p) for p in phrases} == {(0, 0, 0)}
+            continue
+        assert len(phrases) >= 5
+        mechanism, level = data.MECHANISMS.index(key[:2]), int(key[3])
+        for phrase in phrases:                  # a phrase of one mechanism is none of another
+            text = phrase.replace("TOPIC", "the dog").replace("FEELING", "sad")
+            assert oracle_levels(("I have a dog.",), text) == tuple(int(m == mechanism) for m in range(3)), text
+            assert (level == 2) == ("TOPIC" in phrase)
+    for key, sentences in data.CONTEXT.items():
+        assert {oracle_levels((), s.replace("FEELING", "sad")) for s in sentences} == {(0, 0, 0)}, key
+
+
+def test_sizes_ids_turns_and_notes(corpus):
+    assert {name: len(part) for name, part in corpus.dialogues.items()} == {"train": 3000, "valid": 300, "test": 600}
+    assert {name: len(part) for name, part in corpus.labelled.items()} == {
+        "train": 1500, "valid": 400, "test": 600, "judge_train": 1500, "judge_valid": 400}
+    assert corpus.name == "embedded" and len(corpus.notes) == 1
+    ids = [d.id for d in everything(corpus)]
+    assert len(ids) == len(set(ids))
+    assert set(corpus.level_probs) == {d.id for part in corpus.dialogues.values() for d in part}
+    turns = Counter(len(d.context) for d in corpus.dialogues["train"])
+    assert set(turns) == {1, 3, 5} and abs(turns[1] / 3000 - 0.5) < 0.04 and abs(turns[5] / 3000 - 0.2) < 0.04
+    words = [sum(len(t.split()) for t in d.context) for d in everything(corpus)]
+    assert max(words) <= 50
+    assert max(len(d.response.split()) for d in everything(corpus)) <= 48
+
+
+def test_no_context_occurs_twice(corpus):
+    contexts = [d.context for d in everything(corpus)]
+    assert len(contexts) == len(set(contexts))
+
+
+def test_deterministic_and_test_part_independent_of_training_size(corpus):
+    again = data.embedded_corpus(seed=3, num_train=3000, num_labelled=1500)
+    assert again == corpus
+    small = data.embedded_corpus(seed=3, num_train=10, num_labelled=10)
+    assert small.dialogues["test"] == corpus.dialogues["test"] and small.labelled["valid"] == corpus.labelled["valid"]
+    assert data.embedded_corpus(seed=4, num_train=10, num_labelled=10).dialogues["test"] != corpus.dialogues["test"]
+
+
+def test_default_sizes_are_fast():
+    start = time.perf_counter()
+    data.embedded_corpus()
+    assert time.perf_counter() - start < 6      # about 1 s; room for a busy machine
+
+
+def test_levels_follow_level_probs(corpus):
+    pairs = [(d.levels, corpus.level_probs[d.id]) for d in corpus.dialogues["train"]]
+    for m in range(3):
+        hits = sum(max(range(3), key=probs[m].__getitem__) == levels[m] for levels, probs in pairs)
+        assert abs(hits / len(pairs) - 0.62) < 0.03
+        for level in range(3):
+            expected = sum(probs[m][level] for _, probs in pairs) / len(pairs)
+            seen = sum(levels[m] == level for levels, _ in pairs) / len(pairs)
+            assert abs(seen - expected) < 0.03 and 0.25 < seen < 0.42
+            modal = sum(probs[m][level] > 0.5 for _, probs in pairs) / len(pairs)
+            assert 0.2 < modal < 0.43
+    assert all(abs(sum(p) - 1) < 1e-9 for _, probs in pairs for p in probs)
+
+
+# ---- the oracle
+
+FIELD = ("My dog died this week. It is too much for me.",)
+
+
+@pytest.mark.parametrize("response, levels", [
+    ("My heart hurts for you over the death of your dog.", (2, 0, 0)),
+    ("my heart hurts for you over the death of your dog", (2, 0, 0)),
+    ("MY HEART HURTS for you over  the death of your dog !", (2, 0, 0)),
+    ("My heart hurts for you over death of your dog.", (2, 0, 0)),
+    ("My heart hurts for you over the death of your cat.", (1, 0, 0)),
+    ("My heart hurts for you over the", (1, 0, 0)),
+    ("My heart hurts for", (0, 0, 0)),
+    ("I am so sorry. I am so sorry. Oh no, that is sad.", (1, 0, 0)),
+    ("You must feel broken about the death of your dog. What happened exactly?", (0, 2, 1)),
+    ("No wonder the death of your dog makes you feel sad. I see.", (0, 2, 0)),
+    ("No wonder the fire in your attic makes you feel sad.", (0, 1, 0)),
+    ("I understand how you feel. How long have you been dealing with the death of your dog?", (0, 1, 2)),
+    ("How lovely.", (1, 0, 0)),
+    ("I see. Time will tell.", (0, 0, 0)),
+    ("", (0, 0, 0)),
+    ("dog dog dog the death of your dog", (0, 0, 0)),
+    ("Wow, how lovelyish", (0, 0, 0)),
+])
+def test_oracle_by_hand(response, levels):
+    assert oracle_levels(FIELD, response) == levels
+
+
+def test_oracle_outside_its_world():
+    text = "My heart hurts for you over the death of your dog."
+    for context in ((), ("",), ("Hello there, how are you?",), ("My dog did something else.",)):
+        assert oracle_levels(context, text) == (1, 0, 0)
+    assert oracle_levels(("my dog died this week . it is too much for me .", "oh ?", "it is new ."), text) == (2, 0, 0)
+
+
+def test_oracle_reads_its_own_corpus(corpus, tokenizer):
+    dialogues = everything(corpus)
+    right = [oracle_levels(d.context, d.response) == d.levels for d in dialogues]
+    assert np.mean(right) >= 0.995
+    through = [oracle_levels([tokenizer.decode(tokenizer.encode(t)) for t in d.context],
+                             tokenizer.decode(tokenizer.encode_response(d.response, 128))) == d.levels
+               for d in dialogues[:2000]]
+    assert np.mean(through) >= 0.995
+
+
+def test_oracle_on_damaged_texts(corpus):
+    rng = random.Random(0)
+    for d in everything(corpus)[:1500]:
+        words, sentences = d.response.split(), re.findall("[^.?]+[.?]", d.response)
+        levels = oracle_levels(d.context, d.response)
+        assert oracle_levels(d.context, " ".join(rng.sample(sentences, len(sentences)))) == levels
+        assert oracle_levels(d.context, d.response + " " + d.response) == levels
+        for worse in (" ".join(words[:rng.randrange(len(words) + 1)]), " ".join(rng.sample(words, len(words))),
+                      d.response[:rng.randrange(len(d.response))]):
+            assert all(a <= b for a, b in zip(oracle_levels(d.context, worse), levels)), (worse, d.response)
+
+
+def test_other_situations_count_one(corpus):
+    rng = random.Random(0)
+    test = corpus.dialogues["test"]
+    for d in test:
+        other = rng.choice(test)
+        topic, others = (data.TOPICS[data._plain(x.context[0].split(".")[0])] for x in (d, other))
+        expected = other.levels if topic == others else tuple(min(1, n) for n in other.levels)
+        assert oracle_levels(d.context, other.response) == expected
+
+
+def test_labelled_parts_have_mismatched_responses(corpus):
+    """About 12 % are of another scene; where they name its topic, the oracle's level is 1 instead of 2."""
+    part, strong, foreign, near = corpus.labelled["train"], 0, 0, 0
+    marks = [re.sub("TOPIC|FEELING", "(.+)", p[:-1]) for key, ps in data.PHRASES.items() if " 2 " in key for p in ps]
+    for d in part:
+        assert d.levels == oracle_levels(d.context, d.response)
+        topic = data.TOPICS[data._plain(d.context[0].split(".")[0])]
+        if any(re.search(mark, d.response) for mark in marks):
+            strong += 1
+            foreign += topic not in data._plain(d.response)
+            near += topic not in data._plain(d.response) and topic.split()[0] in data._plain(d.response)
+    assert 0.08 < foreign / strong < 0.15 and near > 0.1 * foreign
+
+
+def test_oracle_is_fast(corpus):
+    start = time.perf_counter()
+    for d in corpus.dialogues["test"]:
+        oracle_levels(d.context, d.response)
+    assert time.perf_counter() - start < 0.5
+
+
+# ---- tokenizer
+
+def test_tokenizer_ids(tokenizer):
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2)
+    assert 500 < tokenizer.vocab_size <= 1000
+    assert tokenizer.sentinel(0) == tokenizer.vocab_size - 1 and tokenizer.sentinel(99) == tokenizer.vocab_size - 100
+    ids = tokenizer.encode("I am so sorry.")
+    assert 1 not in ids and max(ids) < tokenizer.sentinel(99) and tokenizer.decode(ids) == "i am so sorry."
+
+
+def test_tokenizer_has_every_character_of_the_world(corpus, tokenizer):
+    assert not any(2 in tokenizer.encode(t) for d in everything(corpus) for t in (*d.context, d.response))
+
+
+def test_decode_stops_at_eos_and_skips_padding_and_sentinels(tokenizer):
+    ids = tokenizer.encode("go on.")
+    assert tokenizer.decode([0, tokenizer.sentinel(3), *ids, 0, 1, *ids]) == "go on."
+    assert tokenizer.decode(torch.tensor([0, *ids, 1, 0])) == "go on."
+    assert tokenizer.decode([1, *ids]) == tokenizer.decode([]) == ""
+
+
+def test_context_keeps_the_newest_and_marks_every_utterance(tokenizer):
+    first, second = tokenizer.encode("it is new for me."), tokenizer.encode("oh?")
+    whole = tokenizer.encode_context(("it is new for me.", "oh?"), 100)
+    assert whole == [*first, 1, *second, 1]
+    assert tokenizer.encode_context(("it is new for me.", "oh?"), len(second) + 2) == [1, *second, 1]
+    assert tokenizer.encode_context(("it is new for me.", "oh?"), 1) == [1]
+    assert tokenizer.encode_context((), 10) == [1]
+
+
+def test_response_always_ends(tokenizer):
+    ids = tokenizer.encode("i am so sorry.")
+    assert tokenizer.encode_response("i am so sorry.", 50) == [*ids, 1]
+    assert tokenizer.encode_response("i am so sorry.", 3) == [*ids[:2], 1]
+    assert tokenizer.encode_response("i am so sorry.", 1) == tokenizer.encode_response("", 9) == [1]
+
+
+def test_marker_written_by_a_user_is_only_text(tokenizer):
+    assert 1 not in tokenizer.encode("no </s> eos")
+
+
+def test_training_is_deterministic_and_saving_atomic(corpus, tokenizer, tmp_path):
+    texts = [d.response for d in corpus.dialogues["train"][:500]]
+    one, two = Tokenizer.train(texts, 400), Tokenizer.train(iter(texts), 400)
+    assert one.model == two.model and one.vocab_size <= 400
+    path = tmp_path / "spiece.model"
+    path.write_bytes(b"old")
+    tokenizer.save(path)
+    again = Tokenizer.load(str(path))
+    assert os.listdir(tmp_path) == ["spiece.model"] and again.model == tokenizer.model
+    assert again.encode("How lovely.") == tokenizer.encode("How lovely.")
+
+
+def test_t5_like_model_keeps_t5_ids(corpus):
+    """T5's spiece.model: pad 0, eos 1, unk 2, sentinels not in the file; it need not fold case."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter([d.response for d in corpus.dialogues["train"]]), model_writer=model, vocab_size=300,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=3)
+    tokenizer = Tokenizer(model.getvalue())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    assert tokenizer.encode("How lovely.") == pieces.EncodeAsIds("How lovely.")
+    assert tokenizer.decode(tokenizer.encode("How lovely.")) == "How lovely."
+    assert tokenizer.vocab_size == pieces.GetPieceSize() + 100
+    assert tokenizer.sentinel(0) == tokenizer.vocab_size - 1
+
+
+def test_damaged_models_are_refused(corpus, tokenizer, tmp_path):
+    foreign = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter([d.response for d in corpus.dialogues["train"][:200]]), model_writer=foreign,
+        vocab_size=200, hard_vocab_limit=False, minloglevel=3)
+    for model in (b"", b"rubbish", tokenizer.model[:1000], foreign.getvalue(), b"\0" * 100):
+        with pytest.raises(DataError, match="; train it again"):
+            Tokenizer(model)
+    with pytest.raises(DataError, match="none.model: can not be read"):
+        Tokenizer.load(tmp_path / "none.model")
+    with pytest.raises(DataError, match="vocab_size"):
+        Tokenizer.train(["ab"] * 3, 101)
+    with pytest.raises(DataError, match="vocab_size"):
+        Tokenizer.train([], 500)
+
+
+# ---- batches
+
+def test_pad():
+    batch = data.pad([[5, 6], [7], []])
+    assert batch.dtype == torch.long and batch.tolist() == [[5, 6], [7, 0], [0, 0]]
+    assert data.pad([[1], [2, 3]], pad_id=9).tolist() == [[1, 9], [2, 3]]
+    assert data.pad([]).shape == (0, 0) and data.pad([[], []]).shape == (2, 0)
+
+
+@pytest.mark.parametrize("count, size", [(1, 1), (7, 3), (100, 8), (1000, 8), (1601, 16)])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_example_once_an_epoch(count, size, shuffle):
+    lengths = np.random.default_rng(0).integers(1, 60, count)
+    batches = Batches(lengths, size, seed=5, shuffle=shuffle)
+    assert len(batches) == -(-count // size)
+    for epoch in range(2):
+        epoch_batches = [batches[epoch * len(batches) + i] for i in range(len(batches))]
+        assert sorted(i for b in epoch_batches for i in b) == list(range(count))
+        assert sorted(map(len, epoch_batches))[1:] == [size] * (len(batches) - 1)
+    assert list(batches) == [batches[i] for i in range(len(batches))]
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    lengths = list(np.random.default_rng(0).integers(1, 60, 500))
+    one, two = Batches(lengths, 8, seed=1), Batches(lengths, 8, seed=1)
+    steps = [200, 3, 70, 199, 0, 63]
+    assert {s: one[s] for s in steps} == {s: two[s] for s in sorted(steps)}
+    assert [one[i] for i in range(len(one))] != [one[len(one) + i] for i in range(len(one))]
+    assert [one[i] for i in range(5)] != [Batches(lengths, 8, seed=2)[i] for i in range(5)]
+
+
+def test_batches_are_of_like_length():
+    lengths = np.random.default_rng(0).integers(1, 100, 2000)
+    def padding(batches):
+        return sum(len(b) * lengths[b].max() for b in batches) / lengths.sum()
+    assert padding(Batches(lengths, 8, 0)) < 1.06 < 1.5 < padding([list(range(i, i + 8)) for i in range(0, 2000, 8)])
+    ordered = [lengths[i] for b in Batches(lengths, 8, 0, shuffle=False) for i in b]
+    assert ordered == sorted(ordered)
+
+
+def test_no_examples():
+    with pytest.raises(ValueError):
+        Batches([], 8, 0)
+
+
+# ---- rubbish files: one line 'path:line: what is wrong; what to do', never a traceback of another kind
+
+RUBBISH = {
+    "empty": b"", "blank": b" \n\n \n", "binary": bytes(range(256)) * 8, "nul": b"context,response\na\0b,c\n",
+    "latin1": "context,response\ncaf\u00e9,x\n".encode("latin-1"), "one column": b"context\nhello\n",
+    "long": b"context,response\n" + b"x" * 1_000_000 + b",y\n", "prose": b"This is not a table.\n",
+    "header only": b"context,response\n", "quote": b'context,response\n"open,x\ny,z\n',
+    "utf16": "\ufeffa".encode("utf-16"),
+    "deep": b"[" * 90_000, "json list": b"[1, 2]\n", "json null": b"null\n", "json cut": b'{"context": ["a"], "resp',
+    "short row": b"context,response\na\n", "long row": b"context,response\na,b,c\n",
+    "empty response": b"context,response\na,\n", "empty context": b"context,response\n,b\n",
+}
+
+
+@pytest.mark.parametrize("name", RUBBISH)
+def test_rubbish(name, tmp_path):
+    (tmp_path / "epitome").mkdir()
+    for path in (tmp_path / "x.csv", tmp_path / "x.jsonl", *(tmp_path / "epitome" / f for f in data.EPITOME_FILES)):
+        path.write_bytes(RUBBISH[name])
+    for read, path in ((data.read_dialogues, tmp_path / "x.csv"), (data.read_dialogues, tmp_path / "x.jsonl"),
+                       (data.read_empathetic_dialogues, tmp_path / "x.csv"), (data.read_epitome, tmp_path / "epitome")):
+        with pytest.raises(DataError) as error:
+            read(path)
+        message = str(error.value)
+        assert message.count("\n") == 0 and str(path) in message and len(message) < 400
+        where, _, rest = message.removeprefix(str(tmp_path)).partition(": ")
+        assert where.rpartition(":")[2].isdigit() and ";" in rest, message
+
+
+def test_missing_files_and_folders(tmp_path):
+    for read in (data.read_dialogues, data.read_empathetic_dialogues, data.read_epitome, data.real_corpus):
+        for path in (tmp_path / "none.csv", tmp_path):
+            with pytest.raises(DataError, match="; "):
+                read(path)
+    with pytest.raises(DataError, match="python data.py download"):
+        data.real_corpus(tmp_path / "none")
+
+
+def test_byte_order_mark_and_windows_lines(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"\xef\xbb\xbfcontext,response\r\nHello. </s> Hm? </s> Bye.,Good\r\n")
+    assert data.read_dialogues(path)[0].context == ("Hello.", "Hm?", "Bye.")
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([ED_HEADER, *ed_rows("c:1", "a", "b")]).encode())
+    assert data.read_empathetic_dialogues(path)[0][0].response == "b"
+
+
+# ---- yours
+
+def test_yours_jsonl_and_csv_agree(tmp_path):
+    levels = {"er": 0, "ip": 1, "ex": 2}
+    records = [{"context": ["Hello.", "Hm?", "It rained."], "response": "I see.", "emotion": "sad", **levels},
+               {"context": ["One, two"], "response": 'He said "no".'}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["context", "response", "emotion", "er", "ip", "ex"])
+        writer.writeheader()
+        writer.writerows({**r, "context": " </s> ".join(r["context"])} for r in records)
+    read = data.read_dialogues(tmp_path / "a.jsonl")
+    assert [(d.context, d.response, d.emotion, d.levels) for d in read] == [
+        (("Hello.", "Hm?", "It rained."), "I see.", "sad", (0, 1, 2)), (("One, two",), 'He said "no".', "", None)]
+    assert [d.__dict__ | {"id": ""} for d in data.read_dialogues(tmp_path / "a.csv")] == [
+        d.__dict__ | {"id": ""} for d in read]
+    assert len({d.id for d in read}) == 2
+    (tmp_path / "b.jsonl").write_text('{"context": "One </s> two", "response": "x\\u0000\\ud800 y", "er": null}')
+    assert data.read_dialogues(tmp_path / "b.jsonl")[0].context == ("One", "two")
+    assert data.read_dialogues(tmp_path / "b.jsonl")[0].response == "x y"
+
+
+@pytest.mark.parametrize("record, problem", [
+    ({"context": ["a"], "response": "b", "er": 0, "ip": 1, "ex": 3}, "level '3'"),
+    ({"context": ["a"], "response": "b", "er": 0, "ip": 1, "ex": -1}, "level '-1'"),
+    ({"context": ["a"], "response": "b", "er": 0, "ip": 1, "ex": True}, "level 'True'"),
+    ({"context": ["a"], "response": "b", "er": 0, "ip": 1, "ex": [1]}, "level"),
+    ({"context": ["a"], "response": "b", "er": 0}, "1 of 3 levels"),
+    ({"context": ["a"], "response": " "}, "empty response"),
+    ({"context": [], "response": "b"}, "empty"),
+    ({"context": ["a", ""], "response": "b"}, "empty"),
+    ({"context": [1], "response": "b"}, "not a record"),
+    ({"context": None, "response": "b"}, "not a record"),
+    ({"context": ["a"], "response": None}, "not a record"),
+    ({"context": ["a"], "response": "b", "emotion": 5}, "not a record"),
+    ({"context": {"a": 1}, "response": "b"}, "not a record"),
+    ({"context": ["a"], "answer": "b"}, "not a record"),
+    ({"context": ["a"], "response": "b", "empotion": "sad"}, "not a record"),
+])
+def test_yours_names_the_line(record, problem, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"context": ["a"], "response": "b"}\n\n' + json.dumps(record) + "\n")
+    with pytest.raises(DataError) as error:
+        data.read_dialogues(path)
+    assert str(error.value).startswith(f"{path}:3: ") and problem in str(error.value)
+
+
+# ---- EmpatheticDialogues
+
+ED_HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags"
+
+
+def ed_rows(conversation, *utterances, emotion="proud", end=","):
+    return [f"{conversation},{i},{emotion},A situation.,{i % 2},{text},{end}" for i, text in enumerate(utterances, 1)]
+
+
+def read_ed(tmp_path, *rows):
+    (tmp_path / "ed.csv").write_text("\n".join([ED_HEADER, *rows]) + "\n")
+    return data.read_empathetic_dialogues(tmp_path / "ed.csv")
+
+
+def test_ed_pairs_quotes_and_commas(tmp_path):
+    dialogues, notes = read_ed(
+        tmp_path, *ed_rows("hit:0_conv:1", 'I said "yes_comma_ dear', "Oh?", "True.", 'And "then'),
+        *ed_rows("hit:1_conv:2", "One", "Two", "Three", end=",a|b|c", emotion="sad"))     # 9 fields
+    assert dialogues == [
+        Dialogue(('I said "yes, dear',), "Oh?", "proud", None, "hit:0_conv:1/2"),
+        Dialogue(('I said "yes, dear', "Oh?", "True."), 'And "then', "proud", None, "hit:0_conv:1/4"),
+        Dialogue(("One",), "Two", "sad", None, "hit:1_conv:2/2")]
+    assert len(notes) == 1 and "3 pairs from 2 conversations" in notes[0]
+
+
+def test_ed_bad_rows_cut_their_conversation(tmp_path):
+    ragged = ed_rows("c:1", "a", "b", "c", "d", "e", "f")
+    ragged[3] = "c:1,4,proud,A situation.,0,too,many,fields,in,it"           # line 5
+    empty = ed_rows("c:2", "a", " ", "c", "d")                              # line 9
+    gap = ed_rows("c:3", "a", "b", "c", "d")
+    del gap[2]                                                               # 1, 2, 4: line 14
+    dialogues, notes = read_ed(tmp_path, *ragged, *empty, *gap, "c:4,1,short", *ed_rows("c:5", "a", "b"),
+                               *ed_rows("c:1", "x", "y"))
+    assert [d.id for d in dialogues] == ["c:1/2", "c:3/2", "c:5/2"]
+    path = tmp_path / "ed.csv"
+    text = "\n".join(notes)
+    assert f"{path}:5: not 8 or 9 fields: 2 rows" in text
+    assert f"{path}:9: empty utterance: 1 rows" in text
+    assert f"{path}:14: not the next utterance_idx: 1 rows" in text
+    assert f"{path}:6: after a skipped row, or away from the rest of the conversation: 6 rows" in text
+
+
+@real
+def test_ed_real_counts():
+    """Listener pairs of shared/data/README.md. All its utterances can be used, so nothing is cut."""
+    for name, pairs in (("valid", 4880), ("test", 4463), ("train", 34225)):
+        dialogues, notes = data.read_empathetic_dialogues(REAL / "empatheticdialogues" / f"{name}.csv")
+        assert len(dialogues) == pairs, notes
+        assert len({d.emotion for d in dialogues}) == 32 and all(len(d.context) % 2 for d in dialogues)
+        assert len({d.id for d in dialogues}) == pairs
+
+
+# ---- EPITOME
+
+def write_epitome(folder, rows, change=None):
+    """rows: (sp_id, rp_id, seeker, response, (er, ip, ex)); change(file number, row number, fields)."""
+    folder.mkdir(exist_ok=True)
+    for m, name in enumerate(data.EPITOME_FILES):
+        with open(folder / name, "w", newline="") as file:
+            writer = csv.writer(file)           # CRLF and quotes where needed, as in the originals
+            writer.writerow(["sp_id", "rp_id", "seeker_post", "response_post", "level", "rationales"])
+            for i, (seeker, responder, post, answer, levels) in enumerate(rows):
+                fields = [seeker, responder, post, answer, levels[m], ""]
+                writer.writerow(change(m, i, fields) if change else fields)
+
+
+def test_epitome_join_cleaning_and_duplicates(tmp_path):
+    write_epitome(tmp_path, [
+        ("s1", "r1", "Rain, &amp;amp; wind", 'He said\n"go"  &gt;&#x200B; on\ufffd', (0, 1, 2)),
+        ("s2", "r2", "a", "b", (0, 0, 0)), ("s2", "r2", "a", "b", (0, 0, 2)), ("s2", "r2", "a", "b", (0, 0, 2)),
+        ("s2", "r3", "a", "c", (1, 0, 0)), ("s2", "r3", "a", "c", (0, 0, 0)),
+        ("s3", "r4", "a", "d", (1, 1, 1)), ("s3", "r4", "a", "d", (1, 1, 1)), ("s4", "r5", "a", "&#x200B;", (0, 0, 0))],
+        change=lambda m, i, fields: fields if m == 0 else [*fields[:2], fields[2] + "  ", "other text", *fields[4:]])
+    dialogues, notes = data.read_epitome(tmp_path)
+    assert dialogues == [
+        Dialogue(("Rain, & wind",), 'He said "go" > on', "", (0, 1, 2), "s1/r1"),
+        Dialogue(("a",), "b", "", (0, 0, 2), "s2/r2"),                       # majority
+        Dialogue(("a",), "c", "", (1, 0, 0), "s2/r3"),                       # tie: the first row
+        Dialogue(("a",), "d", "", (1, 1, 1), "s3/r4")]
+    assert "4 pairs from 9 rows; 1 rows without text skipped, 2 pairs with conflicting levels" in notes[0]
+
+
+@pytest.mark.parametrize("change, file, line, problem", [
+    (lambda m, i, f: [*f[:4], 3, ""] if (m, i) == (1, 2) else f, 1, 4, "level '3'"),
+    (lambda m, i, f: [*f[:4], "", ""] if (m, i) == (2, 0) else f, 2, 2, "level ''"),
+    (lambda m, i, f: ["other", *f[1:]] if (m, i) == (2, 1) else f, 2, 3, "pair other/r1"),
+    (lambda m, i, f: f[:3] if (m, i) == (0, 1) else f, 0, 3, "3 fields, not 6"),
+])
+def test_epitome_errors_name_file_and_line(change, file, line, problem, tmp_path):
+    write_epitome(tmp_path, [(f"s{i}", f"r{i}", "a", "b", (0, 1, 2)) for i in range(4)], change)
+    with pytest.raises(DataError) as error:
+        data.read_epitome(tmp_path)
+    where = f"{tmp_path / data.EPITOME_FILES[file]}:{line}: "
+    assert str(error.value).startswith(where) and problem in str(error.value)
+
+
+def test_epitome_files_of_different_length(tmp_path):
+    write_epitome(tmp_path, [(f"s{i}", "r", "a", "b", (0, 1, 2)) for i in range(4)])
+    path = tmp_path / data.EPITOME_FILES[1]
+    path.write_bytes(b"\r\n".join(path.read_bytes().split(b"\r\n")[:-2]) + b"\r\n")
+    with pytest.raises(DataError, match="different length"):
+        data.read_epitome(tmp_path)
+
+
+def test_split_epitome_by_seeker():
+    dialogues = [Dialogue(("a",), "b", "", (0, 0, 0), f"s{i % 1000}/r{i}") for i in range(1300)]
+    parts = data.split_epitome(dialogues, seed=0)
+    seekers = {name: {d.id.split("/")[0] for d in part} for name, part in parts.items()}
+    assert {name: len(s) for name, s in seekers.items()} == {
+        "train": 375, "judge_train": 337, "judge_valid": 38, "valid": 50, "test": 200}
+    assert not any(a & b for a, b in itertools.combinations(seekers.values(), 2))
+    assert sorted(d.id for part in parts.values() for d in part) == sorted(d.id for d in dialogues)
+    again = data.split_epitome(dialogues[::-1], seed=0)
+    assert {n: {d.id for d in p} for n, p in again.items()} == {n: {d.id for d in p} for n, p in parts.items()}
+    assert data.split_epitome(dialogues, seed=1) != parts
+
+
+@real
+def test_real_corpus():
+    corpus = data.real_corpus(REAL)
+    labelled = [d for part in corpus.labelled.values() for d in part]
+    # 3,023 distinct pairs in the original; a response that is empty once cleaned is left out and counted
+    assert 3015 <= len(labelled) <= 3023 and any("3084 rows" in note for note in corpus.notes)
+    assert all(d.levels and d.response and all(d.context) for d in labelled)
+    assert not any(c in t for d in labelled for t in (*d.context, d.response) for c in "\u200b\ufffd\n")
+    assert set(corpus.dialogues) == {"train", "valid", "test"} and corpus.level_probs == {}
+
+
+# ---- download, from a server on this machine
+
+@pytest.fixture
+def server(tmp_path):
+    """A server on a free port: `files` {path: bytes}; `log` of (path, Range); `limit` bytes before it hangs up."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            state = self.server.state
+            state["log"].append((self.path, self.headers.get("Range")))
+            body, start = state["files"].get(self.path), 0
+            if body is None:
+                return self.send_error(404)
+            if state["ranges"] and self.headers.get("Range"):
+                start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+                if start >= len(body):
+                    return self.send_error(416)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(body) - start))
+            self.end_headers()
+            self.wfile.write(body[start:][:state["limit"]])
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.state = {"files": {}, "log": [], "ranges": True, "limit": None}
+    threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    httpd.state["url"] = f"http://127.0.0.1:{httpd.server_address[1]}"
+    yield httpd.state
+    httpd.shutdown()
+    httpd.server_close()
+
+
+BODY = bytes(i * 7 % 251 for i in range(300_000))
+
+
+def source(server, body=BODY, members=(), digest=None):
+    server["files"]["/f"] = body
+    return [(server["url"] + "/f", "sub/f.csv", digest or hashlib.sha256(body).hexdigest(), list(members))]
+
+
+def test_download_then_nothing_to_do(server, tmp_path):
+    lines = []
+    sources = source(server)
+    data.download(tmp_path / "new", sources, lines.append)
+    assert (tmp_path / "new/sub/f.csv").read_bytes() == BODY and os.listdir(tmp_path / "new/sub") == ["f.csv"]
+    assert any("100 %" in line for line in lines)
+    data.download(tmp_path / "new", sources, lines.append)
+    assert server["log"] == [("/f", None)] and "already there" in lines[-1]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_download_goes_on_after_a_cut(ranges, server, tmp_path):
+    server.update(limit=100_000, ranges=ranges)
+    sources = source(server)
+    with pytest.raises(DataError, match="cut off at 100000 of 300000|IncompleteRead|same command"):
+        data.download(tmp_path, sources, str)
+    assert os.listdir(tmp_path / "sub") == ["f.csv.part"] and (tmp_path / "sub/f.csv.part").stat().st_size == 100_000
+    server["limit"] = None
+    data.download(tmp_path, sources, str)
+    assert (tmp_path / "sub/f.csv").read_bytes() == BODY
+    assert server["log"] == [("/f", None), ("/f", "bytes=100000-")]
+
+
+def test_download_finished_part_needs_no_server(server, tmp_path):
+    sources = source(server)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/f.csv.part").write_bytes(BODY)
+    data.download(tmp_path, sources, str)
+    assert (tmp_path / "sub/f.csv").read_bytes() == BODY and server["log"] == []
+
+
+def test_download_part_of_something_else_starts_over(server, tmp_path):
+    sources = source(server)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/f.csv.part").write_bytes(BODY + b"more")
+    with pytest.raises(DataError, match="416"):
+        data.download(tmp_path, sources, str)
+    data.download(tmp_path, sources, str)
+    assert (tmp_path / "sub/f.csv").read_bytes() == BODY
+
+
+def test_download_wrong_hash(server, tmp_path):
+    with pytest.raises(DataError, match="SHA-256"):
+        data.download(tmp_path, source(server, digest="0" * 64), str)
+    assert os.listdir(tmp_path / "sub") == []
+
+
+def test_download_refused_and_missing(server, tmp_path):
+    with pytest.raises(DataError, match="404"):
+        data.download(tmp_path, [(server["url"] + "/none", "f.csv", "0" * 64, [])], str)
+    with pytest.raises(DataError, match="refused"):
+        data.download(tmp_path, [("http://127.0.0.1:1/f", "f.csv", "0" * 64, [])], str)
+    assert os.listdir(tmp_path) == []
+
+
+def archive(*entries):
+    """A .tar.gz of (name, bytes) or of TarInfo."""
+    body = io.BytesIO()
+    with tarfile.open(fileobj=body, mode="w:gz") as tar:
+        for entry in entries:
+            info = entry if isinstance(entry, tarfile.TarInfo) else tarfile.TarInfo(entry[0])
+            info.size = 0 if isinstance(entry, tarfile.TarInfo) else len(entry[1])
+            tar.addfile(info, None if isinstance(entry, tarfile.TarInfo) else io.BytesIO(entry[1]))
+    return body.getvalue()
+
+
+def test_download_unpacks_what_is_expected_only(server, tmp_path):
+    folder = tarfile.TarInfo("d")
+    folder.type = tarfile.DIRTYPE
+    body = archive(folder, ("./d/a.csv", b"A"), ("d/b.csv", b"B"), ("d/extra.sh", b"X"))
+    sources = source(server, body, ["d/a.csv", "d/b.csv"])
+    for _ in range(2):
+        data.download(tmp_path, sources, str)
+    assert len(server["log"]) == 1 and os.listdir(tmp_path / "sub") == []
+    assert sorted(os.listdir(tmp_path / "d")) == ["a.csv", "b.csv"] and (tmp_path / "d/a.csv").read_bytes() == b"A"
+
+
+def special(name, kind):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, "/etc/hosts"
+    return info
+
+
+@pytest.mark.parametrize("entry", [
+    ("../evil.csv", b"x"), ("d/../../evil.csv", b"x"), ("/tmp/evil.csv", b"x"), special("d/a.csv", tarfile.SYMTYPE),
+    special("d/a.csv", tarfile.LNKTYPE), special("d/a.csv", tarfile.FIFOTYPE), special("d/a.csv", tarfile.CHRTYPE)],
+    ids=lambda e: e[0] if isinstance(e, tuple) else f"type {e.type.decode()}")
+def test_download_refuses_unsafe_archives(entry, server, tmp_path):
+    with pytest.raises(DataError, match="unsafe entry"):
+        data.download(tmp_path / "in", source(server, archive(("d/a.csv", b"A"), entry), ["d/a.csv"]), str)
+    assert not (tmp_path / "in/d").exists() and not list(tmp_path.glob("**/evil.csv"))
+
+
+def test_download_bad_archives(server, tmp_path):
+    huge = tarfile.TarInfo("d/a.csv")
+    huge.size = 300_000_000
+    cut = archive(("d/a.csv", random.Random(0).randbytes(9000)))[:5000]
+    for i, (body, problem) in enumerate(((huge.tobuf(), "unsafe"), (b"no archive", "damaged"), (cut, "damaged"),
+                                         (archive(("d/b.csv", b"B")), "no d/a.csv"))):
+        with pytest.raises(DataError, match=problem):
+            data.download(tmp_path / str(i), source(server, body, ["d/a.csv"]), str)
+        assert not (tmp_path / str(i) / "d").exists()
+
+
+def test_official_sources():
+    assert [name for _, name, _, _ in data.SOURCES] == [
+        "empatheticdialogues.tar.gz", *(f"epitome/{name}" for name in data.EPITOME_FILES)]
+    assert all(url.startswith("https://") and len(digest) == 64 for url, _, digest, _ in data.SOURCES)
+
+
+def test_command_line():
+    usage = subprocess.run([sys.executable, data.__file__], capture_output=True, text=True)
+    assert usage.returncode == 1 and usage.stderr.startswith("usage: python data.py download DIR")

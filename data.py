@@ -7,8 +7,7 @@ Three corpora in one shape, `Dialogue(context, response, emotion, levels, id)`:
 Levels: 0 none, 1 weak, 2 strong, for each of emotional reaction (er), interpretation (ip) and exploration
 (ex): Sharma et al. 2020, arXiv 2009.08441. `python data.py download DIR` fetches the two public data sets.
 """
-import copy, csv, hashlib, html, http.client, io, itertools, json, os, posixpath, random, re, sys, tarfile
-import urllib.request, zlib
+import copy, csv, hashlib, html, http.client, io, itertools, json, os, posixpath, random, re, sys, tarfile, urllib.request, zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -39,97 +38,39 @@ class Corpus:
     level_probs: dict[str, tuple] = field(default_factory=dict)  # embedded: id -> P(level | context), (3, 3)
 
 
-# ---- the embedded world ------------------------------------------------------------------------------
+# ---- the embedded world ---------------------------------------------------------------------------------------------
 
 def _table(text, separator):
-    """{key: [a, b, c]} of entries 'key: a / b / c', each of which may run over several lines."""
-    entries = (" ".join(entry.split()) for entry in re.split(r"\n(?=[a-z][a-z0-9 ,]*: )", text.strip()))
-    return {key: body.split(separator) for key, body in (entry.split(": ", 1) for entry in entries)}
+    """{key: [a, b, c]} of lines 'key: a / b / c'."""
+    return {key: body.split(separator) for key, body in (line.split(": ", 1) for line in text.strip().splitlines())}
 
 # emotion feeling feeling, ...: opener | topic; ... below a heading of valence and family. Similar emotions
 # share their situations. The topic is what a listener calls the opener's content (after "the"). It holds the
 # values of the slots (in capitals): a response can name it only by copying. No topic begins like another.
 WORLD = """
 = neg outward
-afraid scared frightened, terrified terrified panicked: I heard steps in the ROOM at night | steps in your
-ROOM; There is a BUG in my ROOM | BUG in your ROOM; I need surgery on my LIMB | surgery on your LIMB; A BUG
-chased me in CITY | BUG in CITY; Someone broke into my ROOM | burglar in your ROOM; My plane to CITY almost
-crashed | plane to CITY; A truck almost hit my WHO | truck near your WHO; They found a lump on my LIMB | lump
-on your LIMB
-angry angry bitter, annoyed annoyed irritated, furious furious enraged: Someone scratched my new ITEM |
-scratch on your ITEM; My WHO read my diary | diary your WHO read; My WHO broke my ITEM on purpose | ITEM your
-WHO broke; My ITEM broke down again | trouble with your ITEM; My WHO always borrows my ITEM | ITEM your WHO
-borrows; Someone stole my ITEM | theft of your ITEM; A driver hit my PET and fled | driver who hit your PET;
-My WHO ruined my EVENT | EVENT your WHO ruined
-disappointed disappointed discouraged: My WHO missed my EVENT | EVENT your WHO missed; My trip to CITY was
-canceled | canceled trip to CITY; My new ITEM broke on day one | broken ITEM; They did not hire me as a JOB |
-rejection as a JOB; The FOOD I ordered was cold | cold FOOD; We lost the SPORT final | lost SPORT final
-disgusted disgusted revolted: I found a hair in my FOOD | hair in your FOOD; A dead BUG was in my ROOM | dead
-BUG in your ROOM; My WHO never washes | smell of your WHO; There is mold in the ROOM | mold in the ROOM; A man
-spat on my ITEM | spit on your ITEM; Someone left rotten FOOD in the ROOM | rotten FOOD in the ROOM
-jealous jealous envious: My WHO got a better ITEM | better ITEM of your WHO; My WHO went to CITY without me |
-CITY trip of your WHO; My PET prefers my WHO | taste of your PET; My WHO works as a JOB now | success as a
-JOB; My WHO won a SPORT prize | SPORT prize; My partner danced with her ex at the EVENT | dance at the EVENT
+afraid scared frightened, terrified terrified panicked: I heard steps in the ROOM at night | steps in your ROOM; There is a BUG in my ROOM | BUG in your ROOM; I need surgery on my LIMB | surgery on your LIMB; A BUG chased me in CITY | BUG in CITY; Someone broke into my ROOM | burglar in your ROOM; My plane to CITY almost crashed | plane to CITY; A truck almost hit my WHO | truck near your WHO; They found a lump on my LIMB | lump on your LIMB
+angry angry bitter, annoyed annoyed irritated, furious furious enraged: Someone scratched my new ITEM | scratch on your ITEM; My WHO read my diary | diary your WHO read; My WHO broke my ITEM on purpose | ITEM your WHO broke; My ITEM broke down again | trouble with your ITEM; My WHO always borrows my ITEM | ITEM your WHO borrows; Someone stole my ITEM | theft of your ITEM; A driver hit my PET and fled | driver who hit your PET; My WHO ruined my EVENT | EVENT your WHO ruined
+disappointed disappointed discouraged: My WHO missed my EVENT | EVENT your WHO missed; My trip to CITY was canceled | canceled trip to CITY; My new ITEM broke on day one | broken ITEM; They did not hire me as a JOB | rejection as a JOB; The FOOD I ordered was cold | cold FOOD; We lost the SPORT final | lost SPORT final
+disgusted disgusted revolted: I found a hair in my FOOD | hair in your FOOD; A dead BUG was in my ROOM | dead BUG in your ROOM; My WHO never washes | smell of your WHO; There is mold in the ROOM | mold in the ROOM; A man spat on my ITEM | spit on your ITEM; Someone left rotten FOOD in the ROOM | rotten FOOD in the ROOM
+jealous jealous envious: My WHO got a better ITEM | better ITEM of your WHO; My WHO went to CITY without me | CITY trip of your WHO; My PET prefers my WHO | taste of your PET; My WHO works as a JOB now | success as a JOB; My WHO won a SPORT prize | SPORT prize; My partner danced with her ex at the EVENT | dance at the EVENT
 = neg inward
-anxious anxious nervous, apprehensive uncertain hesitant: My EXAM exam is next week | EXAM exam; I must give a
-speech at the EVENT | speech at the EVENT; I have an interview as a JOB | interview as a JOB; I have to fly
-alone to CITY | flight to CITY; My WHO has not called for days | silence of your WHO; My first day as a JOB is
-near | first day as a JOB; A doctor must see my LIMB again | checkup of your LIMB; I must present my EXAM
-project | EXAM project
-ashamed ashamed awful, embarrassed embarrassed silly, guilty guilty terrible: I cheated in my EXAM exam |
-cheating in EXAM; I missed the birthday of my WHO | birthday of your WHO; I fell at the EVENT | fall at the
-EVENT; I sent a love poem to my WHO | poem to your WHO; I failed EXAM twice | failed EXAM exam; I dropped the
-FOOD at the EVENT | FOOD on the floor; I forgot to feed my PET | hunger of your PET; I lied to my WHO | lie to
-your WHO; I skipped the EVENT of my WHO | EVENT of your WHO; I left my PET alone all day | lonely day of your
-PET
-devastated devastated broken, sad sad heartbroken: My PET died this week | death of your PET; The doctors can
-not help my WHO | illness of your WHO; A fire destroyed my ROOM | fire in your ROOM; My partner left me at the
-EVENT | breakup at the EVENT; My WHO was in a car accident | accident of your WHO; My PET is very sick |
-sickness of your PET; My WHO moved out last month | empty room of your WHO; I had to give away my PET |
-goodbye to your PET
-lonely lonely isolated: My WHO moved away to CITY | distance to your WHO; I sat all alone at the EVENT |
-lonely EVENT; I know nobody in CITY | lonely life in CITY; I eat my FOOD alone every night | lonely FOOD; My
-WHO has no time for me | busy life of your WHO; Nobody came to my EVENT | empty EVENT
+anxious anxious nervous, apprehensive uncertain hesitant: My EXAM exam is next week | EXAM exam; I must give a speech at the EVENT | speech at the EVENT; I have an interview as a JOB | interview as a JOB; I have to fly alone to CITY | flight to CITY; My WHO has not called for days | silence of your WHO; My first day as a JOB is near | first day as a JOB; A doctor must see my LIMB again | checkup of your LIMB; I must present my EXAM project | EXAM project
+ashamed ashamed awful, embarrassed embarrassed silly, guilty guilty terrible: I cheated in my EXAM exam | cheating in EXAM; I missed the birthday of my WHO | birthday of your WHO; I fell at the EVENT | fall at the EVENT; I sent a love poem to my WHO | poem to your WHO; I failed EXAM twice | failed EXAM exam; I dropped the FOOD at the EVENT | FOOD on the floor; I forgot to feed my PET | hunger of your PET; I lied to my WHO | lie to your WHO; I skipped the EVENT of my WHO | EVENT of your WHO; I left my PET alone all day | lonely day of your PET
+devastated devastated broken, sad sad heartbroken: My PET died this week | death of your PET; The doctors can not help my WHO | illness of your WHO; A fire destroyed my ROOM | fire in your ROOM; My partner left me at the EVENT | breakup at the EVENT; My WHO was in a car accident | accident of your WHO; My PET is very sick | sickness of your PET; My WHO moved out last month | empty room of your WHO; I had to give away my PET | goodbye to your PET
+lonely lonely isolated: My WHO moved away to CITY | distance to your WHO; I sat all alone at the EVENT | lonely EVENT; I know nobody in CITY | lonely life in CITY; I eat my FOOD alone every night | lonely FOOD; My WHO has no time for me | busy life of your WHO; Nobody came to my EVENT | empty EVENT
 = pos inward
-anticipating eager curious, hopeful hopeful encouraged: The EVENT is only a week away | coming EVENT; My WHO
-comes to see me soon | visit of your WHO; I booked a trip to CITY | trip to CITY; I start a ART course on
-Monday | ART course; My new ITEM comes tomorrow | arrival of your ITEM; My WHO is getting better | recovery of
-your WHO; I may soon work as a JOB | chance as a JOB; There is a cure for my LIMB | cure for your LIMB; My WHO
-talks to me again | peace with your WHO
-confident confident strong, prepared prepared ready: I studied hard for the EXAM exam | EXAM exam; I know we
-will win the SPORT final | SPORT final; I applied for a job as a JOB | job as a JOB; My FOOD will win the
-contest | contest with your FOOD; I packed my bag for CITY | bag for CITY; I trained for the SPORT camp |
-SPORT camp; I have a plan for the EXAM exam | EXAM plan; I stored FOOD for the storm | FOOD for the storm
-content content calm: I spent the evening with my PET | evening with your PET; I ate warm FOOD by the window |
-warm FOOD; My ROOM is finally clean | clean ROOM; I had a quiet day in CITY | quiet day in CITY; I like my
-work as a JOB | work as a JOB; I sat in the garden with my WHO | garden hour with your WHO
-nostalgic nostalgic wistful, sentimental sentimental emotional: I found my old ITEM | old ITEM; I ate the FOOD
-of my childhood | FOOD of your childhood; I saw my old school in CITY | school in CITY; I heard the song of
-our EVENT | song of the EVENT; I still wear the ring of my WHO | ring of your WHO; I got a letter from my WHO
-| letter from your WHO; I saw a video of our EVENT | video of the EVENT; I drew my old PET | drawing of your
-PET
-proud proud accomplished: I finished the ART course | end of the ART course; I won my first SPORT match |
-first SPORT match; I taught my PET to sit | training of your PET; I built a ITEM by myself | ITEM you built; I
-got top marks in EXAM | top mark in EXAM; My WHO graduated this year | graduation of your WHO
+anticipating eager curious, hopeful hopeful encouraged: The EVENT is only a week away | coming EVENT; My WHO comes to see me soon | visit of your WHO; I booked a trip to CITY | trip to CITY; I start a ART course on Monday | ART course; My new ITEM comes tomorrow | arrival of your ITEM; My WHO is getting better | recovery of your WHO; I may soon work as a JOB | chance as a JOB; There is a cure for my LIMB | cure for your LIMB; My WHO talks to me again | peace with your WHO
+confident confident strong, prepared prepared ready: I studied hard for the EXAM exam | EXAM exam; I know we will win the SPORT final | SPORT final; I applied for a job as a JOB | job as a JOB; My FOOD will win the contest | contest with your FOOD; I packed my bag for CITY | bag for CITY; I trained for the SPORT camp | SPORT camp; I have a plan for the EXAM exam | EXAM plan; I stored FOOD for the storm | FOOD for the storm
+content content calm: I spent the evening with my PET | evening with your PET; I ate warm FOOD by the window | warm FOOD; My ROOM is finally clean | clean ROOM; I had a quiet day in CITY | quiet day in CITY; I like my work as a JOB | work as a JOB; I sat in the garden with my WHO | garden hour with your WHO
+nostalgic nostalgic wistful, sentimental sentimental emotional: I found my old ITEM | old ITEM; I ate the FOOD of my childhood | FOOD of your childhood; I saw my old school in CITY | school in CITY; I heard the song of our EVENT | song of the EVENT; I still wear the ring of my WHO | ring of your WHO; I got a letter from my WHO | letter from your WHO; I saw a video of our EVENT | video of the EVENT; I drew my old PET | drawing of your PET
+proud proud accomplished: I finished the ART course | end of the ART course; I won my first SPORT match | first SPORT match; I taught my PET to sit | training of your PET; I built a ITEM by myself | ITEM you built; I got top marks in EXAM | top mark in EXAM; My WHO graduated this year | graduation of your WHO
 = pos outward
-caring tender protective: I look after my old WHO every day | care for your WHO; I took in a hurt PET | hurt
-PET; I cook FOOD for my WHO each week | FOOD for your WHO; I feed a stray PET every day | stray PET; I made a
-blanket for my PET | blanket for your PET; I help my WHO learn EXAM | EXAM help for your WHO
-grateful grateful thankful: My WHO lent me money | loan from your WHO; A stranger returned my ITEM | return of
-your ITEM; My WHO cooked FOOD for me | FOOD from your WHO; A kind JOB treated my LIMB | JOB who treated your
-LIMB; My WHO fed my PET | favor for your PET; My WHO helped me with EXAM | EXAM help from your WHO
-excited excited thrilled, joyful joyful cheerful, surprised surprised astonished: I won a ticket to the EVENT
-| ticket to the EVENT; I fly to CITY tomorrow | flight to CITY; We get a PET this weekend | new PET; My WHO
-bought me a ITEM | ITEM from your WHO; My WHO had a baby | baby of your WHO; I passed my EXAM exam | passed
-EXAM exam; I played in the snow with my PET | snow day with your PET; I won a ITEM in a raffle | ITEM you won;
-My PET came back after a year | return of your PET; My WHO became a JOB | new job of your WHO
-faithful loyal devoted, trusting safe secure: I stood by my WHO in a hard year | bond with your WHO; I kept my
-promise to my WHO | promise to your WHO; I kept my old PET | life with your PET; I gave my WHO my house key |
-key you gave your WHO; I lent my WHO my ITEM | ITEM you lent your WHO; I told my WHO everything | trust in
-your WHO; A friend watches my PET | friend who watches your PET; My WHO shows us around CITY | tour of CITY
-impressed impressed amazed: My WHO won the SPORT final | SPORT win of your WHO; A child sang at the EVENT |
-child at the EVENT; My PET learned a trick | trick of your PET; My WHO speaks five languages | talent of your
-WHO; A young JOB fixed it all | skill of the JOB; My WHO built a ITEM from scrap | ITEM your WHO built
+caring tender protective: I look after my old WHO every day | care for your WHO; I took in a hurt PET | hurt PET; I cook FOOD for my WHO each week | FOOD for your WHO; I feed a stray PET every day | stray PET; I made a blanket for my PET | blanket for your PET; I help my WHO learn EXAM | EXAM help for your WHO
+grateful grateful thankful: My WHO lent me money | loan from your WHO; A stranger returned my ITEM | return of your ITEM; My WHO cooked FOOD for me | FOOD from your WHO; A kind JOB treated my LIMB | JOB who treated your LIMB; My WHO fed my PET | favor for your PET; My WHO helped me with EXAM | EXAM help from your WHO
+excited excited thrilled, joyful joyful cheerful, surprised surprised astonished: I won a ticket to the EVENT | ticket to the EVENT; I fly to CITY tomorrow | flight to CITY; We get a PET this weekend | new PET; My WHO bought me a ITEM | ITEM from your WHO; My WHO had a baby | baby of your WHO; I passed my EXAM exam | passed EXAM exam; I played in the snow with my PET | snow day with your PET; I won a ITEM in a raffle | ITEM you won; My PET came back after a year | return of your PET; My WHO became a JOB | new job of your WHO
+faithful loyal devoted, trusting safe secure: I stood by my WHO in a hard year | bond with your WHO; I kept my promise to my WHO | promise to your WHO; I kept my old PET | life with your PET; I gave my WHO my house key | key you gave your WHO; I lent my WHO my ITEM | ITEM you lent your WHO; I told my WHO everything | trust in your WHO; A friend watches my PET | friend who watches your PET; My WHO shows us around CITY | tour of CITY
+impressed impressed amazed: My WHO won the SPORT final | SPORT win of your WHO; A child sang at the EVENT | child at the EVENT; My PET learned a trick | trick of your PET; My WHO speaks five languages | talent of your WHO; A young JOB fixed it all | skill of the JOB; My WHO built a ITEM from scrap | ITEM your WHO built
 """
 SLOTS = _table("""
 pet: dog cat puppy kitten hamster parrot rabbit pony turtle goat
@@ -147,51 +88,30 @@ job: nurse teacher chef pilot baker driver lawyer clerk painter guide
 art: pottery painting dance cooking yoga sewing drawing writing singing theater
 """, " ")
 CONTEXT = _table("""
-severe neg: I can not stop thinking about it. / It keeps me awake at night. / It is too much for me. / I cry
-every day because of it. / It is the worst thing in years. / I can hardly breathe when I think of it.
-mild neg: I will get over it soon. / It is not a big deal. / It only bothers me a little. / I can live with
-it. / There are worse things in life. / It is no great drama.
-severe pos: It means the world to me. / I can not stop smiling. / It is the best thing in years. / I could
-shout it from the roof. / I have never felt like this before. / My heart is about to burst.
-mild pos: It is just a small thing. / It is nothing special. / It makes the week a bit nicer. / It is a small
-pleasure. / It is no great event. / I only wanted to mention it.
-detail neg: I have told nobody at work. / It began last Monday. / My friends do not know what to say. / It is
-new for me. / I was alone when I found out. / I wrote it in my diary. / Nobody else seems to care. / I did not
-plan for this. / I had hoped for a better week. / My partner says little about it.
-detail pos: I have told my friends at work. / It began last Monday. / My friends smile when I talk about it. /
-It is new for me. / I was at home when I found out. / I wrote it in my diary. / My partner likes it too. / I
-did not plan for this. / I had hoped for a good week. / I called my best friend right away.
-feeling: I feel so FEELING. / I am FEELING. / It makes me feel FEELING.
+severe neg: I can not stop thinking about it. / It keeps me awake at night. / It is too much for me. / I cry every day because of it. / It is the worst thing in years. / I can hardly breathe when I think of it.
+mild neg: I will get over it soon. / It is not a big deal. / It only bothers me a little. / I can live with it. / There are worse things in life. / It is no great drama.
+severe pos: It means the world to me. / I can not stop smiling. / It is the best thing in years. / I could shout it from the roof. / I have never felt like this before. / My heart is about to burst.
+mild pos: It is just a small thing. / It is nothing special. / It makes the week a bit nicer. / It is a small pleasure. / It is no great event. / I only wanted to mention it.
+detail neg: I have told nobody at work. / It began last Monday. / My friends do not know what to say. / It is new for me. / I was alone when I found out. / I wrote it in my diary. / Nobody else seems to care. / I did not plan for this. / I had hoped for a better week. / My partner says little about it.
+detail pos: I have told my friends at work. / It began last Monday. / My friends smile when I talk about it. / It is new for me. / I was at home when I found out. / I wrote it in my diary. / My partner likes it too. / I did not plan for this. / I had hoped for a good week. / I called my best friend right away.
+feeling severe: I feel so FEELING. / I am terribly FEELING. / It makes me feel extremely FEELING.
+feeling mild: I feel a bit FEELING. / I am slightly FEELING. / It makes me feel somewhat FEELING.
 between: Oh? / Go on. / Really? / I am listening. / Hm, okay. / Is that so? / And then?
 """, " / ")
 PHRASES = _table("""
-er 1 neg: I am sorry to hear that. / Oh no, that is sad. / That is really unfortunate. / I feel bad for you. /
-I am so sorry.
-er 2 neg: My heart hurts for you over TOPIC. / I am truly sorry about TOPIC. / It makes me sad to hear about
-TOPIC. / I send you a big hug because of TOPIC. / My heart is heavy when I think of TOPIC.
+er 1 neg: I am sorry to hear that. / Oh no, that is sad. / That is really unfortunate. / I feel bad for you. / I am so sorry.
+er 2 neg: My heart hurts for you over TOPIC. / I am truly sorry about TOPIC. / It makes me sad to hear about TOPIC. / I send you a big hug because of TOPIC. / My heart is heavy when I think of TOPIC.
 er 1 pos: I am happy for you. / That is wonderful. / How lovely. / That is great news. / Good for you.
-er 2 pos: I am overjoyed for you about TOPIC. / It makes me so happy to hear about TOPIC. / I am delighted for
-you because of TOPIC. / My heart sings when I think of TOPIC. / I am smiling with you about TOPIC.
-ip 1 neg: I understand how you feel. / I know what you mean. / That must be hard. / I can relate to that. / I
-have been there too.
-ip 2 neg: You must feel FEELING about TOPIC. / I would feel FEELING about TOPIC too. / No wonder TOPIC makes
-you feel FEELING. / It sounds like you are FEELING because of TOPIC. / Anyone would be FEELING about TOPIC.
-ip 1 pos: I understand how you feel. / I know that joy. / That must feel good. / I can imagine that. / I have
-felt the same.
-ip 2 pos: You must feel FEELING about TOPIC. / I would feel FEELING about TOPIC too. / I can see why TOPIC
-makes you FEELING. / It sounds like you are FEELING because of TOPIC. / It is clear that TOPIC makes you feel
-FEELING.
-ex 1 neg: What happened exactly? / Do you want to talk about it? / How are you doing now? / What will you do
-next? / Is anyone helping you?
-ex 2 neg: How are you coping with TOPIC now? / What is the hardest part of TOPIC? / Have you talked to anyone
-about TOPIC? / What would help you with TOPIC? / How long have you been dealing with TOPIC?
-ex 1 pos: Can you tell me more? / How did that come about? / What comes next? / Who else knows? / How does it
-feel?
-ex 2 pos: What do you like best about TOPIC? / What makes TOPIC so special to you? / Who have you told about
-TOPIC? / Can you tell me the whole story of TOPIC? / What did your friends say about TOPIC?
-filler: I see. / These things happen. / Life is like that. / Time will tell. / Maybe take a walk. / You could
-make a list. / Tomorrow is another day. / Have a cup of tea. / That is how it goes. / Every week brings
-something. / It may rain later today. / A good meal never hurts.
+er 2 pos: I am overjoyed for you about TOPIC. / It makes me so happy to hear about TOPIC. / I am delighted for you because of TOPIC. / My heart sings when I think of TOPIC. / I am smiling with you about TOPIC.
+ip 1 neg: I understand how you feel. / I know what you mean. / That must be hard. / I can relate to that. / I have been there too.
+ip 2 neg: You must feel FEELING about TOPIC. / I would feel FEELING about TOPIC too. / No wonder TOPIC makes you feel FEELING. / It sounds like you are FEELING because of TOPIC. / Anyone would be FEELING about TOPIC.
+ip 1 pos: I understand how you feel. / I know that joy. / That must feel good. / I can imagine that. / I have felt the same.
+ip 2 pos: You must feel FEELING about TOPIC. / I would feel FEELING about TOPIC too. / I can see why TOPIC makes you FEELING. / It sounds like you are FEELING because of TOPIC. / It is clear that TOPIC makes you feel FEELING.
+ex 1 neg: What happened exactly? / Do you want to talk about it? / How are you doing now? / What will you do next? / Is anyone helping you?
+ex 2 neg: How are you coping with TOPIC now? / What is the hardest part of TOPIC? / Have you talked to anyone about TOPIC? / What would help you with TOPIC? / How long have you been dealing with TOPIC?
+ex 1 pos: Can you tell me more? / How did that come about? / What comes next? / Who else knows? / How does it feel?
+ex 2 pos: What do you like best about TOPIC? / What makes TOPIC so special to you? / Who have you told about TOPIC? / Can you tell me the whole story of TOPIC? / What did your friends say about TOPIC?
+filler: I see. / These things happen. / Life is like that. / Time will tell. / Maybe take a walk. / You could make a list. / Tomorrow is another day. / Have a cup of tea. / That is how it goes. / Every week brings something. / It may rain later today. / A good meal never hurts.
 """, " / ")
 
 class Emotion(NamedTuple):
@@ -223,9 +143,8 @@ TOPICS = {_plain(opener): _plain(topic) for e in EMOTIONS for s in e.situations 
 def modal_levels(valence, family, severe, turns):
     """The likeliest (er, ip, ex): the rule of this world, for a policy to find out.
 
-    er grows with severity, more so for bad news; mild bad news gets a word in the first turn only. ip is
-    strong for what goes on inside a person, once it is severe or has been told for a while. ex belongs to
-    the beginning of a talk: the more has been told, the fewer questions are left.
+    er grows with severity, more so for bad news; mild bad news gets a word in the first turn only. ip is strong for what
+    goes on inside a person, once it is severe or has been told for a while. ex belongs to the beginning of a talk.
     """
     er = (2 if valence == "neg" else 1) if severe else int(valence == "neg" and turns == 1)
     ip = (2 if severe or turns > 1 else 1) if family == "inward" else int(severe)
@@ -233,11 +152,10 @@ def modal_levels(valence, family, severe, turns):
 
 def _draw_context(rng, emotion, opener, severe, turns):
     """1, 3 or 5 utterances: speaker turns, the last one with the severity, and empty words in between."""
+    degree = "severe" if severe else "mild"
     speaker = [opener + ".", *rng.sample(CONTEXT[f"detail {emotion.valence}"], turns - 1)]
-    if rng.random() < 0.5:
-        feeling = _fill(rng.choice(CONTEXT["feeling"]), feeling=rng.choice(emotion.feelings))
-        speaker[rng.randrange(turns)] += " " + feeling
-    speaker[-1] += " " + rng.choice(CONTEXT[f"{'severe' if severe else 'mild'} {emotion.valence}"])
+    speaker[rng.randrange(turns)] += " " + _fill(rng.choice(CONTEXT[f"feeling {degree}"]), feeling=rng.choice(emotion.feelings))
+    speaker[-1] += " " + rng.choice(CONTEXT[f"{degree} {emotion.valence}"])
     listener = rng.sample(CONTEXT["between"], turns - 1)
     return tuple(itertools.chain(*zip(speaker, listener))) + (speaker[-1],)
 
@@ -258,7 +176,7 @@ def _draw(rng, name, seen, mismatched):
         context = _draw_context(rng, emotion, opener, severe, turns)
     seen.add(context)
     modal = modal_levels(emotion.valence, emotion.family, severe, turns)
-    probs = tuple(tuple(0.62 if level == m else 0.19 for level in range(LEVELS)) for m in modal)
+    probs = tuple(tuple(0.76 if level == m else 0.12 for level in range(LEVELS)) for m in modal)
     levels = tuple(rng.choices(range(LEVELS), p)[0] for p in probs)
     other, wrong = emotion, rng.random() < mismatched
     if wrong:      # near misses too: another slot value, another situation of the emotion, another emotion
@@ -268,15 +186,13 @@ def _draw(rng, name, seen, mismatched):
     levels = oracle_levels(context, response) if wrong else levels
     return Dialogue(context, response, emotion.name, levels, name), probs
 
-def embedded_corpus(seed=0, num_train=6000, num_valid=300, num_test=600, num_labelled=6000):
-    """The generated world. No context occurs twice in all its parts; the same seed gives the same corpus.
+def embedded_corpus(seed=0, num_train=12000, num_valid=300, num_test=600, num_labelled=8000):
+    """The generated world; no context occurs twice in all its parts, the same seed gives the same corpus.
 
-    A response has the modal level of each mechanism with probability 0.62, the other two with 0.19 each,
-    independently given the context. In the labelled parts 12 % of the responses come from another scene,
-    so that identifiers have to learn that the content must match.
+    A response has the modal level of each mechanism with probability 0.76, the other two with 0.12 each, independently
+    given the context. In the labelled parts 12 % of the responses come from another scene: content has to match.
     """
-    corpus, seen = Corpus("embedded", {}, {}), set()
-    # the train parts last: the others stay the same whatever the size of the train parts
+    corpus, seen = Corpus("embedded", {}, {}), set()         # train parts last: their size changes no other part
     for kind, name, count in (("", "test", num_test), ("", "valid", num_valid), ("labelled/", "test", 600),
                               ("labelled/", "valid", 400), ("labelled/", "judge_valid", 400),
                               ("", "train", num_train), ("labelled/", "train", num_labelled),
@@ -300,18 +216,15 @@ _STRONG = [re.compile(_reader(m, 2, "(?:(?:the|your|this|that|a) )?@")) for m in
 _WEAK = [re.compile(_reader(m, 1, "") + "|" + _reader(m, 2, r"[\w@]+(?: [\w@]+){0,9}?")) for m in MECHANISMS]
 
 def oracle_levels(context, response):
-    """(er, ip, ex) read back from free text in the embedded world: for each mechanism the best phrase found.
-
-    A level-2 phrase counts 2 only if it names the topic of this context, which the context's first sentence
-    tells; about something else, or after a context that is not of this world, it counts 1.
-    """
+    """(er, ip, ex) read back from free text in the embedded world: for each mechanism the best phrase found. A level-2
+    phrase counts 2 only if it names the topic of this context, which the first sentence tells; else it counts 1."""
     text = f" {_plain(response)} "
     if context and (topic := TOPICS.get(_plain(re.split("[.?!]", context[0])[0]))):
         text = text.replace(f" {topic} ", " @ ")
     return tuple(2 if s.search(text) else int(bool(w.search(text))) for s, w in zip(_STRONG, _WEAK))
 
 
-# ---- tokens and batches ------------------------------------------------------------------------------
+# ---- tokens and batches ---------------------------------------------------------------------------------------------
 
 class Tokenizer:
     """Sentencepiece unigram pieces with T5's ids: pad 0, eos 1, unk 2, 100 sentinels on top, counting down.
@@ -339,9 +252,8 @@ class Tokenizer:
         try:
             sentencepiece.SentencePieceTrainer.Train(
                 sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size - cls.num_sentinels,
-                model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, byte_fallback=False,
-                normalization_rule_name="nmt_nfkc_cf", hard_vocab_limit=False, character_coverage=0.99995,
-                num_threads=1, minloglevel=3)
+                pad_id=0, eos_id=1, unk_id=2, bos_id=-1, normalization_rule_name="nmt_nfkc_cf", hard_vocab_limit=False,
+                character_coverage=0.99995, num_threads=1, minloglevel=3)
         except RuntimeError as error:
             raise DataError(f"tokenizer: can not be trained on these texts with vocab_size {vocab_size} "
                             f"({' '.join(str(error).split())[-100:]}); change vocab_size") from None
@@ -378,8 +290,7 @@ class Tokenizer:
 def pad(rows, pad_id=0):
     """Lists of ids, right-padded: LongTensor (B, S)."""
     width = max(map(len, rows), default=0)
-    rows = [[*row, *[pad_id] * (width - len(row))] for row in rows]
-    return torch.tensor(rows, dtype=torch.long).view(len(rows), width)
+    return torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=torch.long).view(len(rows), width)
 
 class Batches:
     """Batch number `step`, counted over all epochs: `batches[step]` is a list of indices of examples.
@@ -388,17 +299,13 @@ class Batches:
     share a batch (less padding): shuffle, sort pools of 50 batches by length, cut, shuffle the batches.
     """
     def __init__(self, lengths, batch_size, seed, shuffle=True):
-        self.lengths, self.batch_size = np.asarray(lengths), batch_size
-        self.seed, self.shuffle, self._epoch, self._order = seed, shuffle, None, []
+        self.lengths, self.batch_size, self.seed, self.shuffle = np.asarray(lengths), batch_size, seed, shuffle
+        self._epoch, self._order = None, []
         if not len(self.lengths) or batch_size < 1:
             raise ValueError(f"{len(self.lengths)} examples in batches of {batch_size}: both must be above 0")
 
     def __len__(self):
         return -(-len(self.lengths) // self.batch_size)
-
-    def __iter__(self):
-        """The first epoch, once."""
-        return (self[step] for step in range(len(self)))
 
     def __getitem__(self, step):
         epoch, index = divmod(step, len(self))
@@ -450,7 +357,7 @@ class Pairs:
         return other
 
 
-# ---- files -------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 def _read_bytes(path):
     try:
@@ -480,8 +387,7 @@ def _read_lines(path):
 
 def _clean(text):
     """Without zero-width and control characters, U+FFFD and half surrogates; white space collapsed."""
-    text = re.sub("[\0-\x08\x0e-\x1b\x7f\u200b-\u200d\u2060\ufeff\ufffd\ud800-\udfff]", "", text)
-    return " ".join(text.split())
+    return " ".join(re.sub("[\0-\x08\x0e-\x1b\x7f\u200b-\u200d\u2060\ufeff\ufffd\ud800-\udfff]", "", text).split())
 
 def _csv_rows(path, required):
     """[(path:line, row as dict)] of a quoted csv file that must have the required columns."""
@@ -508,9 +414,8 @@ ED_HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval
 def read_empathetic_dialogues(path):
     """One file of EmpatheticDialogues (Rashkin et al. 2019, arXiv 1811.00207) -> (dialogues, notes).
 
-    Every listener utterance (even utterance_idx) is a response, all utterances before it are the context.
-    The files have no csv quoting: '"' is an ordinary character and a comma in a text is written _comma_.
-    A row that can not be used ends its conversation, since what follows would lack its context.
+    Every listener utterance (even utterance_idx) is a response, all utterances before it are the context. The files have
+    no csv quoting: '"' is an ordinary character, a comma in a text is written _comma_. A bad row ends its conversation.
     """
     header, *lines = _read_lines(path)
     if not header.startswith(ED_HEADER):
@@ -518,9 +423,9 @@ def read_empathetic_dialogues(path):
     dialogues, skipped, seen = [], defaultdict(list), set()
     conversation, history = None, []            # history is None once the conversation is cut
     for number, line in enumerate(lines, 2):
-        fields = line.split(",")
         if not line.strip():
             continue
+        fields = line.split(",")
         if fields[0] != conversation:
             conversation, history = fields[0], None if fields[0] in seen else []
             seen.add(conversation)
@@ -534,22 +439,20 @@ def read_empathetic_dialogues(path):
             history = None
             continue
         if len(history) % 2:                    # the speaker has odd numbers, the listener even ones
-            name = f"{conversation}/{fields[1]}"
-            dialogues.append(Dialogue(tuple(history), utterance, fields[2], id=name))
+            dialogues.append(Dialogue(tuple(history), utterance, fields[2], id=f"{conversation}/{fields[1]}"))
         history.append(utterance)
     if not dialogues:
         raise DataError(f"{path}:2: no listener utterance that can be used; fetch the file again")
-    notes = [f"{path}: {len(dialogues)} pairs from {len(seen)} conversations"]
-    return dialogues, notes + [f"{path}:{at[0]}: {why}: {len(at)} rows skipped, this the first"
-                               for why, at in skipped.items()]
+    return dialogues, [f"{path}: {len(dialogues)} pairs from {len(seen)} conversations",
+                       *(f"{path}:{at[0]}: {why}: {len(at)} rows skipped, this the first" for why, at in skipped.items())]
 
 EPITOME_FILES = ("emotional-reactions-reddit.csv", "interpretations-reddit.csv", "explorations-reddit.csv")
 
 def read_epitome(folder):
     """EPITOME's Reddit part (Sharma et al. 2020), three files joined by row -> (dialogues, notes).
 
-    Joined by ids, not by text: the texts differ a little between the files, the first file's are taken. A
-    pair listed twice is kept once, with the level most of its rows have (on a tie, the first row's).
+    Joined by ids, not by text: the texts differ a little between the files, the first file's are taken. A pair listed
+    twice is kept once, with the level most of its rows have (on a tie, the first row's).
     """
     pairs, empty, columns = defaultdict(list), 0, "sp_id rp_id seeker_post response_post level".split()
     files = [_csv_rows(os.path.join(folder, name), columns) for name in EPITOME_FILES]
@@ -559,49 +462,54 @@ def read_epitome(folder):
             if name != names[0]:
                 raise DataError(f"{where}: pair {name}, but {names[0]} in the first file; fetch all again")
         levels = [_level(row["level"], where) for where, row in rows]
-        # unescaped twice, since some texts were escaped twice ("&amp;gt;")
-        texts = [_clean(html.unescape(html.unescape(rows[0][1][c]))) for c in columns[2:4]]
+        texts = [_clean(html.unescape(html.unescape(rows[0][1][c]))) for c in columns[2:4]]   # some are escaped twice
         if all(texts):
             pairs[names[0]].append((texts, levels))
         empty += not all(texts)
     dialogues, conflicts = [], 0
     for name, rows in pairs.items():
-        (context, response), _ = rows[0]
         votes = [Counter(levels) for levels in zip(*(levels for _, levels in rows))]
         conflicts += any(len(vote) > 1 for vote in votes)
         levels = tuple(vote.most_common(1)[0][0] for vote in votes)     # equal counts: in the order of rows
-        dialogues.append(Dialogue((context,), response, "", levels, name))
+        dialogues.append(Dialogue((rows[0][0][0],), rows[0][0][1], "", levels, name))
     if not dialogues:
         raise DataError(f"{os.path.join(folder, EPITOME_FILES[0])}:2: no rows with text; fetch it again")
-    return dialogues, [f"{folder}: {len(dialogues)} pairs from {len(files[0])} rows; {empty} rows without "
-                       f"text skipped, {conflicts} pairs with conflicting levels settled by majority"]
+    return dialogues, [f"{folder}: {len(dialogues)} pairs from {len(files[0])} rows; {empty} rows without text skipped, "
+                       f"{conflicts} pairs with conflicting levels settled by majority"]
 
-def split_epitome(dialogues, seed):
-    """75 : 5 : 20 by seeker (one seeker's posts stay together); "train" is then halved: reward and judge.
+def split_labelled(dialogues, seed):
+    """75 : 5 : 20 by speaker, the id up to its last "/" (EPITOME's sp_id); "train" is then halved: reward and judge.
 
-    The judge has the second half, the last 10 % of its seekers for validation, and is never the reward.
+    The judge has the second half, the last 10 % of its speakers for validation, and is never the reward.
     """
-    seekers = sorted({d.id.rpartition("/")[0] for d in dialogues})
-    random.Random(seed).shuffle(seekers)
-    train, valid = round(0.75 * len(seekers)), round(0.80 * len(seekers))
+    speakers = sorted({d.id.rpartition("/")[0] for d in dialogues})
+    random.Random(seed).shuffle(speakers)
+    train, valid = round(0.75 * len(speakers)), round(0.80 * len(speakers))
     half, judge = train // 2, train - round(0.1 * (train - train // 2))
-    parts = {"train": seekers[:half], "valid": seekers[train:valid], "test": seekers[valid:],
-             "judge_train": seekers[half:judge], "judge_valid": seekers[judge:train]}
-    part_of = {seeker: name for name, members in parts.items() for seeker in members}
+    parts = {"train": speakers[:half], "valid": speakers[train:valid], "test": speakers[valid:],
+             "judge_train": speakers[half:judge], "judge_valid": speakers[judge:train]}
+    part_of = {speaker: name for name, members in parts.items() for speaker in members}
     return {name: [d for d in dialogues if part_of[d.id.rpartition("/")[0]] == name] for name in parts}
 
 def real_corpus(folder, seed=0):
     """EmpatheticDialogues for the dialogue, EPITOME for the identifiers: what `download` brings."""
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder; `python data.py download {folder}` fetches the data")
-    corpus = Corpus("real", {}, {})
-    for name in ("train", "valid", "test"):
-        path = os.path.join(folder, "empatheticdialogues", f"{name}.csv")
-        corpus.dialogues[name], notes = read_empathetic_dialogues(path)
-        corpus.notes += notes
+    files = {part: os.path.join(folder, "empatheticdialogues", f"{part}.csv") for part in ("train", "valid", "test")}
+    read = {part: read_empathetic_dialogues(path) for part, path in files.items()}
     labelled, notes = read_epitome(os.path.join(folder, "epitome"))
-    corpus.labelled, corpus.notes = split_epitome(labelled, seed), corpus.notes + notes
-    return corpus
+    return Corpus("real", {part: dialogues for part, (dialogues, _) in read.items()}, split_labelled(labelled, seed),
+                  [note for _, about in read.values() for note in about] + notes)
+
+def own_corpus(path, seed=0):
+    """A corpus of one file of yours: dialogue and identifiers from the same dialogues, which must have levels."""
+    dialogues = read_dialogues(path)
+    if len(dialogues) < 50 or any(d.levels is None for d in dialogues):
+        raise DataError(f"{path}:1: training needs 50 dialogues or more, each with er, ip and ex; add what is missing")
+    labelled = split_labelled(dialogues, seed)
+    train = labelled["train"] + labelled["judge_train"] + labelled["judge_valid"]
+    return Corpus(str(path), {"train": train, "valid": labelled["valid"], "test": labelled["test"]}, labelled,
+                  [f"{path}: {len(dialogues)} dialogues"])
 
 FIELDS = ("context", "response", "emotion", *MECHANISMS)
 
@@ -619,29 +527,26 @@ def read_dialogues(path):
     for where, record in records:
         try:
             record = json.loads(record) if isinstance(record, str) else record
-            if not {*FIELDS[:2]} <= {*record} <= {*FIELDS}:
+            if not {*FIELDS[:2]} <= {*record} <= {*FIELDS} or not isinstance(record["context"], (str, list)):
                 raise KeyError
-            context, response, emotion = record["context"], record["response"], record.get("emotion") or ""
-            context = context.split("</s>") if isinstance(context, str) else context
-            if not isinstance(context, list):
-                raise TypeError
-            context, response, emotion = tuple(map(_clean, context)), _clean(response), _clean(emotion)
+            context = record["context"].split("</s>") if isinstance(record["context"], str) else record["context"]
+            context, response = tuple(map(_clean, context)), _clean(record["response"])
+            emotion = _clean(record.get("emotion") or "")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DataError(f"{where}: not a record with the texts context and response; it may also have "
                             f"{', '.join(FIELDS[2:])}") from None
+        levels = tuple(_level(record[m], where) for m in MECHANISMS if record.get(m) not in (None, ""))
         if not response or not context or not all(context):
             raise DataError(f"{where}: empty response or utterance; fill it in or drop the row")
-        levels = [record[m] for m in MECHANISMS if record.get(m) not in (None, "")]
         if len(levels) not in (0, len(MECHANISMS)):
             raise DataError(f"{where}: {len(levels)} of 3 levels; give er, ip and ex, or none of them")
-        levels = tuple(_level(value, where) for value in levels) or None
-        dialogues.append(Dialogue(context, response, emotion, levels, where.rpartition(":")[2]))
+        dialogues.append(Dialogue(context, response, emotion, levels or None, where.rpartition(":")[2] + "/"))
     if not dialogues:
         raise DataError(f"{path}:2: no dialogues; write at least one")
     return dialogues
 
 
-# ---- download ----------------------------------------------------------------------------------------
+# ---- download -------------------------------------------------------------------------------------------------------
 
 EPITOME_URL = "https://raw.githubusercontent.com/behavioral-data/Empathy-Mental-Health/master/dataset/"
 SOURCES = [    # (url, path below the data folder, SHA-256, the files to unpack from a tar archive)
@@ -684,8 +589,7 @@ def _unpack(archive, folder, members):
         with tarfile.open(archive) as tar:
             for item in tar:
                 name = posixpath.normpath(item.name)
-                safe = not name.startswith(("/", "..")) and (item.isfile() or item.isdir())
-                if not safe or item.size > 200_000_000:
+                if name.startswith(("/", "..")) or not (item.isfile() or item.isdir()) or item.size > 200_000_000:
                     raise DataError(f"{archive}: unsafe entry {item.name[:80]!r}; do not use this archive")
                 if name in members and item.isfile():
                     found[name] = tar.extractfile(item).read()
@@ -693,9 +597,9 @@ def _unpack(archive, folder, members):
         raise DataError(f"{archive}: damaged archive ({error}); remove it and fetch it again") from None
     if missing := [name for name in members if name not in found]:
         raise DataError(f"{archive}: no {', '.join(missing)} in it; fetch it again")
-    for name, data in found.items():
+    for name, content in found.items():
         os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-        _write_bytes(os.path.join(folder, name), data)
+        _write_bytes(os.path.join(folder, name), content)
 
 def download(folder, sources=SOURCES, progress=print):
     """Fetch what is missing, resume what was cut off, check SHA-256, unpack. A second run fetches nothing."""
@@ -719,9 +623,10 @@ def download(folder, sources=SOURCES, progress=print):
         progress(f"{name}: checked and in place")
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["download"] or len(sys.argv) != 3:
-        sys.exit("usage: python data.py download DIR")
     try:
+        if sys.argv[1:2] != ["download"] or len(sys.argv) != 3:
+            raise DataError("usage: python data.py download DIR")
         download(sys.argv[2])
     except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)

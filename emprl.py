@@ -34,21 +34,20 @@ from t5_small import (T5, CheckpointError, Sampling, T5Config, TrainConfig, Trai
                       generate, load_state, random_spans, save_atomically, save_pretrained, span_corrupt)
 
 
-# ---- configuration ---------------------------------------------------------------------------------
+# ---- configuration --------------------------------------------------------------------------------------------------
 
 @dataclass
 class DataConfig:
     corpus: str = "embedded"      # "embedded", "real", or a .jsonl / .csv file of yours
-    num_train: int = 6000         # embedded corpus: how many dialogues
+    num_train: int = 12000        # embedded corpus: how many dialogues
     num_valid: int = 300
     num_test: int = 600
-    num_labelled: int = 6000      # embedded corpus: labelled pairs for the identifiers, and as many for the judge
+    num_labelled: int = 8000      # embedded corpus: labelled pairs for the identifiers, and as many for the judge
     vocab_size: int = 1200        # pieces and 100 sentinels; a pretrained T5 brings its own
     max_source: int = 72          # tokens of context; the newest are kept
     max_target: int = 64          # tokens of response, </s> included
     identifier_source: int = 72   # the same for the identifiers' labelled posts
     identifier_target: int = 40
-
 
 @dataclass
 class RewardConfig:
@@ -57,14 +56,12 @@ class RewardConfig:
     ip: bool = True
     ex: bool = True
 
-
 @dataclass
 class EvalConfig:
     contexts: int = 0             # test contexts to generate for; 0: all
     batch_size: int = 64
     valid_contexts: int = 128     # for the validation inside PPO
     samples: int = 24             # contexts in samples.md
-
 
 @dataclass
 class Config:
@@ -73,15 +70,14 @@ class Config:
     data_dir: str = ""
     t5_dir: str = ""
     data: DataConfig = field(default_factory=DataConfig)
-    t5: T5Config = field(default_factory=T5Config)
-    pretrain: TrainConfig = field(default_factory=lambda: TrainConfig(steps=100, eval_every=100))
-    sft: TrainConfig = field(default_factory=TrainConfig)
+    t5: T5Config = field(default_factory=lambda: T5Config(dropout_rate=0.0))
+    pretrain: TrainConfig = field(default_factory=lambda: TrainConfig(steps=60, eval_every=60))
+    sft: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000, batch_size=16, eval_every=200))
     identifiers: IdentifierConfig = field(default_factory=IdentifierConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     sampling: Sampling = field(default_factory=lambda: Sampling(max_length=64))
     ppo: PPOConfig = field(default_factory=PPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-
 
 PRESETS = {                       # what differs from the defaults above, which are `toy`
     "toy": "",
@@ -89,25 +85,24 @@ PRESETS = {                       # what differs from the defaults above, which 
         t5.d_model=32 t5.d_kv=16 t5.d_ff=64 t5.num_heads=2 t5.num_layers=1 t5.num_decoder_layers=1 pretrain.steps=4
         sft.steps=12 sft.eval_every=6 identifiers.steps=8 identifiers.eval_every=4 identifiers.batch_size=16
         ppo.steps=4 ppo.batch_size=8 ppo.minibatch_size=4 ppo.eval_every=2 eval.valid_contexts=8 sampling.max_length=12""",
-    "real": """data.corpus=real data.vocab_size=6000 data.max_source=96 data.max_target=40 data.identifier_source=96 sampling.max_length=40 t5.d_model=192 t5.d_ff=768 t5.num_heads=6
-        pretrain.steps=600 pretrain.batch_size=64 sft.steps=3600 sft.eval_every=400 sft.batch_size=48
-        identifiers.steps=240 identifiers.eval_every=20 identifiers.batch_size=32
-        sampling.min_length=5 ppo.steps=150 eval.contexts=1024""",
+    "real": """data.corpus=real data.vocab_size=6000 data.max_source=96 data.max_target=40 data.identifier_source=96
+        t5.d_model=192 t5.d_ff=768 t5.num_heads=6 t5.num_layers=3 t5.num_decoder_layers=3 t5.dropout_rate=0.1
+        pretrain.steps=200 pretrain.batch_size=48 sft.steps=1400 sft.batch_size=48 identifiers.steps=150
+        identifiers.batch_size=32 identifiers.eval_every=15 sampling.min_length=5 sampling.max_length=40
+        ppo.steps=60 ppo.batch_size=128 ppo.lr=3e-3 eval.contexts=512""",
     "paper": """data.corpus=real data.max_source=200 data.max_target=50 data.identifier_source=128 data.identifier_target=96
         pretrain.steps=0 sft.steps=12900 sft.batch_size=8 sft.lr=1e-4 sft.rms_scaled=off sft.warmup=1 sft.eval_every=2000
         identifiers.lr=2e-5 identifiers.rms_scaled=off identifiers.shared=off identifiers.batch_size=32
         identifiers.micro_batch=8 sampling.temperature=0.9 sampling.top_k=20 sampling.min_length=5 sampling.max_length=30
         ppo.batch_size=32 ppo.minibatch_size=32 ppo.micro_batch=8 ppo.ppo_epochs=4 ppo.steps=1000 ppo.lr=1e-5
-        ppo.rms_scaled=off ppo.kl_coef=0.2 eval.batch_size=32""",
+        ppo.rms_scaled=off ppo.kl_coef=0.2 ppo.lam=0.95 eval.batch_size=32""",
 }
 DEPENDS = {"pretrain": "t5 pretrain", "sft": "t5 pretrain sft"}       # stage -> the sections its result depends on
 DEPENDS["identifiers"] = DEPENDS["judge"] = DEPENDS["label"] = "t5 pretrain sft identifiers"
 DEPENDS["ppo"] = "t5 pretrain sft identifiers reward sampling ppo"
 
-
 class UsageError(ValueError):
     """Something the user can put right: exit code 2 and one line, no traceback."""
-
 
 def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
     """The preset's configuration with `settings` ("section.field=value") applied. Raises UsageError."""
@@ -135,7 +130,7 @@ def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
     return config
 
 
-# ---- the run folder --------------------------------------------------------------------------------
+# ---- the run folder -------------------------------------------------------------------------------------------------
 
 class Run:
     """A folder with config.json, metrics.jsonl and checkpoints/, and the loop that every training stage shares."""
@@ -225,11 +220,10 @@ class Run:
 
         model.load_state_dict(self.stage(name, compute)["weights"])
 
-
 SHOWN = ("loss", "valid", "reward", "kl", "kl_coef", "length", "entropy")      # what a progress line shows of a record
 
 
-# ---- the recipe ------------------------------------------------------------------------------------
+# ---- the recipe -----------------------------------------------------------------------------------------------------
 
 def run_all(run):
     """Every stage, in order. Returns the final metrics (also in metrics.json)."""
@@ -287,13 +281,11 @@ def run_all(run):
     report(run, metrics, evaluation)
     return metrics
 
-
 def load_corpus(config):
     c = config.data
     if c.corpus == "embedded":
         return data.embedded_corpus(config.seed, c.num_train, c.num_valid, c.num_test, c.num_labelled)
     return data.real_corpus(config.data_dir) if c.corpus == "real" else data.own_corpus(c.corpus)
-
 
 def make_tokenizer(run, corpus):
     """The official checkpoint's spiece.model, or one trained on the training texts; kept in the run folder."""
@@ -304,7 +296,6 @@ def make_tokenizer(run, corpus):
         tokenizer = Tokenizer.train([u for d in dialogues for u in (*d.context[-2:], d.response)], run.config.data.vocab_size)
     tokenizer.save(run.folder / "tokenizer.model")
     return tokenizer
-
 
 def make_t5(run, tokenizer):
     """A T5 from the official folder, or a new one of the configured size."""
@@ -319,7 +310,6 @@ def make_t5(run, tokenizer):
         t5 = T5(run.config.t5)
     return t5.to(run.device).eval()
 
-
 def pretrain_trainer(config, t5, tokenizer, pairs):
     """Span corruption on context and response of every training pair; nothing to validate, the last weights stay."""
     texts = [(c + r)[-128:] for c, r in zip(pairs.contexts, pairs.responses)]
@@ -332,7 +322,6 @@ def pretrain_trainer(config, t5, tokenizer, pairs):
             return t5.loss_sum(*(pad(list(side)).to(pairs.device) for side in zip(*corrupted)))
 
     return Trainer(t5, loss_sum, batches.__getitem__, lambda: 0.0, config.pretrain)
-
 
 def sft_trainer(config, t5, pairs):
     """Maximum likelihood on (context, response); validated by the loss per token of the validation part."""
@@ -349,12 +338,11 @@ def sft_trainer(config, t5, pairs):
     return Trainer(t5, loss_sum, batches.__getitem__, validate, config.sft)
 
 
-# ---- evaluation ------------------------------------------------------------------------------------
+# ---- evaluation -----------------------------------------------------------------------------------------------------
 
 def words(text):
     """Lower-cased words and punctuation marks: what per-word figures count."""
     return re.findall(r"\w+|[^\w\s]", text.lower())
-
 
 @torch.no_grad()
 def respond(t5, pairs, sampling, size=64):
@@ -367,7 +355,6 @@ def respond(t5, pairs, sampling, size=64):
         for i, row, mask in zip(rows, ids, response_mask(ids)):
             responses[i] = row[mask].tolist()
     return responses
-
 
 class Evaluation:
     """Measures policies by the reward's identifiers, by the judge and, in the embedded world, by the oracle."""
@@ -467,13 +454,12 @@ class Evaluation:
                 "mle_ideal": {"oracle_emp_f1": sum(emp_f1(s, gold) for s in sampled) / draws}}
 
 
-# ---- report ----------------------------------------------------------------------------------------
+# ---- report ---------------------------------------------------------------------------------------------------------
 
 def table(header, rows):
     """Markdown, figures with three decimals."""
     cell = lambda x: f"{x:.3f}" if isinstance(x, float) else str(x)
     return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in [header, ["---"] + ["---:"] * (len(header) - 1), *rows])
-
 
 def before_after(metrics):
     """The table of every figure before and after, floors and ceiling below."""
@@ -486,7 +472,6 @@ def before_after(metrics):
         rows += [[f"{kind}: {name}, {key}", value, "", "", "", ""] for name, scores in metrics.get(kind, {}).items()
                  for key, value in scores.items() if key.endswith("emp_f1")]
     return table(["", *columns, "gain, 95 % interval"], rows)
-
 
 def report(run, metrics, evaluation):
     """report.md, samples.md and plots/*.png."""
@@ -504,7 +489,6 @@ def report(run, metrics, evaluation):
                                  for name, r in evaluation.results.items()))
     run.write("samples.md", "\n\n".join(lines) + "\n")
     run.say(f"\n{before_after(metrics)}\n\n{identifiers}\n\nreport {run.folder}/report.md, samples {run.folder}/samples.md")
-
 
 def draw_plots(run, metrics, evaluation):
     import matplotlib
@@ -558,7 +542,7 @@ def draw_plots(run, metrics, evaluation):
                                        if evaluation.level_probs else "by the judge"), "validation", "PPO iteration", "reward (0..1)")])
 
 
-# ---- the command line ------------------------------------------------------------------------------
+# ---- the command line -----------------------------------------------------------------------------------------------
 
 def load_run(folder):
     """A finished run -> (Run, Evaluation, {"sft": T5, "emprl": T5}). Raises UsageError where there is none."""
@@ -575,7 +559,6 @@ def load_run(folder):
         readers[-1].load_state_dict(load_state(folder / "checkpoints" / f"{stage}.pt")["weights"])
     return run, Evaluation(run, Tokenizer.load(folder / "tokenizer.model"), *readers, models["sft"], {}), models
 
-
 def evaluate_file(folder, file):
     """`evaluate`: before and after on any dialogue file; prints the table and writes it into the run folder."""
     run, evaluation, models = load_run(folder)
@@ -584,7 +567,6 @@ def evaluate_file(folder, file):
     metrics, name = evaluation.compare(pairs, models), f"evaluate-{Path(file).stem}.json"
     run.write(name, json.dumps(metrics, indent=2) + "\n")
     run.say(f"{before_after(metrics)}\n\nwritten to {run.folder / name}")
-
 
 def chat(folder):
     """`chat`: you write, both policies answer, with the levels that the identifiers read in each answer."""
@@ -601,7 +583,6 @@ def chat(folder):
             reply, levels = evaluation.tokenizer.decode(answered.responses[0]), predict_levels(evaluation.identifiers, answered)[0]
             run.say(f"{name:<6} {reply}   " + " ".join(f"{m.upper()} {k}" for m, k in zip(MECHANISMS, levels.tolist())))
         history.append(reply)
-
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -631,7 +612,6 @@ def main(arguments=None):
         print(f"\nstopped; go on with: python emprl.py {shlex.join(arguments or sys.argv[1:])}", file=sys.stderr)
         return 130
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,7 +19,7 @@ MECHANISMS = ("er", "ip", "ex")
 LEVELS = 3
 
 
-# ---- the identifier -------------------------------------------------------------------------------
+# ---- the identifier -------------------------------------------------------------------------------------------------
 
 class Identifier(nn.Module):
     """(context, response) -> logits of the levels of `num_mechanisms` mechanisms.
@@ -45,24 +45,21 @@ class Identifier(nn.Module):
         h = r + self.dropout(self.attention(r, self.attention.keys_values(c), padding_bias(context)))
         return self.head(masked_mean(h, response != 0)).unflatten(-1, (-1, LEVELS))
 
-
 def masked_mean(x, mask):
     """(B, T, D), (B, T) -> (B, D): the mean over the positions where mask is true."""
     weight = mask[:, :, None].to(x.dtype)                        # (B, T, 1)
     return (x * weight).sum(1) / weight.sum(1)
 
-
 @dataclass
 class IdentifierConfig(TrainConfig):
-    steps: int = 400
+    steps: int = 200
     batch_size: int = 64
     lr: float = 2e-2
     weight_decay: float = 0.0
-    eval_every: int = 50
+    eval_every: int = 40
     shared: bool = True           # one pair of encoders with three heads; off: the original's three pairs
     warm_start: bool = True       # encoders start from the MLE model's
     class_weight: float = 0.5     # exponent of 1 / (share of the level) in the loss: 0 off, 1 fully balanced
-
 
 class Identifiers(nn.Module):
     """All three mechanisms: one Identifier with three heads (shared), or three of one head each."""
@@ -84,20 +81,17 @@ class Identifiers(nn.Module):
             logits = torch.cat([tower(context, response) for tower in self.towers], 1)
         return logits.float().log_softmax(-1)
 
-
 def class_weights(levels, exponent):
     """(N, M) levels -> (M, L) loss weights (1 / share)^exponent, scaled so that their mean over examples is 1."""
-    counts = torch.stack([(levels == k).sum(0) for k in range(LEVELS)], 1).clamp(min=1).float()  # (M, L)
-    weights = (counts.sum(1, keepdim=True) / counts) ** exponent
-    return weights / ((weights * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True))
-
+    counts = torch.stack([(levels == k).sum(0) for k in range(LEVELS)], 1).float()           # (M, L)
+    weights = (len(levels) / counts.clamp(min=1)) ** exponent
+    return weights / ((weights * counts).sum(1, keepdim=True) / len(levels))
 
 def identification_loss(log_probs, levels, weights):
     """Weighted cross-entropy summed over a batch: (B, M, L), (B, M), (M, L) -> scalar."""
     picked = log_probs.gather(-1, levels[..., None])[..., 0]     # (B, M)
     weight = weights.expand(len(levels), -1, -1).gather(-1, levels[..., None])[..., 0]
     return -(weight * picked).sum()
-
 
 def identifier_trainer(model, train, valid, rows_at, config):
     """A Trainer on labelled pairs: class-weighted cross-entropy; keeps the best mean macro-F1 on `valid`.
@@ -112,7 +106,6 @@ def identifier_trainer(model, train, valid, rows_at, config):
 
     return Trainer(model, loss_sum, rows_at, lambda: -emp_f1(predict_levels(model, valid), valid.levels, "macro_f1"), config)
 
-
 @torch.no_grad()
 def predict_levels(identifiers, pairs, size=128):
     """The identifiers' argmax on all pairs (see identifier_trainer), like lengths together: (N, M) levels."""
@@ -123,7 +116,6 @@ def predict_levels(identifiers, pairs, size=128):
         levels[rows] = identifiers(*pairs.batch(rows)).argmax(-1).cpu()
     return levels
 
-
 def identifier_scores(identifiers, pairs):
     """{er: {accuracy, macro_f1, weighted_f1, confusion}, ...} on labelled pairs."""
     levels = predict_levels(identifiers, pairs)
@@ -131,7 +123,7 @@ def identifier_scores(identifiers, pairs):
     return {m: {**{k: v.item() for k, v in f1_scores(t).items()}, "confusion": t.tolist()} for m, t in tables.items()}
 
 
-# ---- the reward -----------------------------------------------------------------------------------
+# ---- the reward -----------------------------------------------------------------------------------------------------
 
 def empathy_reward(log_probs, target_levels, difference="cross_entropy", mechanisms=(True, True, True)):
     """r = exp(-sum_m difference_m), in (0, 1]: EmpRL's reward.
@@ -150,7 +142,6 @@ def empathy_reward(log_probs, target_levels, difference="cross_entropy", mechani
         raise ValueError(f"difference {difference!r}: use cross_entropy or ordinal")
     return torch.exp(-(d * torch.tensor(mechanisms, dtype=d.dtype, device=d.device)).sum(-1))
 
-
 class EmpathyReward:
     """reward(context ids, response ids, index) -> (B,), as ppo.py asks for it. `index` names the training
     pairs, whose target levels (N, M) were labelled beforehand. It reads the sampled ids themselves."""
@@ -165,12 +156,11 @@ class EmpathyReward:
         return empathy_reward(self.identifiers(context, response), target, self.difference, self.mechanisms)
 
 
-# ---- metrics of levels -----------------------------------------------------------------------------
+# ---- metrics of levels ----------------------------------------------------------------------------------------------
 
 def confusion(predicted, gold):
     """(N,), (N,) levels -> (L, L) counts, row = gold, column = predicted."""
     return torch.bincount(gold * LEVELS + predicted, minlength=LEVELS ** 2).view(LEVELS, LEVELS)
-
 
 def f1_scores(counts):
     """Confusion counts (..., L, L) -> accuracy, macro-F1, weighted F1, each (...).
@@ -186,12 +176,10 @@ def f1_scores(counts):
     return {"accuracy": hit.sum(-1) / total, "macro_f1": (f1 * present).sum(-1) / present.sum(-1).clamp(min=1),
             "weighted_f1": (f1 * gold).sum(-1) / total}
 
-
 def emp_f1(predicted, gold, kind="weighted_f1"):
     """Emp-F1: the mean over the mechanisms of the weighted (or macro) F1 between two (N, M) level tables."""
     counts = torch.stack([confusion(predicted[:, m], gold[:, m]) for m in range(gold.shape[1])])
     return f1_scores(counts)[kind].mean().item()
-
 
 def mutual_information(predicted, gold):
     """Mean over the mechanisms of I(predicted; gold) in bits: what a constant policy gets none of."""
@@ -201,7 +189,6 @@ def mutual_information(predicted, gold):
         independent = joint.sum(0, keepdim=True) * joint.sum(1, keepdim=True)
         total += (joint[joint > 0] * (joint[joint > 0] / independent[joint > 0]).log2()).sum().item()
     return total / gold.shape[1]
-
 
 def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, seed=0):
     """Emp-F1 of two systems on the same N contexts: relative gain with a 95 % percentile interval.
@@ -225,17 +212,15 @@ def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, see
     return {"relative": gain[0].item(), "low": low, "high": high}
 
 
-# ---- metrics of text -------------------------------------------------------------------------------
+# ---- metrics of text ------------------------------------------------------------------------------------------------
 
 def ngrams(words, n):
     return [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
-
 
 def distinct(responses, n):
     """Dist-n x 100: different n-grams over all n-grams of the whole corpus (Li et al. 2016). Lists of words."""
     grams = [g for words in responses for g in ngrams(words, n)]
     return 100 * len(set(grams)) / max(len(grams), 1)
-
 
 def bleu(responses, references):
     """Corpus BLEU-4 (Papineni et al. 2002), one reference each, lists of words; sacrebleu's exponential
@@ -247,7 +232,7 @@ def bleu(responses, references):
             grams = Counter(ngrams(words, n))
             match += sum((grams & Counter(ngrams(reference, n))).values())
             total += sum(grams.values())
-        if total == 0:
+        if total == 0 or (n == 1 and match == 0):
             return 0.0
         halvings += match == 0
         log_precision += math.log(match / total if match else 1 / (2 ** halvings * total)) / 4

@@ -17,20 +17,19 @@ import torch.nn.functional as F
 
 from t5_small import autocast, generate, make_optimizer, optimizer_step, set_lr
 
-
 @dataclass
 class PPOConfig:
     """Each trick has a name. In brackets the original's value, where ours differs, and why."""
-    steps: int = 100              # iterations of rollout and update
-    batch_size: int = 64          # rollouts an iteration [32: a smaller batch is noisier, a small model can afford more]
-    minibatch_size: int = 32      # rollouts an optimizer step [8, but 4 accumulated: 32 in effect]
+    steps: int = 48               # iterations of rollout and update
+    batch_size: int = 192         # rollouts an iteration [32: noisier, and a small model can afford more]
+    minibatch_size: int = 64      # rollouts an optimizer step [8, but 4 accumulated: 32 in effect]
     micro_batch: int = 0          # rollouts a forward pass; 0: the whole minibatch. Fewer need less memory
-    ppo_epochs: int = 2           # passes over a rollout [4: two give the same gain here in half the time]
-    lr: float = 3e-3              # relative to each tensor's RMS if rms_scaled [1e-5, absolute, for T5-base]
+    ppo_epochs: int = 2           # passes over a rollout [4: fresh rollouts are cheap here]
+    lr: float = 4e-3              # relative to each tensor's RMS if rms_scaled [1e-5, absolute, for T5-base]
     rms_scaled: bool = True       # see t5_small.set_lr; off for a pretrained T5
     warmup: int = 5               # iterations of linear warm-up, then linear decay [no warm-up]
     gamma: float = 1.0
-    lam: float = 0.95             # GAE's lambda
+    lam: float = 1.0              # GAE's lambda [0.95: the one score comes at the end and fades before it reaches t1]
     clip_range: float = 0.2
     value_clip_range: float = 0.2
     value_coef: float = 0.1
@@ -39,22 +38,21 @@ class PPOConfig:
     whiten_rewards: bool = False  # [on: it rescales the KL penalty together with the reward, batch by batch]
     scale_scores: bool = True     # divide scores by their running standard deviation
     normalise_scores: bool = False  # and subtract their running mean [on: the value head learns the mean anyway]
-    kl_coef: float = 0.05         # beta [0.2]
+    kl_coef: float = 0.1          # beta [0.2]
     adaptive_kl: bool = True
     kl_target: float = 6.0        # nats a response that adaptive beta steers to
     kl_horizon: float = 1000.0    # rollouts [10,000: at batch 32 beta then moves < 0.07 % a step]
     max_ratio: float = 10.0       # a minibatch whose mean ratio is above is not learnt from (ratio guard)
     max_update_kl: float = 0.5    # nats a token by which one update may move; then its epochs stop early
-    eval_every: int = 20          # iterations between validations
+    eval_every: int = 12          # iterations between validations
 
 
-# ---- equations -------------------------------------------------------------------------------------
+# ---- equations ------------------------------------------------------------------------------------------------------
 
 def response_mask(ids, eos_id=1):
     """(B, T) ids -> (B, T) bool: true on t1 .. the first </s>; everywhere in a response that never ends."""
     ended_before = (ids == eos_id).cumsum(1) - (ids == eos_id).long()
     return ended_before == 0
-
 
 def token_log_probs(logits, ids, support=None, temperature=1.0):
     """log p(ids) under softmax(logits / temperature) restricted to `support`, and that distribution's entropy.
@@ -69,7 +67,6 @@ def token_log_probs(logits, ids, support=None, temperature=1.0):
     log_probs = logits.log_softmax(-1)
     return log_probs.gather(-1, ids[..., None])[..., 0], -(log_probs.exp() * log_probs).sum(-1)
 
-
 def kl_estimate(log_probs, ref_log_probs, kind="k1"):
     """Estimates of KL(policy || reference) from the policy's own samples (Schulman, "Approximating KL").
 
@@ -78,11 +75,9 @@ def kl_estimate(log_probs, ref_log_probs, kind="k1"):
     d = log_probs - ref_log_probs
     return d if kind == "k1" else torch.exp(-d) - 1 + d
 
-
 def masked_mean(x, mask):
     """The mean of x (B, T) where mask (B, T) is true: every token counts the same. Returns a scalar."""
     return (x * mask).sum() / mask.sum()
-
 
 def whiten(x, mask, shift_mean=True):
     """(x - mean) / std over the masked entries, padding set to 0; with shift_mean off the mean stays."""
@@ -90,7 +85,6 @@ def whiten(x, mask, shift_mean=True):
     variance = ((x - mean) ** 2 * mask).sum() / (mask.sum() - 1).clamp(min=1)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
     return (whitened if shift_mean else whitened + mean) * mask
-
 
 def token_rewards(scores, log_probs, ref_log_probs, mask, kl_coef):
     """r_t = -beta (log p_t - log p_ref,t), plus the response's score at its last token.
@@ -101,7 +95,6 @@ def token_rewards(scores, log_probs, ref_log_probs, mask, kl_coef):
     last = mask.sum(1) - 1                                       # (B,) position of </s>, or of the last token
     rewards[torch.arange(len(scores)), last] += scores
     return rewards
-
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation: A_t = delta_t + gamma lambda A_{t+1}, with
@@ -117,7 +110,6 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
         advantages[:, t], following_value = following_advantage, values[:, t]
     return advantages, (advantages + values) * mask
 
-
 def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
     """Mean over tokens of -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A). All (B, T).
     Returns (loss, share of tokens where the clipped term is the one that counts)."""
@@ -125,18 +117,15 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     return masked_mean(torch.max(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
 
-
 def value_loss(values, old_values, returns, mask, clip_range=0.2):
     """Mean over tokens of 1/2 max((V - R)^2, (clip(V, V_old -+ eps) - R)^2). All (B, T). Returns a scalar."""
     clipped = torch.max(torch.min(values, old_values + clip_range), old_values - clip_range)
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
-
 def adapt_kl_coef(kl_coef, kl, target, batch_size, horizon):
     """beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon) (Ziegler et al., section 2.2)."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * batch_size / horizon)
-
 
 class RunningMoments:
     """Mean and variance of all scores seen so far, batch by batch (Chan et al. 1979)."""
@@ -157,7 +146,7 @@ class RunningMoments:
         return std if std > 1e-6 else 1.0
 
 
-# ---- policy and rollout ----------------------------------------------------------------------------
+# ---- policy and rollout ---------------------------------------------------------------------------------------------
 
 class Policy(nn.Module):
     """A T5 and a value head on its decoder's last state: V_t sees the context and the tokens before t.
@@ -175,7 +164,6 @@ class Policy(nn.Module):
     def values(self, states):
         return self.value_head(states.float())[..., 0]           # (..., D) -> (...)
 
-
 def score(t5, source, ids, mask, support, temperature, value=None):
     """Log-probs (B, T), entropies (B, T) and, with `value` a function of states, values (B, T) of responses.
 
@@ -187,7 +175,6 @@ def score(t5, source, ids, mask, support, temperature, value=None):
     results = [*token_log_probs(logits, ids[mask], support[mask], temperature)] + ([value(states)] if value else [])
     return [torch.zeros_like(mask, dtype=torch.float).masked_scatter(mask, x) for x in results]
 
-
 @dataclass
 class Rollout:
     source: torch.Tensor          # (B, S)
@@ -198,7 +185,6 @@ class Rollout:
     ref_log_probs: torch.Tensor   # (B, T) by the reference
     values: torch.Tensor          # (B, T)
     scores: torch.Tensor          # (B,) the reward, as it came
-
 
 @torch.no_grad()
 def rollout(policy, reference, reward, source, index, sampling):
@@ -215,7 +201,7 @@ def rollout(policy, reference, reward, source, index, sampling):
     return Rollout(source, g.ids, mask, g.support, g.log_probs * mask, ref_log_probs, values, scores)
 
 
-# ---- training --------------------------------------------------------------------------------------
+# ---- training -------------------------------------------------------------------------------------------------------
 
 class PPOTrainer:
     """One call of step = one iteration: rollout, rewards, advantages, ppo_epochs passes of minibatches.
@@ -230,7 +216,7 @@ class PPOTrainer:
         self.policy.to(next(t5.parameters()).device)
         self.reward, self.batch_at, self.validate = reward, batch_at, validate
         self.sampling, self.config = sampling, config
-        self.optimizer = make_optimizer(self.policy)
+        self.optimizer = make_optimizer(self.policy, unit=("relative_bias", "value_head"))
         self.kl_coef, self.moments = config.kl_coef, RunningMoments()
 
     def step(self, i):
@@ -253,7 +239,7 @@ class PPOTrainer:
         kl = (kl_estimate(r.log_probs, r.ref_log_probs) * r.mask).sum(1).mean().item()
         k3 = (kl_estimate(r.log_probs, r.ref_log_probs, "k3") * r.mask).sum(1).mean().item()
         record = {"reward": r.scores.mean().item(), "kl": kl, "kl_k3": k3, "kl_coef": self.kl_coef,
-                  "length": r.mask.sum(1).float().mean().item(), "advantage_std": advantages[r.mask].std().item(),
+                  "length": r.mask.sum(1).float().mean().item(), "advantage_std": advantages[r.mask].std(correction=0).item(),
                   "value_mean": r.values[r.mask].mean().item(), "return_mean": returns[r.mask].mean().item(), **update}
         if c.adaptive_kl:                                                                           # 10.
             self.kl_coef = adapt_kl_coef(self.kl_coef, kl, c.kl_target, len(source), c.kl_horizon)

@@ -6,6 +6,7 @@ Transformer" (arXiv 1910.10683); v1.1 (gated GELU, untied head): Shazeer 2020 (a
 Legend of the shape comments: B batch, S source length, T response length, D model width, H heads, V vocabulary.
 This file knows nothing of text: ids in, ids out. Everywhere id 0 is padding and also starts the decoder.
 """
+import copy
 import json
 import math
 import os
@@ -17,10 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 class CheckpointError(ValueError):
     """A checkpoint that can't be used; the message says which file, what is wrong and what to do."""
-
 
 @dataclass
 class T5Config:
@@ -29,8 +28,8 @@ class T5Config:
     d_model: int = 128                          # D: width of the residual stream
     d_kv: int = 32                              # width of one head (H * d_kv need not be d_model)
     d_ff: int = 512                             # width inside the feed-forward layer
-    num_layers: int = 3                         # encoder blocks
-    num_decoder_layers: int = 3
+    num_layers: int = 2                         # encoder blocks
+    num_decoder_layers: int = 2
     num_heads: int = 4                          # H
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128  # all larger distances share the last bucket
@@ -43,13 +42,11 @@ class T5Config:
     eos_token_id: int = 1
     decoder_start_token_id: int = 0
 
-
 def relative_position_bucket(relative_position, bidirectional, num_buckets=32, max_distance=128):
     """The bucket of each distance (paper, section 2.1): near ones exact, far ones logarithmic.
 
-    relative_position: integer tensor of (key position - query position), any shape. The same shape comes back.
-    Bidirectional: half of the buckets for keys before the query, half for keys after it. Causal: keys
-    after the query all get bucket 0 (the mask hides them anyway).
+    relative_position: key position - query position, integers of any shape. The same shape comes back.
+    Bidirectional: half of the buckets are for keys after the query. Causal: those keys all get bucket 0.
     """
     bucket = torch.zeros_like(relative_position)
     if bidirectional:
@@ -63,7 +60,6 @@ def relative_position_bucket(relative_position, bidirectional, num_buckets=32, m
     far = (max_exact + (log_ratio * (num_buckets - max_exact)).long()).clamp(max=num_buckets - 1)
     return bucket + torch.where(distance < max_exact, distance, far)
 
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight: no mean is subtracted and there is no bias (Zhang & Sennrich 2019)."""
 
@@ -74,7 +70,6 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         x = x.float()
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
-
 
 class Dropout(nn.Dropout):
     """Dropout that on a CPU draws one random byte an element, not a float: p is rounded to 1/256, the mean
@@ -88,9 +83,8 @@ class Dropout(nn.Dropout):
         mask = words.view(torch.uint8)[:x.numel()].view(x.shape) < keep
         return x * mask.to(x.dtype).mul_(256 / keep)
 
-
 class Attention(nn.Module):
-    """Multi-head attention, softmax(q k^T + bias) v: T5 has no 1/sqrt(d_kv) (it is in q's initialisation)."""
+    """Multi-head attention, softmax(q k^T + bias) v: T5 has no 1/sqrt(d_kv), it is in q's initialisation."""
 
     def __init__(self, config):
         super().__init__()
@@ -116,7 +110,6 @@ class Attention(nn.Module):
         context = self.dropout(self.weights(x, k, bias)).to(v.dtype) @ v     # (B, H, T, d_kv)
         return self.o(context.transpose(1, 2).flatten(2))                    # (B, T, D)
 
-
 class FeedForward(nn.Module):
     """v1.0: W_o relu(W_i x). v1.1: W_o (gelu(W_i0 x) * W_i1 x)."""
 
@@ -131,7 +124,6 @@ class FeedForward(nn.Module):
     def forward(self, x):
         h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x) if self.gated else F.relu(self.wi(x))
         return self.wo(self.dropout(h))
-
 
 class Block(nn.Module):
     """Pre-norm residual layers: x + f(norm(x)) for self-attention, cross-attention (decoder), feed-forward."""
@@ -154,7 +146,6 @@ class Block(nn.Module):
             keys_values = cache.cross if cache is not None else self.cross_attn.keys_values(memory)
             x = x + self.dropout(self.cross_attn(self.cross_norm(x), keys_values, memory_bias))
         return x + self.dropout(self.ff(self.ff_norm(x)))
-
 
 class Stack(nn.Module):
     """The encoder or the decoder. One table of relative position biases serves all its layers."""
@@ -184,7 +175,6 @@ class Stack(nn.Module):
             x = block(x, self_bias, memory, memory_bias, caches[i] if caches else None)
         return self.dropout(self.final_norm(x))
 
-
 class Cache:
     """The keys and values of one decoder block: `cross` of the source, and those of the tokens so far."""
 
@@ -201,11 +191,9 @@ class Cache:
     def keep(self, rows):
         self.cross, self.kv = (self.cross[0][rows], self.cross[1][rows]), self.kv[:, rows]
 
-
 def padding_bias(ids, pad_id=0):
     """(B, S) -> (B, 1, 1, S): 0 on tokens, -1e9 on padding, to be added to attention scores."""
     return (ids == pad_id)[:, None, None, :] * -1e9
-
 
 class T5Encoder(nn.Module):
     """Embedding and encoder: half a T5, all that an identifier needs. Its names are T5's own, so that
@@ -232,7 +220,6 @@ class T5Encoder(nn.Module):
         """(B, S) ids -> (B, S, D) states; padding is hidden from the other positions."""
         bias = self.encoder.position_bias(source.shape[1]) + padding_bias(source)
         return self.encoder(self.shared(source), bias)
-
 
 class T5(T5Encoder):
     """The encoder-decoder. encode -> decode -> logits, each usable alone."""
@@ -270,7 +257,7 @@ class T5(T5Encoder):
         return F.cross_entropy(logits.float(), response[tokens], reduction="sum"), int(tokens.sum())
 
 
-# ---- generation ----------------------------------------------------------------------------------
+# ---- generation -----------------------------------------------------------------------------------------------------
 
 @dataclass
 class Sampling:
@@ -282,14 +269,12 @@ class Sampling:
     max_length: int = 32          # tokens, </s> included
     greedy: bool = False
 
-
 @dataclass
 class Generation:
-    ids: torch.Tensor             # (B, T) sampled tokens, 0 after </s>
-    log_probs: torch.Tensor       # (B, T) of the distribution sampled from; 0 after </s>
+    ids: torch.Tensor             # (B, T) sampled tokens; this and the rest is 0 after </s>
+    log_probs: torch.Tensor       # (B, T) of the distribution sampled from
     states: torch.Tensor          # (B, T, D) decoder states that the tokens were sampled from
     support: torch.Tensor         # (B, T, V) bool: the tokens that could have been sampled
-
 
 def filter_logits(logits, top_k=0, top_p=1.0):
     """Logits (B, V) with all but the k likeliest, or the smallest set of probability >= p, at -inf."""
@@ -302,7 +287,6 @@ def filter_logits(logits, top_k=0, top_p=1.0):
         logits = logits.masked_fill(drop, -torch.inf)
     return logits
 
-
 @torch.no_grad()
 def generate(model, source, sampling, banned=(0, 2)):
     """One response for each row of source (B, S), with a key/value cache, in the model's present mode.
@@ -310,15 +294,14 @@ def generate(model, source, sampling, banned=(0, 2)):
     Uses torch's global generator. banned: ids never sampled (padding, unknown). Rows that have ended
     leave the batch once they are half of it. Returns a Generation with T = the longest response's length.
     """
-    s, config, n = sampling, model.config, len(source)
+    s, config, size = sampling, model.config, (len(source), sampling.max_length)
     memory, memory_bias = model.encode(source), padding_bias(source)
     caches = [Cache(b.cross_attn.keys_values(memory), s.max_length) for b in model.decoder.blocks]
     position_bias = model.decoder.position_bias(s.max_length)
-    out = Generation(source.new_zeros(n, s.max_length), memory.new_zeros(n, s.max_length, dtype=torch.float),
-                     memory.new_zeros(n, s.max_length, config.d_model),
-                     torch.zeros(n, s.max_length, config.vocab_size, dtype=torch.bool, device=source.device))
-    rows, running = torch.arange(n, device=source.device), torch.ones(n, dtype=torch.bool, device=source.device)
-    token = source.new_full((n,), config.decoder_start_token_id)
+    out = Generation(source.new_zeros(size), memory.new_zeros(size, dtype=torch.float),
+                     memory.new_zeros(*size, config.d_model), source.new_zeros(*size, config.vocab_size, dtype=torch.bool))
+    rows, running = torch.arange(len(source), device=source.device), source.new_ones(len(source), dtype=torch.bool)
+    token = source.new_full((len(source),), config.decoder_start_token_id)
     for t in range(s.max_length):
         bias = position_bias[:, :, t:t + 1, :t + 1]
         states = model.decoder(model.shared(token)[:, None], bias, None, memory_bias, caches)[:, 0]   # (B, D)
@@ -364,7 +347,6 @@ def random_spans(length, density=0.15, mean_span=3.0, generator=None):
         start += gap + span
     return spans
 
-
 def span_corrupt(ids, spans, sentinels, eos_id=1):
     """(source, target) of the paper's figure 2: "a <X> d <Y>" and "<X> b c <Y> e <Z>", each with </s>.
 
@@ -378,7 +360,7 @@ def span_corrupt(ids, spans, sentinels, eos_id=1):
     return source + ids[end:] + [eos_id], target + [sentinels[len(spans)], eos_id]
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 def save_atomically(state, path):
     """torch.save to a temporary file beside path, then rename: a reader never sees half a file."""
@@ -389,7 +371,6 @@ def save_atomically(state, path):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def load_state(path):
     """A saved state dict, tensors and plain values only (no code is run). Raises CheckpointError."""
     try:
@@ -399,18 +380,15 @@ def load_state(path):
         raise CheckpointError(f"{path}: can't be read as a checkpoint ({reason[:120]}); "
                               "delete it or put back a good copy") from None
 
-
 OFFICIAL = {"blocks": "block", "self_attn": "layer.0.SelfAttention", "self_norm": "layer.0.layer_norm",
             "cross_attn": "layer.1.EncDecAttention", "cross_norm": "layer.1.layer_norm", "final_norm": "final_layer_norm",
             "ff": "layer.{ff}.DenseReluDense", "ff_norm": "layer.{ff}.layer_norm",
             "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias"}
 
-
 def official_name(name):
     """Our parameter name -> the name in an official T5 checkpoint."""
     official = ".".join(OFFICIAL.get(part, part) for part in name.split("."))
     return official.format(ff=1 if name.startswith("encoder") else 2)   # the decoder's layer 1 is cross-attention
-
 
 def from_pretrained(folder):
     """A T5 from an official folder: config.json and pytorch_model.bin or model.safetensors.
@@ -452,42 +430,38 @@ def from_pretrained(folder):
     model.load_state_dict({ours: state[name].float() for name, (ours, _) in named.items()})
     return model
 
-
 def save_pretrained(model, folder):
     """Write config.json and pytorch_model.bin so that transformers' T5ForConditionalGeneration loads them."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     config = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True}
     (folder / "config.json").write_text(json.dumps({**config, **asdict(model.config)}, indent=2) + "\n")
     save_atomically({official_name(n): p for n, p in model.state_dict().items()}, folder / "pytorch_model.bin")
 
 
-# ---- training --------------------------------------------------------------------------------------
+# ---- training -------------------------------------------------------------------------------------------------------
 
 def autocast(device):
     """bf16 on a GPU, plain fp32 on a CPU. Never fp16: T5's activations overflow it."""
     return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else nullcontext()
 
-
-def make_optimizer(model, weight_decay=0.0):
-    """AdamW with a parameter group for each tensor, so that `set_lr` can scale each one's step."""
-    groups = [{"params": [p]} for p in model.parameters() if p.requires_grad]
+def make_optimizer(model, weight_decay=0.0, unit=("relative_bias",)):
+    """AdamW with a parameter group for each tensor, so that `set_lr` can scale each one's step. Tensors whose
+    name holds a word of `unit` start near 0 but belong to the scale of 1 (attention's logits, a value)."""
+    groups = [{"params": [p], "unit": any(word in name for word in unit)} for name, p in model.named_parameters()]
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
-
 
 def set_lr(optimizer, lr, rms_scaled):
     """lr for every tensor; rms_scaled: lr * max(RMS(tensor), 1e-3), Adafactor's "relative step".
 
-    T5's initialisation gives embeddings of std 1 beside matrices of std D^-1/2: one absolute step size
-    is too small for the first or too large for the second. A relative one fits both (nanoT5's remedy).
+    T5 starts with embeddings of std 1 beside matrices of std D^-1/2: one absolute step size is too small for
+    the first or too large for the second. A relative one fits both (nanoT5's remedy).
     """
     groups = optimizer.param_groups
     if rms_scaled:
         norms = torch.stack(torch._foreach_norm([g["params"][0].detach() for g in groups])).tolist()
     for i, group in enumerate(groups):
-        scale = max(norms[i] / math.sqrt(group["params"][0].numel()), 1e-3) if rms_scaled else 1.0
-        group["lr"] = lr * scale
-
+        relative = rms_scaled and not group["unit"]
+        group["lr"] = lr * (max(norms[i] / math.sqrt(group["params"][0].numel()), 1e-3) if relative else 1.0)
 
 def optimizer_step(optimizer, max_grad_norm):
     """Clip the gradient to a norm, step, clear. A gradient that is not finite is dropped, not applied.
@@ -498,7 +472,6 @@ def optimizer_step(optimizer, max_grad_norm):
         optimizer.step()
     optimizer.zero_grad()
     return norm
-
 
 @dataclass
 class TrainConfig:
@@ -512,19 +485,19 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     eval_every: int = 200         # steps between validations; the best state is kept
 
-
 class Trainer:
     """Gradient descent on a sum-over-items loss, keeping the weights of the best validation.
 
-    loss_sum(rows) -> (sum of losses, number of items) for example indices `rows`; rows_at(step) -> the
-    batch of a step; validate() -> number, lower is better. Step i depends on i and the state only (the
-    caller seeds each step), so a saved state_dict continues exactly.
+    loss_sum(rows) -> (sum of losses, number of items) of some examples; rows_at(step) -> a step's examples;
+    validate() -> number, lower is better. Step i depends on i, the state and torch's global generator (which
+    the caller seeds for each step) only, so a saved state_dict continues exactly.
     """
 
     def __init__(self, model, loss_sum, rows_at, validate, config):
-        self.model, self.loss_sum, self.rows_at, self.validate, self.config = model, loss_sum, rows_at, validate, config
+        self.model, self.config = model, config
+        self.loss_sum, self.rows_at, self.validate = loss_sum, rows_at, validate
         self.optimizer = make_optimizer(model, config.weight_decay)
-        self.best = {"score": math.inf, "step": -1, "weights": {}}
+        self.best = {"score": math.inf, "weights": copy.deepcopy(model.state_dict())}
 
     def step(self, i):
         """Optimizer step i (from 0). Returns what it measured, as plain numbers."""
@@ -544,8 +517,7 @@ class Trainer:
             with torch.no_grad():
                 record["valid"] = self.validate()
             if record["valid"] < self.best["score"]:
-                self.best = {"score": record["valid"], "step": i,
-                             "weights": {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}}
+                self.best = {"score": record["valid"], "weights": copy.deepcopy(self.model.state_dict())}
         return record
 
     def finish(self):

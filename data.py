@@ -323,7 +323,6 @@ class Batches:
 
 class Pairs:
     """(context, response) pairs as ids, once and for all; `batch` pads some of them."""
-
     def __init__(self, dialogues, tokenizer, max_source, max_target, device="cpu"):
         self.dialogues, self.device = dialogues, device
         self.contexts = [tokenizer.encode_context(d.context, max_source) for d in dialogues]

@@ -7,17 +7,7 @@
 Stages: pretrain -> sft -> identifiers -> judge -> label -> ppo -> evaluate -> report. Each leaves its result in
 DIR/checkpoints; the same command skips what is there for the same configuration and goes on where it was cut.
 """
-import argparse
-import copy
-import hashlib
-import json
-import os
-import re
-import shlex
-import signal
-import sys
-import time
-import zlib
+import argparse, copy, hashlib, json, os, re, shlex, signal, sys, time, zlib
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 
@@ -85,8 +75,8 @@ PRESETS = {                       # what differs from the defaults above, which 
         t5.d_model=32 t5.d_kv=16 t5.d_ff=64 t5.num_heads=2 t5.num_layers=1 t5.num_decoder_layers=1 pretrain.steps=4
         sft.steps=12 sft.eval_every=6 identifiers.steps=8 identifiers.eval_every=4 identifiers.batch_size=16
         ppo.steps=4 ppo.batch_size=8 ppo.minibatch_size=4 ppo.eval_every=2 eval.valid_contexts=8 sampling.max_length=12""",
-    "real": """data.corpus=real data.vocab_size=6000 data.max_source=96 data.max_target=40 data.identifier_source=96
-        t5.d_model=192 t5.d_ff=768 t5.num_heads=6 t5.num_layers=3 t5.num_decoder_layers=3 t5.dropout_rate=0.1
+    "real": """data.corpus=real data.vocab_size=5000 data.max_source=96 data.max_target=40 data.identifier_source=96
+        t5.d_model=160 t5.d_ff=640 t5.num_heads=5 t5.dropout_rate=0.1
         pretrain.steps=200 pretrain.batch_size=48 sft.steps=1400 sft.batch_size=48 identifiers.steps=150
         identifiers.batch_size=32 identifiers.eval_every=15 sampling.min_length=5 sampling.max_length=40
         ppo.steps=60 ppo.batch_size=128 ppo.lr=3e-3 eval.contexts=512""",
@@ -100,6 +90,9 @@ PRESETS = {                       # what differs from the defaults above, which 
 DEPENDS = {"pretrain": "t5 pretrain", "sft": "t5 pretrain sft"}       # stage -> the sections its result depends on
 DEPENDS["identifiers"] = DEPENDS["judge"] = DEPENDS["label"] = "t5 pretrain sft identifiers"
 DEPENDS["ppo"] = "t5 pretrain sft identifiers reward sampling ppo"
+
+def say(text):
+    print(text, flush=True)
 
 class UsageError(ValueError):
     """Something the user can put right: exit code 2 and one line, no traceback."""
@@ -134,7 +127,6 @@ def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
 
 class Run:
     """A folder with config.json, metrics.jsonl and checkpoints/, and the loop that every training stage shares."""
-
     def __init__(self, folder, config):
         self.folder, self.config, self.seconds = Path(folder), config, {}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,14 +136,10 @@ class Run:
         except OSError as error:
             raise UsageError(f"--run {folder}: {error.strerror}; name a folder that can be written") from None
 
-    def say(self, text):
-        print(text, flush=True)
-
     def write(self, name, text):
         """Write a text file of the run folder atomically."""
-        temporary = self.folder / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.folder / name)
+        (self.folder / f"{name}.tmp").write_text(text, encoding="utf-8")
+        os.replace(self.folder / f"{name}.tmp", self.folder / name)
 
     def seed(self, stage, step=0):
         """Seed torch from (seed, stage, step): a resumed step draws what an uninterrupted one would."""
@@ -165,7 +153,8 @@ class Run:
 
     def records(self):
         path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]         # a killed run may leave half a line
 
     def stage(self, name, compute):
         """compute(state, save) -> the stage's final state, unless that is there for the same configuration.
@@ -175,10 +164,10 @@ class Run:
         path, c = self.folder / "checkpoints" / f"{name}.pt", asdict(self.config)
         parts = [c[s] for s in ["seed", "data_dir", "t5_dir", "data", *DEPENDS[name].split()]]
         key = hashlib.sha256(json.dumps([1, parts], sort_keys=True).encode()).hexdigest()   # 1: format version
-        state = load_state(path) if path.exists() else {}
-        if path.exists() and (not isinstance(state, dict) or "key" not in state):
+        state = load_state(path) if path.exists() else {"key": None}
+        if not isinstance(state, dict) or "key" not in state:
             raise CheckpointError(f"{path}: not a checkpoint of this program; delete it")
-        state = state if state.get("key") == key else {}
+        state = state if state["key"] == key else {}
         if not state.get("done"):
             before, started = state.get("seconds", 0.0), time.time()
             save = lambda **new: save_atomically({"key": key, "seconds": before + time.time() - started, **new}, path)
@@ -207,7 +196,7 @@ class Run:
                         shown, speed = now, (i + 1 - first) / (now - started)
                         left = int((steps - i - 1) / speed)
                         numbers = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k in SHOWN)
-                        self.say(f"{name:<12}{i + 1:>5}/{steps}  {speed:5.2f} steps/s  {left // 60}:{left % 60:02d} left  {numbers}")
+                        say(f"{name:<12}{i + 1:>5}/{steps}  {speed:5.2f} steps/s  {left // 60}:{left % 60:02d} left  {numbers}")
                     if now - saved > 30 or self.interrupted:
                         log.flush()
                         save(step=i + 1, trainer=trainer.state_dict())
@@ -228,15 +217,14 @@ SHOWN = ("loss", "valid", "reward", "kl", "kl_coef", "length", "entropy")      #
 def run_all(run):
     """Every stage, in order. Returns the final metrics (also in metrics.json)."""
     config, device, started = run.config, run.device, time.time()
-    run.say(f"EmpRL, preset {config.preset}, seed {config.seed}, on {device}; results go to {run.folder}")
+    say(f"EmpRL, preset {config.preset}, seed {config.seed}, on {device}; results go to {run.folder}")
     corpus, c = load_corpus(config), config.data
-    tokenizer = make_tokenizer(run, corpus)
+    tokenizer, t5 = start(run, corpus)
     pairs = {part: Pairs(ds, tokenizer, c.max_source, c.max_target, device) for part, ds in corpus.dialogues.items()}
     labelled = {part: Pairs(ds, tokenizer, c.identifier_source, c.identifier_target, device)
                 for part, ds in corpus.labelled.items()}
-    t5 = make_t5(run, tokenizer)
     run.write("config.json", json.dumps(asdict(config), indent=2) + "\n")
-    run.say("\n".join("data        " + note for note in [*corpus.notes, f"{tokenizer.vocab_size} tokens in the vocabulary, "
+    say("\n".join("data        " + note for note in [*corpus.notes, f"{tokenizer.vocab_size} tokens in the vocabulary, "
                       f"{sum(p.numel() for p in t5.parameters()) / 1e6:.2f} M parameters"]))
     run.seconds["data"] = round(time.time() - started, 1)
 
@@ -287,28 +275,22 @@ def load_corpus(config):
         return data.embedded_corpus(config.seed, c.num_train, c.num_valid, c.num_test, c.num_labelled)
     return data.real_corpus(config.data_dir) if c.corpus == "real" else data.own_corpus(c.corpus)
 
-def make_tokenizer(run, corpus):
-    """The official checkpoint's spiece.model, or one trained on the training texts; kept in the run folder."""
-    if run.config.t5_dir:
-        tokenizer = Tokenizer.load(Path(run.config.t5_dir) / "spiece.model")
+def start(run, corpus):
+    """Tokenizer and T5: those of the official folder, or a tokenizer trained on the training texts and a new T5."""
+    config, folder = run.config, run.config.t5_dir
+    if folder:
+        tokenizer, t5 = Tokenizer.load(Path(folder) / "spiece.model"), from_pretrained(folder)
+        if t5.config.vocab_size < tokenizer.vocab_size:
+            raise UsageError(f"--t5 {folder}: spiece.model has {tokenizer.vocab_size} tokens, the checkpoint "
+                             f"{t5.config.vocab_size}; put the files of one model there")
     else:
         dialogues = corpus.dialogues["train"] + corpus.labelled["train"] + corpus.labelled["judge_train"]
-        tokenizer = Tokenizer.train([u for d in dialogues for u in (*d.context[-2:], d.response)], run.config.data.vocab_size)
-    tokenizer.save(run.folder / "tokenizer.model")
-    return tokenizer
-
-def make_t5(run, tokenizer):
-    """A T5 from the official folder, or a new one of the configured size."""
-    if run.config.t5_dir:
-        t5 = from_pretrained(run.config.t5_dir)
-        if t5.config.vocab_size < tokenizer.vocab_size:
-            raise UsageError(f"--t5 {run.config.t5_dir}: spiece.model has {tokenizer.vocab_size} tokens, the checkpoint "
-                             f"{t5.config.vocab_size}: they belong to different models")
-    else:
+        tokenizer = Tokenizer.train([u for d in dialogues for u in (*d.context[-2:], d.response)], config.data.vocab_size)
         run.seed("t5")
-        run.config.t5.vocab_size = tokenizer.vocab_size
-        t5 = T5(run.config.t5)
-    return t5.to(run.device).eval()
+        config.t5.vocab_size = tokenizer.vocab_size
+        t5 = T5(config.t5)
+    tokenizer.save(run.folder / "tokenizer.model")
+    return tokenizer, t5.to(run.device).eval()
 
 def pretrain_trainer(config, t5, tokenizer, pairs):
     """Span corruption on context and response of every training pair; nothing to validate, the last weights stay."""
@@ -358,7 +340,6 @@ def respond(t5, pairs, sampling, size=64):
 
 class Evaluation:
     """Measures policies by the reward's identifiers, by the judge and, in the embedded world, by the oracle."""
-
     def __init__(self, run, tokenizer, identifiers, judge, reference, level_probs):
         self.run, self.tokenizer, self.identifiers, self.judge = run, tokenizer, identifiers, judge
         self.reference, self.level_probs, self.results = reference, level_probs, {}
@@ -383,7 +364,7 @@ class Evaluation:
         tables, target = self.levels(pairs, texts), reward.target_levels[:len(pairs)]
         certain = F.one_hot(list(tables.values())[-1], LEVELS).clamp(min=1e-4).log()      # a reader without doubt
         for i in range(3):
-            self.run.say(f"    {pairs.dialogues[i].context[-1]}\n     -> {texts[i]}   target {target[i].tolist()} generated "
+            say(f"    {pairs.dialogues[i].context[-1]}\n     -> {texts[i]}   target {target[i].tolist()} generated "
                          f"{tables[''][i].tolist()} reward {learnt[i]:.2f}")
         return {"valid_reward": learnt.mean().item(), "valid_emp_f1": emp_f1(tables[""], target),
                 "valid_held_out_reward": empathy_reward(certain, target, reward.difference, reward.mechanisms).mean().item()}
@@ -488,9 +469,10 @@ def report(run, metrics, evaluation):
                      + "\n".join(f"* {name} {r['levels'][''][i].tolist()} reward {r['rewards'][i]:.2f}: {r['texts'][i]}"
                                  for name, r in evaluation.results.items()))
     run.write("samples.md", "\n\n".join(lines) + "\n")
-    run.say(f"\n{before_after(metrics)}\n\n{identifiers}\n\nreport {run.folder}/report.md, samples {run.folder}/samples.md")
+    say(f"\n{before_after(metrics)}\n\n{identifiers}\n\nreport {run.folder}/report.md, samples {run.folder}/samples.md")
 
 def draw_plots(run, metrics, evaluation):
+    """plots/*.png: the curves of metrics.jsonl, Emp-F1 before and after, level confusions, learnt reward against truth."""
     import matplotlib
     matplotlib.use("Agg")                                        # no window: files only
     import matplotlib.pyplot as plt
@@ -498,21 +480,19 @@ def draw_plots(run, metrics, evaluation):
     records = run.records()
 
     def figure(name, panels):
-        """panels: (draw(axis), title, x label, y label) for each picture side by side."""
+        """panels: (draw, its arguments, title, x label, y label) for each picture, side by side."""
         fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), squeeze=False, layout="constrained")
-        for axis, (draw, title, x, y) in zip(axes[0], panels):
-            draw(axis)
+        for axis, (draw, arguments, title, x, y) in zip(axes[0], panels):
+            draw(axis, *arguments)
             axis.set(title=title, xlabel=x, ylabel=y)
         fig.savefig(run.folder / "plots" / f"{name}.png", dpi=110)
         plt.close(fig)
 
-    def curves(stage, **keys):
-        def draw(axis):
-            for key, label in keys.items():
-                points = [(r["step"] + 1, r[key]) for r in records if r["stage"] == stage and key in r]
-                axis.plot([p[0] for p in points], [p[1] for p in points], label=label)
-            axis.legend()
-        return draw
+    def curves(axis, stage, *labels):
+        for key, label in labels:
+            points = [(r["step"] + 1, r[key]) for r in records if r["stage"] == stage and key in r]
+            axis.plot([p[0] for p in points], [p[1] for p in points], label=label)
+        axis.legend()
 
     def bars(axis):
         for k, name in enumerate(("sft", "emprl")):
@@ -520,26 +500,27 @@ def draw_plots(run, metrics, evaluation):
         axis.set_xticks([0.2, 1.2, 2.2], ["ER", "IP", "EX"])
         axis.legend()
 
-    def heat(name, m):
-        def draw(axis):
-            counts = confusion(evaluation.results[name]["levels"][""][:, m], evaluation.gold[""][:, m]).double()
-            share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-            axis.imshow(share, vmin=0, vmax=1, cmap="Blues")
-            for row, column in [(r, c) for r in range(LEVELS) for c in range(LEVELS)]:
-                axis.text(column, row, f"{share[row, column]:.2f}", ha="center", color="white" if share[row, column] > 0.5 else "black")
-            axis.set(xticks=range(LEVELS), yticks=range(LEVELS))
-        return draw
+    def heat(axis, name, m):
+        counts = confusion(evaluation.results[name]["levels"][""][:, m], evaluation.gold[""][:, m]).double()
+        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues")
+        for row in range(LEVELS):
+            for column in range(LEVELS):
+                axis.text(column, row, f"{share[row, column]:.2f}", ha="center", color="wk"[share[row, column] < 0.5])
+        axis.set(xticks=range(LEVELS), yticks=range(LEVELS))
 
-    figure("losses", [(curves(stage, loss="training", valid=label), stage, "step", "loss (nats)") for stage, label in (
-        ("pretrain", "(no validation)"), ("sft", "validation"), ("identifiers", "-macro-F1, validation"), ("judge", "-macro-F1, validation"))])
-    figure("ppo", [(curves("ppo", **keys), title, "PPO iteration", unit) for keys, title, unit in (
-        ({"reward": "training"}, "reward", "0..1"), ({"kl": "k1", "kl_k3": "k3"}, "KL to the MLE policy", "nats a response"),
-        ({"kl_coef": "beta"}, "KL coefficient", ""), ({"length": "length"}, "response length", "tokens"))])
-    figure("emp_f1", [(bars, "Emp-F1 before and after", "mechanism", "weighted F1")])
-    figure("levels", [(heat(name, m), f"{name}: {MECHANISMS[m].upper()}", "generated level", "target level")
+    figure("losses", [(curves, (stage, ("loss", "training"), ("valid", valid)), stage, "step", "loss (nats)") for stage, valid in (
+        ("pretrain", "(no validation)"), ("sft", "validation"), ("identifiers", "-macro-F1, validation"),
+        ("judge", "-macro-F1, validation"))])
+    figure("ppo", [(curves, ("ppo", *labels), title, "PPO iteration", unit) for labels, title, unit in (
+        ([("reward", "training")], "reward", "0..1"), ([("kl", "k1"), ("kl_k3", "k3")], "KL to the MLE policy", "nats a response"),
+        ([("kl_coef", "beta")], "KL coefficient", ""), ([("length", "length")], "response length", "tokens"))])
+    figure("emp_f1", [(bars, (), "Emp-F1 before and after", "mechanism", "weighted F1")])
+    figure("levels", [(heat, (name, m), f"{name}: {MECHANISMS[m].upper()}", "generated level", "target level")
                       for name in ("sft", "emprl") for m in range(3)])
-    figure("learnt_vs_truth", [(curves("ppo", valid_reward="learnt reward", valid_held_out_reward="by the oracle"
-                                       if evaluation.level_probs else "by the judge"), "validation", "PPO iteration", "reward (0..1)")])
+    truth = "by the oracle" if evaluation.level_probs else "by the judge"
+    figure("learnt_vs_truth", [(curves, ("ppo", ("valid_reward", "learnt reward"), ("valid_held_out_reward", truth)),
+                                "validation", "PPO iteration", "reward (0..1)")])
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -566,12 +547,12 @@ def evaluate_file(folder, file):
     pairs = Pairs(data.read_dialogues(file), evaluation.tokenizer, c.max_source, c.max_target, run.device)
     metrics, name = evaluation.compare(pairs, models), f"evaluate-{Path(file).stem}.json"
     run.write(name, json.dumps(metrics, indent=2) + "\n")
-    run.say(f"{before_after(metrics)}\n\nwritten to {run.folder / name}")
+    say(f"{before_after(metrics)}\n\nwritten to {run.folder / name}")
 
 def chat(folder):
     """`chat`: you write, both policies answer, with the levels that the identifiers read in each answer."""
     run, evaluation, models = load_run(folder)
-    run.say("A research model, not a counsellor. An empty line starts a new conversation; Ctrl-D ends.")
+    say("A research model, not a counsellor. An empty line starts a new conversation; Ctrl-D ends.")
     history, c = [], run.config.data
     for line in sys.stdin:
         history = [*history, line.strip()] if line.strip() else []
@@ -581,7 +562,7 @@ def chat(folder):
         for name, t5 in models.items():
             answered = pairs.but(respond(t5, pairs, run.config.sampling))
             reply, levels = evaluation.tokenizer.decode(answered.responses[0]), predict_levels(evaluation.identifiers, answered)[0]
-            run.say(f"{name:<6} {reply}   " + " ".join(f"{m.upper()} {k}" for m, k in zip(MECHANISMS, levels.tolist())))
+            say(f"{name:<6} {reply}   " + " ".join(f"{m.upper()} {k}" for m, k in zip(MECHANISMS, levels.tolist())))
         history.append(reply)
 
 def main(arguments=None):

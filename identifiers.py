@@ -28,7 +28,6 @@ class Identifier(nn.Module):
     h = r + Dropout(Attention(query = r, key = value = c))       one head, the context's padding hidden
     logits = W_2 Dropout(tanh(W_1 mean_t h_t))                   mean over the response's tokens
     """
-
     def __init__(self, config, num_mechanisms=1):
         super().__init__()
         d = config.d_model
@@ -63,7 +62,6 @@ class IdentifierConfig(TrainConfig):
 
 class Identifiers(nn.Module):
     """All three mechanisms: one Identifier with three heads (shared), or three of one head each."""
-
     def __init__(self, config, shared=True):
         super().__init__()
         self.config = config
@@ -145,7 +143,6 @@ def empathy_reward(log_probs, target_levels, difference="cross_entropy", mechani
 class EmpathyReward:
     """reward(context ids, response ids, index) -> (B,), as ppo.py asks for it. `index` names the training
     pairs, whose target levels (N, M) were labelled beforehand. It reads the sampled ids themselves."""
-
     def __init__(self, identifiers, target_levels, difference="cross_entropy", mechanisms=(True, True, True)):
         self.identifiers, self.target_levels = identifiers, target_levels
         self.difference, self.mechanisms = difference, mechanisms

@@ -129,7 +129,6 @@ def adapt_kl_coef(kl_coef, kl, target, batch_size, horizon):
 
 class RunningMoments:
     """Mean and variance of all scores seen so far, batch by batch (Chan et al. 1979)."""
-
     def __init__(self):
         self.count, self.mean, self.m2 = 0, 0.0, 0.0             # m2: sum of squared differences from the mean
 
@@ -154,7 +153,6 @@ class Policy(nn.Module):
     One linear layer, started at 0. The original puts dropout before it; PPO here runs without dropout
     (so that the ratio starts at exactly 1), where that would do nothing.
     """
-
     def __init__(self, t5):
         super().__init__()
         self.t5, self.value_head = t5, nn.Linear(t5.config.d_model, 1)
@@ -210,7 +208,6 @@ class PPOTrainer:
     validate(t5) -> dict of numbers, logged every eval_every iterations. As with t5_small.Trainer, a step
     depends on its number, the state and torch's global generator only.
     """
-
     def __init__(self, t5, reward, batch_at, validate, sampling, config):
         self.policy, self.reference = Policy(t5).eval(), copy.deepcopy(t5).eval().requires_grad_(False)
         self.policy.to(next(t5.parameters()).device)

@@ -6,10 +6,7 @@ Transformer" (arXiv 1910.10683); v1.1 (gated GELU, untied head): Shazeer 2020 (a
 Legend of the shape comments: B batch, S source length, T response length, D model width, H heads, V vocabulary.
 This file knows nothing of text: ids in, ids out. Everywhere id 0 is padding and also starts the decoder.
 """
-import copy
-import json
-import math
-import os
+import copy, json, math, os
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -48,21 +45,17 @@ def relative_position_bucket(relative_position, bidirectional, num_buckets=32, m
     relative_position: key position - query position, integers of any shape. The same shape comes back.
     Bidirectional: half of the buckets are for keys after the query. Causal: those keys all get bucket 0.
     """
-    bucket = torch.zeros_like(relative_position)
+    bucket, distance = torch.zeros_like(relative_position), (-relative_position).clamp(min=0)
     if bidirectional:
         num_buckets //= 2
-        bucket += (relative_position > 0).long() * num_buckets
-        distance = relative_position.abs()
-    else:
-        distance = (-relative_position).clamp(min=0)
+        bucket, distance = (relative_position > 0).long() * num_buckets, relative_position.abs()
     max_exact = num_buckets // 2
-    log_ratio = torch.log(distance.float().clamp(min=1) / max_exact) / math.log(max_distance / max_exact)
+    log_ratio = torch.log(distance.clamp(min=1) / max_exact) / math.log(max_distance / max_exact)
     far = (max_exact + (log_ratio * (num_buckets - max_exact)).long()).clamp(max=num_buckets - 1)
     return bucket + torch.where(distance < max_exact, distance, far)
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight: no mean is subtracted and there is no bias (Zhang & Sennrich 2019)."""
-
     def __init__(self, d_model, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(d_model)), eps
@@ -85,7 +78,6 @@ class Dropout(nn.Dropout):
 
 class Attention(nn.Module):
     """Multi-head attention, softmax(q k^T + bias) v: T5 has no 1/sqrt(d_kv), it is in q's initialisation."""
-
     def __init__(self, config):
         super().__init__()
         inner = config.num_heads * config.d_kv
@@ -112,7 +104,6 @@ class Attention(nn.Module):
 
 class FeedForward(nn.Module):
     """v1.0: W_o relu(W_i x). v1.1: W_o (gelu(W_i0 x) * W_i1 x)."""
-
     def __init__(self, config):
         super().__init__()
         self.gated = config.feed_forward_proj == "gated-gelu"
@@ -127,7 +118,6 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm residual layers: x + f(norm(x)) for self-attention, cross-attention (decoder), feed-forward."""
-
     def __init__(self, config, is_decoder):
         super().__init__()
         norm = lambda: RMSNorm(config.d_model, config.layer_norm_epsilon)
@@ -149,12 +139,11 @@ class Block(nn.Module):
 
 class Stack(nn.Module):
     """The encoder or the decoder. One table of relative position biases serves all its layers."""
-
     def __init__(self, config, is_decoder):
         super().__init__()
         self.config, self.is_decoder = config, is_decoder
-        layers = config.num_decoder_layers if is_decoder else config.num_layers
-        self.blocks = nn.ModuleList(Block(config, is_decoder) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(config, is_decoder)
+                                    for _ in range(config.num_decoder_layers if is_decoder else config.num_layers))
         self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
         self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = Dropout(config.dropout_rate)
@@ -163,8 +152,7 @@ class Stack(nn.Module):
         """(1, H, length, length); the decoder's also hides the future."""
         position = torch.arange(length, device=self.relative_bias.weight.device)
         relative = position[None, :] - position[:, None]                     # key - query
-        bucket = relative_position_bucket(relative, not self.is_decoder,
-                                          self.config.relative_attention_num_buckets,
+        bucket = relative_position_bucket(relative, not self.is_decoder, self.config.relative_attention_num_buckets,
                                           self.config.relative_attention_max_distance)
         bias = self.relative_bias(bucket).permute(2, 0, 1)[None]             # (1, H, T, T)
         return bias.masked_fill(relative > 0, -1e9) if self.is_decoder else bias
@@ -177,7 +165,6 @@ class Stack(nn.Module):
 
 class Cache:
     """The keys and values of one decoder block: `cross` of the source, and those of the tokens so far."""
-
     def __init__(self, cross, max_length):
         self.cross, self.length = cross, 0
         batch, heads, _, width = cross[0].shape
@@ -198,7 +185,6 @@ def padding_bias(ids, pad_id=0):
 class T5Encoder(nn.Module):
     """Embedding and encoder: half a T5, all that an identifier needs. Its names are T5's own, so that
     `load_state_dict(t5.state_dict(), strict=False)` starts it from a trained model."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -218,12 +204,10 @@ class T5Encoder(nn.Module):
 
     def encode(self, source):
         """(B, S) ids -> (B, S, D) states; padding is hidden from the other positions."""
-        bias = self.encoder.position_bias(source.shape[1]) + padding_bias(source)
-        return self.encoder(self.shared(source), bias)
+        return self.encoder(self.shared(source), self.encoder.position_bias(source.shape[1]) + padding_bias(source))
 
 class T5(T5Encoder):
     """The encoder-decoder. encode -> decode -> logits, each usable alone."""
-
     def __init__(self, config):
         super().__init__(config)
         self.decoder = Stack(config, is_decoder=True)
@@ -233,8 +217,7 @@ class T5(T5Encoder):
 
     def decode(self, inputs, memory, source):
         """Decoder inputs (B, T) and the encoder's memory (B, S, D) -> the decoder's last states (B, T, D)."""
-        return self.decoder(self.shared(inputs), self.decoder.position_bias(inputs.shape[1]),
-                            memory, padding_bias(source))
+        return self.decoder(self.shared(inputs), self.decoder.position_bias(inputs.shape[1]), memory, padding_bias(source))
 
     def logits(self, states):
         """(..., D) -> (..., V). v1.0 ties the head to the embedding and scales the states by D^-1/2."""
@@ -289,10 +272,10 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 @torch.no_grad()
 def generate(model, source, sampling, banned=(0, 2)):
-    """One response for each row of source (B, S), with a key/value cache, in the model's present mode.
+    """One response for each row of source (B, S), with a key/value cache, by torch's global generator.
 
-    Uses torch's global generator. banned: ids never sampled (padding, unknown). Rows that have ended
-    leave the batch once they are half of it. Returns a Generation with T = the longest response's length.
+    banned: ids never sampled (padding, unknown). Rows that have ended leave the batch once they are half of it.
+    Returns a Generation with T = the longest response's length.
     """
     s, config, size = sampling, model.config, (len(source), sampling.max_length)
     memory, memory_bias = model.encode(source), padding_bias(source)
@@ -330,10 +313,8 @@ def generate(model, source, sampling, banned=(0, 2)):
 # ---- span corruption: T5's pre-training task -------------------------------------------------------
 
 def random_spans(length, density=0.15, mean_span=3.0, generator=None):
-    """Spans [(start, length), ...] that cover about `density` of `length` positions, never position 0.
-
-    As in T5: the noise and the rest are each cut at random into the same number of pieces, which alternate.
-    """
+    """Spans [(start, length), ...] that cover about `density` of `length` positions, never position 0. As in T5,
+    the noise and the rest are each cut at random into the same number of pieces, which alternate."""
     noise = min(max(round(length * density), 1), length - 1)
     pieces = min(max(round(noise / mean_span), 1), noise, length - noise)
 
@@ -364,7 +345,7 @@ def span_corrupt(ids, spans, sentinels, eos_id=1):
 
 def save_atomically(state, path):
     """torch.save to a temporary file beside path, then rename: a reader never sees half a file."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
+    temporary = Path(f"{path}.tmp")
     try:
         torch.save(state, temporary)
         os.replace(temporary, path)
@@ -376,9 +357,8 @@ def load_state(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                # torch raises many kinds for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: can't be read as a checkpoint ({reason[:120]}); "
-                              "delete it or put back a good copy") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise CheckpointError(f"{path}: can't be read as a checkpoint ({reason}); delete it or put back a good copy") from None
 
 OFFICIAL = {"blocks": "block", "self_attn": "layer.0.SelfAttention", "self_norm": "layer.0.layer_norm",
             "cross_attn": "layer.1.EncDecAttention", "cross_norm": "layer.1.layer_norm", "final_norm": "final_layer_norm",
@@ -391,10 +371,8 @@ def official_name(name):
     return official.format(ff=1 if name.startswith("encoder") else 2)   # the decoder's layer 1 is cross-attention
 
 def from_pretrained(folder):
-    """A T5 from an official folder: config.json and pytorch_model.bin or model.safetensors.
-
-    Raises CheckpointError naming the file and the tensors that are missing or of another shape.
-    """
+    """A T5 from an official folder: config.json and pytorch_model.bin or model.safetensors. Raises CheckpointError
+    naming the file and the tensors that are missing or of another shape."""
     folder = Path(folder)
     path = folder / "config.json"
     try:
@@ -433,8 +411,8 @@ def from_pretrained(folder):
 def save_pretrained(model, folder):
     """Write config.json and pytorch_model.bin so that transformers' T5ForConditionalGeneration loads them."""
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-    config = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True}
-    (folder / "config.json").write_text(json.dumps({**config, **asdict(model.config)}, indent=2) + "\n")
+    kind = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True}
+    (folder / "config.json").write_text(json.dumps({**kind, **asdict(model.config)}, indent=2) + "\n")
     save_atomically({official_name(n): p for n, p in model.state_dict().items()}, folder / "pytorch_model.bin")
 
 
@@ -445,8 +423,8 @@ def autocast(device):
     return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else nullcontext()
 
 def make_optimizer(model, weight_decay=0.0, unit=("relative_bias",)):
-    """AdamW with a parameter group for each tensor, so that `set_lr` can scale each one's step. Tensors whose
-    name holds a word of `unit` start near 0 but belong to the scale of 1 (attention's logits, a value)."""
+    """AdamW with a parameter group for each tensor, so that `set_lr` can scale each one's step. Tensors whose name
+    holds a word of `unit` start near 0 but belong to the scale of 1 (attention's logits, a value)."""
     groups = [{"params": [p], "unit": any(word in name for word in unit)} for name, p in model.named_parameters()]
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
 
@@ -456,18 +434,14 @@ def set_lr(optimizer, lr, rms_scaled):
     T5 starts with embeddings of std 1 beside matrices of std D^-1/2: one absolute step size is too small for
     the first or too large for the second. A relative one fits both (nanoT5's remedy).
     """
-    groups = optimizer.param_groups
-    if rms_scaled:
-        norms = torch.stack(torch._foreach_norm([g["params"][0].detach() for g in groups])).tolist()
-    for i, group in enumerate(groups):
+    tensors = [group["params"][0].detach() for group in optimizer.param_groups]
+    for group, p, norm in zip(optimizer.param_groups, tensors, torch.stack(torch._foreach_norm(tensors)).tolist()):
         relative = rms_scaled and not group["unit"]
-        group["lr"] = lr * (max(norms[i] / math.sqrt(group["params"][0].numel()), 1e-3) if relative else 1.0)
+        group["lr"] = lr * (max(norm / math.sqrt(p.numel()), 1e-3) if relative else 1.0)
 
 def optimizer_step(optimizer, max_grad_norm):
-    """Clip the gradient to a norm, step, clear. A gradient that is not finite is dropped, not applied.
-    Returns the norm before clipping (inf or nan: the step was skipped)."""
-    params = [g["params"][0] for g in optimizer.param_groups]
-    norm = nn.utils.clip_grad_norm_(params, max_grad_norm).item()
+    """Clip the gradient to a norm, step, clear; a gradient that is not finite is dropped. Returns the norm before."""
+    norm = nn.utils.clip_grad_norm_([g["params"][0] for g in optimizer.param_groups], max_grad_norm).item()
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
@@ -492,7 +466,6 @@ class Trainer:
     validate() -> number, lower is better. Step i depends on i, the state and torch's global generator (which
     the caller seeds for each step) only, so a saved state_dict continues exactly.
     """
-
     def __init__(self, model, loss_sum, rows_at, validate, config):
         self.model, self.config = model, config
         self.loss_sum, self.rows_at, self.validate = loss_sum, rows_at, validate
@@ -501,8 +474,7 @@ class Trainer:
 
     def step(self, i):
         """Optimizer step i (from 0). Returns what it measured, as plain numbers."""
-        c, rows = self.config, self.rows_at(i)
-        self.model.train()
+        c, rows, model = self.config, self.rows_at(i), self.model.train()
         lr = c.lr * min((i + 1) / max(c.warmup, 1), (c.steps - i) / max(c.steps - c.warmup, 1), 1)
         set_lr(self.optimizer, lr, c.rms_scaled)
         size, total, count = c.micro_batch or len(rows), 0.0, 0
@@ -510,20 +482,19 @@ class Trainer:
             loss, items = self.loss_sum(rows[start:start + size])
             loss.backward()
             total, count = total + loss.item(), count + items
-        torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], count)
+        torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], count)
         record = {"loss": total / count, "lr": lr, "grad_norm": optimizer_step(self.optimizer, c.max_grad_norm)}
         if (i + 1) % c.eval_every == 0 or i + 1 == c.steps:
-            self.model.eval()
+            model.eval()
             with torch.no_grad():
                 record["valid"] = self.validate()
             if record["valid"] < self.best["score"]:
-                self.best = {"score": record["valid"], "weights": copy.deepcopy(self.model.state_dict())}
+                self.best = {"score": record["valid"], "weights": copy.deepcopy(model.state_dict())}
         return record
 
     def finish(self):
         """Put the best weights back into the model."""
-        self.model.load_state_dict(self.best["weights"])
-        self.model.eval()
+        self.model.eval().load_state_dict(self.best["weights"])
 
     def state_dict(self):
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "best": self.best}

@@ -1,0 +1,151 @@
+"""The whole program on the smoke preset: every stage, its files, resuming, the command line."""
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import emprl
+import t5_small
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished smoke run: (folder, metrics)."""
+    folder = tmp_path_factory.mktemp("run") / "smoke"
+    return folder, emprl.run_all(emprl.Run(folder, emprl.make_config("smoke")))
+
+
+def weights(folder):
+    return t5_small.from_pretrained(folder / "emprl").state_dict()
+
+
+def test_run_folder_holds_what_the_readme_says(finished):
+    folder, metrics = finished
+    for name in ("config.json", "metrics.jsonl", "metrics.json", "report.md", "samples.md", "tokenizer.model",
+                 "sft/pytorch_model.bin", "emprl/pytorch_model.bin"):
+        assert (folder / name).stat().st_size > 0, name
+    for name in ("losses", "ppo", "emp_f1", "levels", "learnt_vs_truth"):
+        assert (folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+    assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    stages = [json.loads(line)["stage"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {s: stages.count(s) for s in stages} == {"pretrain": 4, "sft": 12, "identifiers": 8, "judge": 8, "ppo": 4}
+    assert (folder / "samples.md").read_text().count("* target ") >= 20
+
+
+def test_metrics_have_every_figure_of_the_issue(finished):
+    _, m = finished
+    for who in ("identifiers", "judge"):
+        for mechanism in ("er", "ip", "ex"):
+            assert {"accuracy", "macro_f1", "weighted_f1"} <= set(m[who][mechanism])
+    assert {"emp_f1", "judge_emp_f1", "oracle_emp_f1"} <= set(m["floors"]["majority"]) & set(m["floors"]["random_copy"])
+    assert m["ceiling"]["best"]["oracle_emp_f1"] > m["ceiling"]["mle_ideal"]["oracle_emp_f1"] > 0
+    for policy in ("sft", "emprl"):
+        assert {"emp_f1", "emp_f1_er", "emp_f1_ip", "emp_f1_ex", "emp_macro_f1", "judge_emp_f1", "judge_emp_macro_f1",
+                "oracle_emp_f1", "mutual_information", "reward", "perplexity", "bleu", "dist1", "dist2", "unique",
+                "length", "kl"} <= set(m[policy])
+    for gain in ("emp_f1", "judge_emp_f1", "oracle_emp_f1"):
+        assert m["gain"][gain]["low"] <= m["gain"][gain]["relative"] <= m["gain"][gain]["high"]
+    assert m["sft"]["kl"] == pytest.approx(0, abs=1e-6), "the MLE policy has no distance to itself"
+    assert m["config"]["preset"] == "smoke" and m["seed"] == 0 and {"sft", "ppo", "evaluate"} <= set(m["seconds"])
+
+
+def test_ratio_is_one_at_the_first_minibatch_of_every_iteration(finished):
+    records = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    assert all(r["first_ratio_error"] < 1e-5 for r in records if r["stage"] == "ppo")
+
+
+def test_a_second_call_skips_every_stage(finished, monkeypatch):
+    folder, metrics = finished
+    monkeypatch.setattr(t5_small.Trainer, "step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(emprl.PPOTrainer, "step", lambda *_: pytest.fail("trained again"))
+    again = emprl.run_all(emprl.Run(folder, emprl.make_config("smoke")))
+    assert {**again, "seconds": 0} == {**metrics, "seconds": 0}
+
+
+@pytest.mark.parametrize("stage, step", [("pretrain", 2), ("sft", 7), ("identifiers", 5), ("judge", 0), ("ppo", 1)])
+def test_interrupted_and_resumed_is_bit_identical(finished, tmp_path, stage, step):
+    """Ctrl-C after a step, then the same command: the same log and the same weights as without it."""
+    run = emprl.Run(tmp_path, emprl.make_config("smoke"))
+    seed = run.seed
+
+    def interrupt(name, i=0):
+        seed(name, i)
+        if (name, i) == (stage, step) and run.in_loop:
+            run.on_interrupt()
+    run.seed = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        emprl.run_all(run)
+    emprl.run_all(emprl.Run(tmp_path, emprl.make_config("smoke")))
+    assert (tmp_path / "metrics.jsonl").read_text() == (finished[0] / "metrics.jsonl").read_text()
+    for name, tensor in weights(finished[0]).items():
+        assert torch.equal(weights(tmp_path)[name], tensor), name
+
+
+def test_another_configuration_repeats_only_what_depends_on_it(finished, tmp_path):
+    run = emprl.Run(tmp_path, emprl.make_config("smoke"))
+    done = []
+    run.stage("sft", lambda *_: done.append(1) or {"weights": {}})
+    run.stage("sft", lambda *_: done.append(2) or {"weights": {}})
+    emprl.Run(tmp_path, emprl.make_config("smoke", settings=["ppo.lr=1"])).stage("sft", lambda *_: done.append(3) or {})
+    assert done == [1], "neither a second call nor another PPO learning rate touches the MLE stage"
+    emprl.Run(tmp_path, emprl.make_config("smoke", settings=["sft.lr=1"])).stage("sft", lambda *_: done.append(4) or {})
+    assert done == [1, 4]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--set", "ppo.learning_rate=1"], "no such option"), (["--set", "ppo.steps=many"], "not a valid int"),
+    (["--set", "ppo"], "no such option"), (["--preset", "real"], "--data DIR"), (["--preset", "paper", "--data", "."], "--t5"),
+    (["--preset", "real", "--data", "missing"], "--data DIR"), (["evaluate", "--run", "missing"], "no finished run"),
+    (["chat", "--run", "missing"], "no finished run")])
+def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert emprl.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1, err
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "pretrain.pt").write_bytes(b"rubbish")
+    assert emprl.main(["--preset", "smoke", "--run", str(tmp_path)]) == 2
+    assert "pretrain.pt: can't be read as a checkpoint" in capsys.readouterr().err
+
+
+def test_evaluate_and_chat_commands(finished, tmp_path, capsys, monkeypatch):
+    folder, _ = finished
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"context": ["My dog is sick."], "response": "I am so sorry."}\n' * 3)
+    assert emprl.main(["evaluate", "--run", str(folder), "--file", str(file)]) == 0
+    assert "| emp_f1 |" in capsys.readouterr().out
+    assert 0 <= json.loads((folder / "evaluate-mine.json").read_text())["emprl"]["emp_f1"] <= 1
+    monkeypatch.setattr(sys, "stdin", io.StringIO("My dog is sick.\n\nHello\n"))
+    assert emprl.main(["chat", "--run", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "not a counsellor" in out and out.count("sft ") == 2 and out.count("emprl ") == 2
+
+
+def test_own_data_runs_end_to_end(tmp_path):
+    """60 dialogues with levels in a .jsonl: the same path to its report."""
+    corpus = emprl.data.embedded_corpus(3, 60, 1, 1, 1)
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps({"context": list(d.context), "response": d.response, **dict(zip(emprl.MECHANISMS, d.levels))})
+                            + "\n" for d in corpus.dialogues["train"]))
+    assert emprl.main(["--preset", "smoke", "--data", str(file), "--run", str(tmp_path / "run"),
+                       "--set", "data.vocab_size=300"]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert "oracle_emp_f1" not in metrics["sft"] and metrics["sft"]["perplexity"] > 1
+
+
+def test_modules_keep_to_the_design():
+    """DESIGN: arrows point one way; no excluded package; no fp16 and no fixed device."""
+    root = Path(emprl.__file__).parent
+    allowed = {"t5_small": set(), "data": set(), "ppo": {"t5_small"}, "identifiers": {"t5_small"}}
+    for name, imports in allowed.items():
+        source = (root / f"{name}.py").read_text()
+        found = {m for m in ("t5_small", "data", "ppo", "identifiers", "emprl") if f"from {m} import" in source or f"\nimport {m}" in source}
+        assert found == imports, name
+        assert ".cuda(" not in source and "float16" not in source.replace("bfloat16", "")

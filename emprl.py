@@ -85,7 +85,7 @@ PRESETS = {                       # what differs from the defaults above, which 
         identifiers.lr=2e-5 identifiers.rms_scaled=off identifiers.shared=off identifiers.batch_size=32
         identifiers.micro_batch=8 sampling.temperature=0.9 sampling.top_k=20 sampling.min_length=5 sampling.max_length=30
         ppo.batch_size=32 ppo.minibatch_size=32 ppo.micro_batch=8 ppo.ppo_epochs=4 ppo.steps=1000 ppo.lr=1e-5
-        ppo.rms_scaled=off ppo.kl_coef=0.2 ppo.lam=0.95 eval.batch_size=32""",
+        ppo.rms_scaled=off ppo.kl_coef=0.2 ppo.kl_target=6 ppo.lam=0.95 eval.batch_size=32""",
 }
 DEPENDS = {"pretrain": "t5 pretrain", "sft": "t5 pretrain sft"}       # stage -> the sections its result depends on
 DEPENDS["identifiers"] = DEPENDS["judge"] = DEPENDS["label"] = "t5 pretrain sft identifiers"

@@ -65,8 +65,7 @@ class RMSNorm(nn.Module):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
 
 class Dropout(nn.Dropout):
-    """Dropout that on a CPU draws one random byte an element, not a float: p is rounded to 1/256, the mean
-    stays exact. torch's own is the dearest part of a small model there."""
+    """On a CPU one random byte an element, not a float as torch's: p is rounded to 1/256, the mean stays exact."""
 
     def forward(self, x):
         keep = 256 - round(256 * self.p)
@@ -183,8 +182,7 @@ def padding_bias(ids, pad_id=0):
     return (ids == pad_id)[:, None, None, :] * -1e9
 
 class T5Encoder(nn.Module):
-    """Embedding and encoder: half a T5, all that an identifier needs. Its names are T5's own, so that
-    `load_state_dict(t5.state_dict(), strict=False)` starts it from a trained model."""
+    """Embedding and encoder: half a T5, all that an identifier needs; its names are T5's own."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -231,10 +229,8 @@ class T5(T5Encoder):
         return self.decode(torch.cat([start, response[:, :-1]], 1), self.encode(source), source)
 
     def loss_sum(self, source, response):
-        """Sum over tokens of -log p(response | source), and the number of tokens (padding not counted).
-
-        Padding is dropped before the product with the vocabulary, the largest in a small model.
-        """
+        """Sum over tokens of -log p(response | source), and the number of tokens. Padding is dropped before the
+        product with the vocabulary, the largest in a small model."""
         tokens = response != self.config.pad_token_id
         logits = self.logits(self.response_states(source, response)[tokens])  # (tokens, V)
         return F.cross_entropy(logits.float(), response[tokens], reduction="sum"), int(tokens.sum())
@@ -286,9 +282,9 @@ def generate(model, source, sampling, banned=(0, 2)):
     rows, running = torch.arange(len(source), device=source.device), source.new_ones(len(source), dtype=torch.bool)
     token = source.new_full((len(source),), config.decoder_start_token_id)
     for t in range(s.max_length):
-        bias = position_bias[:, :, t:t + 1, :t + 1]
-        states = model.decoder(model.shared(token)[:, None], bias, None, memory_bias, caches)[:, 0]   # (B, D)
-        logits = model.logits(states).float()                                                         # (B, V)
+        states = model.decoder(model.shared(token)[:, None], position_bias[:, :, t:t + 1, :t + 1], None,
+                               memory_bias, caches)[:, 0]                                                 # (B, D)
+        logits = model.logits(states).float()                                                             # (B, V)
         logits[:, list(banned)] = -torch.inf
         if t + 1 < s.min_length:
             logits[:, config.eos_token_id] = -torch.inf
@@ -467,8 +463,7 @@ class Trainer:
     the caller seeds for each step) only, so a saved state_dict continues exactly.
     """
     def __init__(self, model, loss_sum, rows_at, validate, config):
-        self.model, self.config = model, config
-        self.loss_sum, self.rows_at, self.validate = loss_sum, rows_at, validate
+        self.model, self.loss_sum, self.rows_at, self.validate, self.config = model, loss_sum, rows_at, validate, config
         self.optimizer = make_optimizer(model, config.weight_decay)
         self.best = {"score": math.inf, "weights": copy.deepcopy(model.state_dict())}
 

@@ -79,7 +79,8 @@ PRESETS = {                       # what differs from the defaults above, which 
         t5.d_model=160 t5.d_ff=640 t5.num_heads=5 t5.dropout_rate=0.1
         pretrain.steps=200 pretrain.batch_size=48 sft.steps=1400 sft.batch_size=48 identifiers.steps=150
         identifiers.batch_size=32 identifiers.eval_every=15 sampling.min_length=5 sampling.max_length=40
-        ppo.steps=60 ppo.batch_size=128 ppo.lr=3e-3 eval.contexts=512""",
+        ppo.steps=60 ppo.batch_size=128 ppo.lr=3e-3
+        ppo.kl_coef=0.05 ppo.kl_target=3 ppo.kl_horizon=4000 eval.contexts=512""",
     "paper": """data.corpus=real data.max_source=200 data.max_target=50 data.identifier_source=128 data.identifier_target=96
         pretrain.steps=0 sft.steps=12900 sft.batch_size=8 sft.lr=1e-4 sft.rms_scaled=off sft.warmup=1 sft.eval_every=2000
         identifiers.lr=2e-5 identifiers.rms_scaled=off identifiers.shared=off identifiers.batch_size=32
@@ -509,9 +510,9 @@ def draw_plots(run, metrics, evaluation):
                 axis.text(column, row, f"{share[row, column]:.2f}", ha="center", color="wk"[share[row, column] < 0.5])
         axis.set(xticks=range(LEVELS), yticks=range(LEVELS))
 
-    figure("losses", [(curves, (stage, ("loss", "training"), ("valid", valid)), stage, "step", "loss (nats)") for stage, valid in (
-        ("pretrain", "(no validation)"), ("sft", "validation"), ("identifiers", "-macro-F1, validation"),
-        ("judge", "-macro-F1, validation"))])
+    figure("losses", [(curves, (stage, ("loss", "training"), *valid), stage, "step", "loss (nats)") for stage, valid in (
+        ("pretrain", []), ("sft", [("valid", "validation")]), *((stage, [("valid", "-macro-F1, validation")])
+                                                                for stage in ("identifiers", "judge")))])
     figure("ppo", [(curves, ("ppo", *labels), title, "PPO iteration", unit) for labels, title, unit in (
         ([("reward", "training")], "reward", "0..1"), ([("kl", "k1"), ("kl_k3", "k3")], "KL to the MLE policy", "nats a response"),
         ([("kl_coef", "beta")], "KL coefficient", ""), ([("length", "length")], "response length", "tokens"))])

@@ -51,7 +51,7 @@ def masked_mean(x, mask):
 
 @dataclass
 class IdentifierConfig(TrainConfig):
-    steps: int = 160
+    steps: int = 200
     batch_size: int = 64
     lr: float = 2e-2
     weight_decay: float = 0.0

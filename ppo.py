@@ -38,10 +38,10 @@ class PPOConfig:
     whiten_rewards: bool = False  # [on: it rescales the KL penalty together with the reward, batch by batch]
     scale_scores: bool = True     # divide scores by their running standard deviation
     normalise_scores: bool = False  # and subtract their running mean [on: the value head learns the mean anyway]
-    kl_coef: float = 0.05         # beta [0.2]
+    kl_coef: float = 0.1          # beta [0.2]
     adaptive_kl: bool = True
-    kl_target: float = 3.0        # nats a response that adaptive beta steers to [6]
-    kl_horizon: float = 4000.0    # rollouts [10,000: at batch 32 beta then moves < 0.07 % a step]
+    kl_target: float = 6.0        # nats a response that adaptive beta steers to
+    kl_horizon: float = 1000.0    # rollouts [10,000: at batch 32 beta then moves < 0.07 % a step]
     max_ratio: float = 10.0       # a minibatch whose mean ratio is above is not learnt from (ratio guard)
     max_update_kl: float = 0.5    # nats a token by which one update may move; then its epochs stop early
     eval_every: int = 12          # iterations between validations

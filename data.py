@@ -307,6 +307,10 @@ class Batches:
     def __len__(self):
         return -(-len(self.lengths) // self.batch_size)
 
+    def __iter__(self):
+        """The first epoch, once."""
+        return (self[step] for step in range(len(self)))
+
     def __getitem__(self, step):
         epoch, index = divmod(step, len(self))
         if epoch != self._epoch:                # only the current epoch's order is kept

@@ -724,4 +724,4 @@ def test_official_sources():
 
 def test_command_line():
     usage = subprocess.run([sys.executable, data.__file__], capture_output=True, text=True)
-    assert usage.returncode == 1 and usage.stderr.startswith("usage: python data.py download DIR")
+    assert usage.returncode == 2 and usage.stderr == "data.py: usage: python data.py download DIR\n"

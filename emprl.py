@@ -7,7 +7,7 @@
 Stages: pretrain -> sft -> identifiers -> judge -> label -> ppo -> evaluate -> report. Each leaves its result in
 DIR/checkpoints; the same command skips what is there for the same configuration and goes on where it was cut.
 """
-import argparse, copy, hashlib, json, os, re, shlex, signal, sys, time, zlib
+import argparse, copy, functools, hashlib, itertools, json, os, re, shlex, signal, sys, time, zlib
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from data import Batches, DataError, Pairs, Tokenizer, oracle_levels, pad
+from data import DataError, Pairs, Tokenizer, batches, oracle_levels, pad
 from identifiers import (LEVELS, MECHANISMS, EmpathyReward, IdentifierConfig, Identifiers, bleu, confusion, distinct, emp_f1,
                          empathy_reward, identifier_scores, identifier_trainer, mutual_information, paired_bootstrap,
                          predict_levels)
@@ -37,14 +37,12 @@ class DataConfig:
     max_source: int = 72          # tokens of context; the newest are kept
     max_target: int = 64          # tokens of response, </s> included
     identifier_source: int = 72   # the same for the identifiers' labelled posts
-    identifier_target: int = 40
+    identifier_target: int = 64
 
 @dataclass
 class RewardConfig:
     difference: str = "cross_entropy"   # or "ordinal"
-    er: bool = True                     # which mechanisms count
-    ip: bool = True
-    ex: bool = True
+    mechanisms: str = "er,ip,ex"        # which of them count
 
 @dataclass
 class EvalConfig:
@@ -60,9 +58,9 @@ class Config:
     data_dir: str = ""
     t5_dir: str = ""
     data: DataConfig = field(default_factory=DataConfig)
-    t5: T5Config = field(default_factory=lambda: T5Config(dropout_rate=0.0))
-    pretrain: TrainConfig = field(default_factory=lambda: TrainConfig(steps=60, eval_every=60))
-    sft: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000, batch_size=16, eval_every=200))
+    t5: T5Config = field(default_factory=lambda: T5Config(d_kv=16, d_ff=256, num_layers=1, num_heads=8, dropout_rate=0.0))
+    pretrain: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))      # 0: this small world is learnt sooner without
+    sft: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000, batch_size=16, lr=4e-2, eval_every=250))
     identifiers: IdentifierConfig = field(default_factory=IdentifierConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     sampling: Sampling = field(default_factory=lambda: Sampling(max_length=64))
@@ -76,8 +74,8 @@ PRESETS = {                       # what differs from the defaults above, which 
         sft.steps=12 sft.eval_every=6 identifiers.steps=8 identifiers.eval_every=4 identifiers.batch_size=16
         ppo.steps=4 ppo.batch_size=8 ppo.minibatch_size=4 ppo.eval_every=2 eval.valid_contexts=8 sampling.max_length=12""",
     "real": """data.corpus=real data.vocab_size=5000 data.max_source=96 data.max_target=40 data.identifier_source=96
-        t5.d_model=160 t5.d_ff=640 t5.num_heads=5 t5.dropout_rate=0.1
-        pretrain.steps=200 pretrain.batch_size=48 sft.steps=1400 sft.batch_size=48 identifiers.steps=150
+        t5.d_model=160 t5.d_kv=32 t5.d_ff=640 t5.num_layers=2 t5.num_heads=5 t5.dropout_rate=0.1
+        pretrain.steps=200 pretrain.batch_size=48 sft.steps=1400 sft.batch_size=48 sft.lr=3e-2 identifiers.steps=150
         identifiers.batch_size=32 identifiers.eval_every=15 sampling.min_length=5 sampling.max_length=40
         ppo.steps=60 ppo.batch_size=128 ppo.lr=3e-3
         ppo.kl_coef=0.05 ppo.kl_target=3 ppo.kl_horizon=4000 eval.contexts=512""",
@@ -92,15 +90,14 @@ DEPENDS = {"pretrain": "t5 pretrain", "sft": "t5 pretrain sft"}       # stage ->
 DEPENDS["identifiers"] = DEPENDS["judge"] = DEPENDS["label"] = "t5 pretrain sft identifiers"
 DEPENDS["ppo"] = "t5 pretrain sft identifiers reward sampling ppo"
 
-def say(text):
-    print(text, flush=True)
+say = functools.partial(print, flush=True)
 
 class UsageError(ValueError):
     """Something the user can put right: exit code 2 and one line, no traceback."""
 
 def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
     """The preset's configuration with `settings` ("section.field=value") applied. Raises UsageError."""
-    config = Config(preset, seed, str(data_dir), str(t5_dir))
+    config, flags = Config(preset, seed, str(data_dir), str(t5_dir)), {"on": True, "off": False}
     if os.path.isfile(config.data_dir):
         config.data.corpus = config.data_dir
     for setting in [*PRESETS[preset].split(), *settings]:
@@ -113,10 +110,9 @@ def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
             raise UsageError(f"--set {setting}: no such option; write section.field=value with one of {', '.join(near)}")
         kind = type(getattr(target, name))
         try:
-            flags = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
-            setattr(target, name, flags[value.lower()] if kind is bool else kind(value))
+            setattr(target, name, flags[value] if kind is bool else kind(value))
         except (ValueError, KeyError):
-            raise UsageError(f"--set {setting}: {value!r} is not a valid {kind.__name__}") from None
+            raise UsageError(f"--set {setting}: not {'on or off' if kind is bool else f'a valid {kind.__name__}'}") from None
     if config.data.corpus == "real" and not os.path.isdir(config.data_dir):
         raise UsageError(f"--preset {preset} needs --data DIR with the corpora; `python data.py download DIR` fetches them")
     if preset == "paper" and not t5_dir:
@@ -138,8 +134,8 @@ class Run:
             raise UsageError(f"--run {folder}: {error.strerror}; name a folder that can be written") from None
 
     def write(self, name, text):
-        """Write a text file of the run folder atomically."""
-        (self.folder / f"{name}.tmp").write_text(text, encoding="utf-8")
+        """Write a file of the run folder atomically: text or bytes."""
+        (self.folder / f"{name}.tmp").write_bytes(text if isinstance(text, bytes) else text.encode())
         os.replace(self.folder / f"{name}.tmp", self.folder / name)
 
     def seed(self, stage, step=0):
@@ -195,9 +191,9 @@ class Run:
                     log.write(json.dumps({"stage": name, "step": i, **record}) + "\n")
                     if now - shown > 5 or i in (first, steps - 1):
                         shown, speed = now, (i + 1 - first) / (now - started)
-                        left = int((steps - i - 1) / speed)
-                        numbers = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k in SHOWN)
-                        say(f"{name:<12}{i + 1:>5}/{steps}  {speed:5.2f} steps/s  {left // 60}:{left % 60:02d} left  {numbers}")
+                        minutes, seconds = divmod(int((steps - i - 1) / speed), 60)
+                        say(f"{name:<12}{i + 1:>5}/{steps}  {speed:5.2f} steps/s  {minutes}:{seconds:02d} left",
+                            *(f" {k} {v:.4g}" for k, v in record.items() if k in SHOWN))
                     if now - saved > 30 or self.interrupted:
                         log.flush()
                         save(step=i + 1, trainer=trainer.state_dict())
@@ -217,16 +213,19 @@ SHOWN = ("loss", "valid", "reward", "kl", "kl_coef", "length", "entropy")      #
 
 def run_all(run):
     """Every stage, in order. Returns the final metrics (also in metrics.json)."""
-    config, device, started = run.config, run.device, time.time()
-    say(f"EmpRL, preset {config.preset}, seed {config.seed}, on {device}; results go to {run.folder}")
-    corpus, c = load_corpus(config), config.data
+    config, c, started = run.config, run.config.data, time.time()
+    say(f"EmpRL, preset {config.preset}, seed {config.seed}, on {run.device}; results go to {run.folder}")
+    corpus = (data.embedded_corpus(config.seed, c.num_train, c.num_valid, c.num_test, c.num_labelled) if c.corpus == "embedded"
+              else data.real_corpus(config.data_dir) if c.corpus == "real" else data.own_corpus(c.corpus))
+    corpus.dialogues["test"] = corpus.dialogues["test"][:config.eval.contexts or None]
+    corpus.dialogues["probe"] = corpus.dialogues["valid"][:config.eval.valid_contexts]       # for a look inside PPO
     tokenizer, t5 = start(run, corpus)
-    pairs = {part: Pairs(ds, tokenizer, c.max_source, c.max_target, device) for part, ds in corpus.dialogues.items()}
-    labelled = {part: Pairs(ds, tokenizer, c.identifier_source, c.identifier_target, device)
+    pairs = {part: Pairs(ds, tokenizer, c.max_source, c.max_target, run.device) for part, ds in corpus.dialogues.items()}
+    labelled = {part: Pairs(ds, tokenizer, c.identifier_source, c.identifier_target, run.device)
                 for part, ds in corpus.labelled.items()}
     run.write("config.json", json.dumps(asdict(config), indent=2) + "\n")
-    say("\n".join("data        " + note for note in [*corpus.notes, f"{tokenizer.vocab_size} tokens in the vocabulary, "
-                      f"{sum(p.numel() for p in t5.parameters()) / 1e6:.2f} M parameters"]))
+    for note in (*corpus.notes, f"{tokenizer.vocab_size} tokens, {sum(p.numel() for p in t5.parameters()) / 1e6:.2f} M parameters"):
+        say("data       ", note)
     run.seconds["data"] = round(time.time() - started, 1)
 
     # 1. The initial policy: span corruption on the training texts, then maximum likelihood on the pairs.
@@ -238,78 +237,67 @@ def run_all(run):
     readers = []
     for stage, train, valid in (("identifiers", "train", "valid"), ("judge", "judge_train", "judge_valid")):
         run.seed(stage)
-        readers.append(Identifiers(t5.config, config.identifiers.shared).to(device))
+        readers.append(Identifiers(t5.config, config.identifiers.shared).to(run.device))
         if config.identifiers.warm_start:
             readers[-1].start_from(t5)
-        batches = Batches(labelled[train].lengths(), config.identifiers.batch_size, zlib.crc32(stage.encode()) + config.seed)
-        run.train(stage, lambda: identifier_trainer(readers[-1], labelled[train], labelled[valid], batches.__getitem__,
-                                                    config.identifiers), config.identifiers.steps, readers[-1])
-    identifiers, judge = (reader.eval().requires_grad_(False) for reader in readers)
+        rows_at = batches(labelled[train].lengths(), config.identifiers.batch_size, zlib.crc32(stage.encode()) + config.seed)
+        run.train(stage, lambda: identifier_trainer(readers[-1], labelled[train], labelled[valid], rows_at, config.identifiers),
+                  config.identifiers.steps, readers[-1])
+        readers[-1].eval().requires_grad_(False)
 
     # 3. Target levels: what the identifiers read in every human response.
-    labels = run.stage("label", lambda *_: {part: predict_levels(identifiers, p) for part, p in pairs.items()})
+    targets = run.stage("label", lambda *_: {"levels": predict_levels(readers[0], pairs["train"])})["levels"]
 
     # 4. PPO towards the target levels, held near the MLE policy.
-    policy, evaluation = copy.deepcopy(t5), Evaluation(run, tokenizer, identifiers, judge, t5, corpus.level_probs)
-    rewards = {part: evaluation.reward(labels[part]) for part in pairs}
-    batches = Batches([len(ids) for ids in pairs["train"].contexts], config.ppo.batch_size, config.seed)
+    policy, rows_at = copy.deepcopy(t5), batches([0] * len(pairs["train"]), config.ppo.batch_size, config.seed)   # any lengths
+    test, probe = (Evaluation(run, tokenizer, readers, t5, pairs[part], corpus.level_probs) for part in ("test", "probe"))
     run.train("ppo", lambda: PPOTrainer(
-        policy, rewards["train"], lambda step: (pairs["train"].batch(batches[step])[0], torch.tensor(batches[step])),
-        lambda t5: evaluation.validate(t5, pairs["valid"], rewards["valid"]), config.sampling, config.ppo),
-        config.ppo.steps, policy)
+        policy, make_reward(config.reward, readers[0], targets),
+        lambda step: (pairs["train"].batch(rows_at(step))[0], torch.tensor(rows_at(step))), probe.validate,
+        config.sampling, config.ppo), config.ppo.steps, policy)
     save_pretrained(policy, run.folder / "emprl")
 
     # 5. Before and after, on the same test contexts; then tables, plots and samples.
     started = time.time()
-    metrics = {name: identifier_scores(reader, labelled["test"]) for name, reader in (("identifiers", identifiers), ("judge", judge))}
-    metrics.update(evaluation.compare(pairs["test"].first(config.eval.contexts), {"sft": t5, "emprl": policy}, pairs["train"],
-                                      labels["train"]))
+    metrics = {name: identifier_scores(reader, labelled["test"]) for name, reader in zip(("identifiers", "judge"), readers)}
+    metrics |= test.compare({"sft": t5, "emprl": policy}, pairs["train"], targets)
     run.seconds["evaluate"] = round(time.time() - started, 1)
-    metrics.update(config=asdict(config), seed=config.seed, seconds=run.seconds)
+    metrics |= {"config": asdict(config), "seed": config.seed, "seconds": run.seconds}
     run.write("metrics.json", json.dumps(metrics, indent=2) + "\n")
-    report(run, metrics, evaluation)
+    report(run, metrics, test)
     return metrics
-
-def load_corpus(config):
-    c = config.data
-    if c.corpus == "embedded":
-        return data.embedded_corpus(config.seed, c.num_train, c.num_valid, c.num_test, c.num_labelled)
-    return data.real_corpus(config.data_dir) if c.corpus == "real" else data.own_corpus(c.corpus)
 
 def start(run, corpus):
     """Tokenizer and T5: those of the official folder, or a tokenizer trained on the training texts and a new T5."""
     config, folder = run.config, run.config.t5_dir
     if folder:
-        tokenizer, t5 = Tokenizer.load(Path(folder) / "spiece.model"), from_pretrained(folder)
+        tokenizer, t5 = Tokenizer(Path(folder) / "spiece.model"), from_pretrained(folder)
         if t5.config.vocab_size < tokenizer.vocab_size:
             raise UsageError(f"--t5 {folder}: spiece.model has {tokenizer.vocab_size} tokens, the checkpoint "
                              f"{t5.config.vocab_size}; put the files of one model there")
     else:
         dialogues = corpus.dialogues["train"] + corpus.labelled["train"] + corpus.labelled["judge_train"]
         tokenizer = Tokenizer.train([u for d in dialogues for u in (*d.context[-2:], d.response)], config.data.vocab_size)
-        run.seed("t5")
         config.t5.vocab_size = tokenizer.vocab_size
+        run.seed("t5")
         t5 = T5(config.t5)
-    tokenizer.save(run.folder / "tokenizer.model")
+    run.write("tokenizer.model", tokenizer.model)
     return tokenizer, t5.to(run.device).eval()
 
 def pretrain_trainer(config, t5, tokenizer, pairs):
     """Span corruption on context and response of every training pair; nothing to validate, the last weights stay."""
     texts = [(c + r)[-128:] for c, r in zip(pairs.contexts, pairs.responses)]
     sentinels = [tokenizer.sentinel(i) for i in range(100)]
-    batches = Batches(pairs.lengths(), config.pretrain.batch_size, config.seed)
 
     def loss_sum(rows):
         corrupted = [span_corrupt(texts[i], random_spans(len(texts[i])), sentinels) for i in rows]
         with autocast(pairs.device):
-            return t5.loss_sum(*(pad(list(side)).to(pairs.device) for side in zip(*corrupted)))
+            return t5.loss_sum(*(pad(side).to(pairs.device) for side in zip(*corrupted)))
 
-    return Trainer(t5, loss_sum, batches.__getitem__, lambda: 0.0, config.pretrain)
+    return Trainer(t5, loss_sum, batches(pairs.lengths(), config.pretrain.batch_size, config.seed), lambda: 0.0, config.pretrain)
 
 def sft_trainer(config, t5, pairs):
     """Maximum likelihood on (context, response); validated by the loss per token of the validation part."""
-    batches = Batches(pairs["train"].lengths(), config.sft.batch_size, config.seed)
-
     def loss_sum(rows, part="train"):
         with autocast(pairs[part].device):
             return t5.loss_sum(*pairs[part].batch(rows))
@@ -318,7 +306,7 @@ def sft_trainer(config, t5, pairs):
         losses, counts = zip(*(loss_sum(rows, "valid") for rows in pairs["valid"].chunks(64)))
         return (sum(losses) / sum(counts)).item()
 
-    return Trainer(t5, loss_sum, batches.__getitem__, validate, config.sft)
+    return Trainer(t5, loss_sum, batches(pairs["train"].lengths(), config.sft.batch_size, config.seed), validate, config.sft)
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
@@ -330,98 +318,96 @@ def words(text):
 @torch.no_grad()
 def respond(t5, pairs, sampling, size=64):
     """A response for every context of pairs: lists of ids, padding removed, </s> kept."""
-    order, responses = sorted(range(len(pairs)), key=lambda i: len(pairs.contexts[i])), [None] * len(pairs)
-    for start in range(0, len(order), size):
-        rows = order[start:start + size]
+    responses = [None] * len(pairs)
+    for rows in pairs.chunks(size):
         with autocast(pairs.device):
             ids = generate(t5, pairs.batch(rows)[0], sampling).ids
         for i, row, mask in zip(rows, ids, response_mask(ids)):
             responses[i] = row[mask].tolist()
     return responses
 
+def make_reward(config, identifiers, target_levels):
+    mechanisms = [m in config.mechanisms.split(",") for m in MECHANISMS]
+    return EmpathyReward(identifiers, target_levels, config.difference, mechanisms)
+
 class Evaluation:
-    """Measures policies by the reward's identifiers, by the judge and, in the embedded world, by the oracle."""
-    def __init__(self, run, tokenizer, identifiers, judge, reference, level_probs):
-        self.run, self.tokenizer, self.identifiers, self.judge = run, tokenizer, identifiers, judge
-        self.reference, self.level_probs, self.results = reference, level_probs, {}
+    """Measures policies on `pairs` by the reward's identifiers, by the judge and, in the embedded world, by the oracle."""
+    def __init__(self, run, tokenizer, readers, reference, pairs, level_probs):
+        self.run, self.tokenizer, self.readers, self.reference = run, tokenizer, readers, reference
+        self.pairs, self.level_probs, self.results = pairs, level_probs, {}
+        self.gold = self.levels(pairs.responses)
 
-    def reward(self, target_levels):
-        c = self.run.config.reward
-        return EmpathyReward(self.identifiers, target_levels, c.difference, (c.er, c.ip, c.ex))
-
-    def levels(self, pairs, texts):
-        """{reader's prefix: (N, M) levels} of the pairs' responses, whose texts are given for the oracle."""
-        tables = {"": predict_levels(self.identifiers, pairs), "judge_": predict_levels(self.judge, pairs)}
+    def levels(self, responses):
+        """{prefix of the reader's figures: (N, M) levels} of a response (ids) to each context."""
+        tables = {who: predict_levels(reader, self.pairs.but(responses)) for who, reader in zip(("", "judge_"), self.readers)}
         if self.level_probs:
-            tables["oracle_"] = torch.tensor([oracle_levels(d.context, t) for d, t in zip(pairs.dialogues, texts)])
+            tables["oracle_"] = torch.tensor([oracle_levels(d.context, self.tokenizer.decode(r))
+                                              for d, r in zip(self.pairs.dialogues, responses)])
         return tables
-
-    def validate(self, t5, pairs, reward):
-        """Inside PPO: the learnt reward on validation contexts, and what the oracle (or the judge) would have given."""
-        pairs = pairs.first(self.run.config.eval.valid_contexts)
-        pairs = pairs.but(respond(t5, pairs, self.run.config.sampling))
-        texts = [self.tokenizer.decode(r) for r in pairs.responses]
-        learnt = torch.cat([reward(*pairs.batch(rows), torch.tensor(rows)) for rows in pairs.chunks(64)])
-        tables, target = self.levels(pairs, texts), reward.target_levels[:len(pairs)]
-        certain = F.one_hot(list(tables.values())[-1], LEVELS).clamp(min=1e-4).log()      # a reader without doubt
-        for i in range(3):
-            say(f"    {pairs.dialogues[i].context[-1]}\n     -> {texts[i]}   target {target[i].tolist()} generated "
-                         f"{tables[''][i].tolist()} reward {learnt[i]:.2f}")
-        return {"valid_reward": learnt.mean().item(), "valid_emp_f1": emp_f1(tables[""], target),
-                "valid_held_out_reward": empathy_reward(certain, target, reward.difference, reward.mechanisms).mean().item()}
 
     def level_scores(self, tables):
         scores = {}
         for who, table in tables.items():
             gold = self.gold[who]
-            scores.update({f"{who}emp_f1": emp_f1(table, gold), f"{who}emp_macro_f1": emp_f1(table, gold, "macro_f1"),
-                           f"{who}mutual_information": mutual_information(table, gold),
-                           f"{who}exact_match": (table == gold).all(1).double().mean().item()})
-            scores.update({f"{who}emp_f1_{m}": emp_f1(table[:, [i]], gold[:, [i]]) for i, m in enumerate(MECHANISMS)})
+            scores |= {f"{who}emp_f1": emp_f1(table, gold), f"{who}emp_macro_f1": emp_f1(table, gold, "macro_f1"),
+                       f"{who}mutual_information": mutual_information(table, gold),
+                       f"{who}exact_match": (table == gold).all(1).double().mean().item(),
+                       **{f"{who}emp_f1_{m}": emp_f1(table[:, [i]], gold[:, [i]]) for i, m in enumerate(MECHANISMS)}}
         return scores
 
     @torch.no_grad()
-    def measure(self, pairs, name, t5, sampling):
+    def measure(self, name, t5, sampling):
         """All figures of one policy; its texts, levels and rewards are kept in self.results[name]."""
         self.run.seed("evaluate " + name)
-        size = self.run.config.eval.batch_size
-        answered = pairs.but(respond(t5, pairs, sampling, size))
-        texts = [self.tokenizer.decode(r) for r in answered.responses]
-        tables, reward = self.levels(answered, texts), self.reward(self.gold[""])
-        rewards, kl, nll, tokens = [], 0.0, 0.0, 0
-        for rows in pairs.chunks(size):
+        config, pairs, kl, nll, tokens = self.run.config, self.pairs, 0.0, 0.0, 0
+        answered = pairs.but(respond(t5, pairs, sampling, config.eval.batch_size))
+        texts, tables = [self.tokenizer.decode(r) for r in answered.responses], self.levels(answered.responses)
+        reward, rewards, truth = make_reward(config.reward, self.readers[0], self.gold[""]), torch.zeros(len(pairs)), [*tables][-1]
+        for rows in answered.chunks(config.eval.batch_size):
             context, ids = answered.batch(rows)
             mask, everything = ids != 0, torch.ones(*ids.shape, 1, dtype=torch.bool, device=ids.device)
             both = [score(model, context, ids, mask, everything, 1.0)[0] for model in (t5, self.reference)]
             kl += (kl_estimate(*both) * mask).sum().item()
+            rewards[rows] = reward(context, ids, torch.tensor(rows)).cpu()
             with autocast(pairs.device):
                 loss, n = t5.loss_sum(*pairs.batch(rows))
             nll, tokens = nll + loss.item(), tokens + n
-            rewards += reward(context, ids, torch.tensor(rows)).tolist()
+        certain = F.one_hot(tables[truth], LEVELS).clamp(min=1e-4).log()       # as read by the oracle, or by the judge
+        held_out = empathy_reward(certain, self.gold[truth], reward.difference, reward.mechanisms)
         split, targets = [words(t) for t in texts], [words(d.response) for d in pairs.dialogues]
-        self.results[name] = {"texts": texts, "levels": tables, "rewards": rewards}
+        self.results[name] = {"texts": texts, "levels": tables, "rewards": rewards.tolist()}
         perplexity = lambda count: torch.tensor(nll / count).exp().item()
-        return {**self.level_scores(tables), "reward": sum(rewards) / len(rewards), "perplexity": perplexity(tokens),
-                "perplexity_per_word": perplexity(sum(len(t) + 1 for t in targets)),    # + 1: the end is predicted too
+        return {**self.level_scores(tables), "reward": rewards.mean().item(), "held_out_reward": held_out.mean().item(),
+                "perplexity": perplexity(tokens), "perplexity_per_word": perplexity(sum(len(t) + 1 for t in targets)),
                 "bleu": bleu(split, targets), "dist1": distinct(split, 1), "dist2": distinct(split, 2),
                 "unique": len(set(texts)) / len(texts), "length": sum(map(len, split)) / len(split), "kl": kl / len(pairs)}
 
-    def compare(self, pairs, policies, train=None, train_levels=None):
+    def validate(self, t5):
+        """Inside PPO: three samples for the eye, and a few figures: among them the learnt reward beside the truth."""
+        scores, n = self.measure("valid", t5, self.run.config.sampling), "\n"
+        for i, d in enumerate(self.pairs.dialogues[:3]):
+            say(f"    {d.context[-1]}{n}    {self.describe('valid', i)}")
+        return {f"valid_{key}": scores[key] for key in ("reward", "held_out_reward", "emp_f1", "kl", "perplexity", "unique")}
+
+    def describe(self, name, i):
+        r = self.results[name]
+        return (f"-> {r['texts'][i]}   target {self.gold[''][i].tolist()} generated {r['levels'][''][i].tolist()} "
+                f"reward {r['rewards'][i]:.2f}")
+
+    def compare(self, policies, train=None, train_levels=None):
         """metrics.json's figures: floors, ceiling, both policies sampled and greedy, gains with intervals."""
-        self.pairs, metrics, s = pairs, {}, self.run.config.sampling
-        self.gold = self.levels(pairs, [d.response for d in pairs.dialogues])
+        s, n, metrics = self.run.config.sampling, len(self.pairs), {}
         if train is not None:
-            rows = torch.randint(len(train), (len(pairs),), generator=torch.Generator().manual_seed(0)).tolist()
-            copied = self.levels(pairs.but([train.responses[i] for i in rows]), [train.dialogues[i].response for i in rows])
-            majority = train_levels.mode(0).values.expand(len(pairs), -1)
+            rows = torch.randint(len(train), (n,), generator=torch.Generator().manual_seed(0)).tolist()
+            majority = train_levels.mode(0).values.expand(n, -1)
             metrics["floors"] = {"majority": self.level_scores({who: majority for who in self.gold}),
-                                 "random_copy": self.level_scores(copied)}
+                                 "random_copy": self.level_scores(self.levels([train.responses[i] for i in rows]))}
         if self.level_probs:
             metrics["ceiling"] = self.ceiling()
         greedy = Sampling(min_length=s.min_length, max_length=s.max_length, greedy=True)
         for name, t5 in policies.items():
-            metrics[name] = self.measure(pairs, name, t5, s)
-            metrics[name + "_greedy"] = self.measure(pairs, name + "_greedy", t5, greedy)
+            metrics[name] = self.measure(name, t5, s)
+            metrics[name + "_greedy"] = self.measure(name + "_greedy", t5, greedy)
         metrics["gain"] = {who + "emp_f1": paired_bootstrap(*(self.results[p]["levels"][who] for p in policies), gold, gold)
                            for who, gold in self.gold.items()}
         return metrics
@@ -429,11 +415,9 @@ class Evaluation:
     def ceiling(self, draws=50):
         """Embedded world, oracle Emp-F1: of always giving the likeliest levels, and of sampling P(levels | context)."""
         probs, gold = torch.tensor([self.level_probs[d.id] for d in self.pairs.dialogues]), self.gold["oracle_"]
-        generator = torch.Generator().manual_seed(0)
-        sampled = [torch.multinomial(probs.view(-1, LEVELS), 1, generator=generator).view(-1, len(MECHANISMS))
-                   for _ in range(draws)]
-        return {"best": {"oracle_emp_f1": emp_f1(probs.argmax(-1), gold)},
-                "mle_ideal": {"oracle_emp_f1": sum(emp_f1(s, gold) for s in sampled) / draws}}
+        sampled = torch.multinomial(probs.view(-1, LEVELS), draws, True, generator=torch.Generator().manual_seed(0))
+        ideal = sum(emp_f1(levels.view(gold.shape), gold) for levels in sampled.T) / draws
+        return {"best": {"oracle_emp_f1": emp_f1(probs.argmax(-1), gold)}, "mle_ideal": {"oracle_emp_f1": ideal}}
 
 
 # ---- report ---------------------------------------------------------------------------------------------------------
@@ -466,9 +450,8 @@ def report(run, metrics, evaluation):
               f"{identifiers}\n\n{plots}\n\nSeconds: {run.seconds}. Responses to read: [samples.md](samples.md).\n")
     lines = ["# Samples", "Levels are [ER, IP, EX] as the reward's identifiers read them."]
     for i, d in enumerate(evaluation.pairs.dialogues[:run.config.eval.samples]):
-        lines.append(f"**{i + 1}. {d.emotion}** {' / '.join(d.context)}\n\n* target {evaluation.gold[''][i].tolist()}: {d.response}\n"
-                     + "\n".join(f"* {name} {r['levels'][''][i].tolist()} reward {r['rewards'][i]:.2f}: {r['texts'][i]}"
-                                 for name, r in evaluation.results.items()))
+        lines.append(f"**{i + 1}. {d.emotion}** {' / '.join(d.context)}\n\n* target: {d.response}\n"
+                     + "\n".join(f"* {name} {evaluation.describe(name, i)}" for name in evaluation.results))
     run.write("samples.md", "\n\n".join(lines) + "\n")
     say(f"\n{before_after(metrics)}\n\n{identifiers}\n\nreport {run.folder}/report.md, samples {run.folder}/samples.md")
 
@@ -480,20 +463,22 @@ def draw_plots(run, metrics, evaluation):
     (run.folder / "plots").mkdir(exist_ok=True)
     records = run.records()
 
-    def figure(name, panels):
-        """panels: (draw, its arguments, title, x label, y label) for each picture, side by side."""
+    def figure(name, *panels):
+        """panels: (draw(axis), title, x label, y label) of each picture, side by side."""
         fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), squeeze=False, layout="constrained")
-        for axis, (draw, arguments, title, x, y) in zip(axes[0], panels):
-            draw(axis, *arguments)
+        for axis, (draw, title, x, y) in zip(axes[0], panels):
+            draw(axis)
             axis.set(title=title, xlabel=x, ylabel=y)
         fig.savefig(run.folder / "plots" / f"{name}.png", dpi=110)
         plt.close(fig)
 
-    def curves(axis, stage, *labels):
-        for key, label in labels:
-            points = [(r["step"] + 1, r[key]) for r in records if r["stage"] == stage and key in r]
-            axis.plot([p[0] for p in points], [p[1] for p in points], label=label)
-        axis.legend()
+    def curves(stage, **labels):
+        def draw(axis):
+            for key, label in labels.items():
+                points = [(r["step"] + 1, r[key]) for r in records if r["stage"] == stage and key in r]
+                axis.plot(*zip(*points or [((), ())]), label=label)
+            axis.legend()
+        return draw
 
     def bars(axis):
         for k, name in enumerate(("sft", "emprl")):
@@ -501,37 +486,37 @@ def draw_plots(run, metrics, evaluation):
         axis.set_xticks([0.2, 1.2, 2.2], ["ER", "IP", "EX"])
         axis.legend()
 
-    def heat(axis, name, m):
+    def heat(name, m):
         counts = confusion(evaluation.results[name]["levels"][""][:, m], evaluation.gold[""][:, m]).double()
         share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues")
-        for row in range(LEVELS):
-            for column in range(LEVELS):
+        def draw(axis):
+            axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues")
+            for row, column in itertools.product(range(LEVELS), repeat=2):
                 axis.text(column, row, f"{share[row, column]:.2f}", ha="center", color="wk"[share[row, column] < 0.5])
-        axis.set(xticks=range(LEVELS), yticks=range(LEVELS))
+            axis.set(xticks=range(LEVELS), yticks=range(LEVELS))
+        return draw
 
-    figure("losses", [(curves, (stage, ("loss", "training"), *valid), stage, "step", "loss (nats)") for stage, valid in (
-        ("pretrain", []), ("sft", [("valid", "validation")]), *((stage, [("valid", "-macro-F1, validation")])
-                                                                for stage in ("identifiers", "judge")))])
-    figure("ppo", [(curves, ("ppo", *labels), title, "PPO iteration", unit) for labels, title, unit in (
-        ([("reward", "training")], "reward", "0..1"), ([("kl", "k1"), ("kl_k3", "k3")], "KL to the MLE policy", "nats a response"),
-        ([("kl_coef", "beta")], "KL coefficient", ""), ([("length", "length")], "response length", "tokens"))])
-    figure("emp_f1", [(bars, (), "Emp-F1 before and after", "mechanism", "weighted F1")])
-    figure("levels", [(heat, (name, m), f"{name}: {MECHANISMS[m].upper()}", "generated level", "target level")
-                      for name in ("sft", "emprl") for m in range(3)])
+    figure("losses", *((curves(stage, loss="training", valid=valid), stage, "step", "loss (nats)") for stage, valid in (
+        ("pretrain", "(none)"), ("sft", "validation"), ("identifiers", "-macro-F1, validation"), ("judge", "-macro-F1, validation"))
+        if any(r["stage"] == stage for r in records)))
+    figure("ppo", *((curves("ppo", **labels), title, "PPO iteration", unit) for labels, title, unit in (
+        ({"reward": "training"}, "reward", "0..1"), ({"kl": "k1", "kl_k3": "k3"}, "KL to the MLE policy", "nats a response"),
+        ({"kl_coef": "beta"}, "KL coefficient", ""), ({"length": "length"}, "response length", "tokens"))))
+    figure("emp_f1", (bars, "Emp-F1 before and after", "mechanism", "weighted F1"))
+    figure("levels", *((heat(name, m), f"{name}: {MECHANISMS[m].upper()}", "generated level", "target level")
+                       for name in ("sft", "emprl") for m in range(3)))
     truth = "by the oracle" if evaluation.level_probs else "by the judge"
-    figure("learnt_vs_truth", [(curves, ("ppo", ("valid_reward", "learnt reward"), ("valid_held_out_reward", truth)),
-                                "validation", "PPO iteration", "reward (0..1)")])
+    figure("learnt_vs_truth", (curves("ppo", valid_reward="learnt reward", valid_held_out_reward=truth), "validation",
+                               "PPO iteration", "reward (0..1)"))
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 def load_run(folder):
-    """A finished run -> (Run, Evaluation, {"sft": T5, "emprl": T5}). Raises UsageError where there is none."""
-    folder = Path(folder)
+    """A finished run -> (Run, Tokenizer, readers, {"sft": T5, "emprl": T5}). Raises UsageError where there is none."""
+    folder, config = Path(folder), Config()
     if not (folder / "metrics.json").exists():
         raise UsageError(f"--run {folder}: no finished run there; make one with `python emprl.py --run {folder}`")
-    config = Config()
     for name, value in json.loads((folder / "config.json").read_text()).items():
         setattr(config, name, type(getattr(config, name))(**value) if isinstance(value, dict) else value)
     run, readers = Run(folder, config), []
@@ -539,32 +524,30 @@ def load_run(folder):
     for stage in ("identifiers", "judge"):
         readers.append(Identifiers(models["sft"].config, config.identifiers.shared).to(run.device).eval())
         readers[-1].load_state_dict(load_state(folder / "checkpoints" / f"{stage}.pt")["weights"])
-    return run, Evaluation(run, Tokenizer.load(folder / "tokenizer.model"), *readers, models["sft"], {}), models
+    return run, Tokenizer(folder / "tokenizer.model"), readers, models
 
 def evaluate_file(folder, file):
     """`evaluate`: before and after on any dialogue file; prints the table and writes it into the run folder."""
-    run, evaluation, models = load_run(folder)
+    run, tokenizer, readers, models = load_run(folder)
     c = run.config.data
-    pairs = Pairs(data.read_dialogues(file), evaluation.tokenizer, c.max_source, c.max_target, run.device)
-    metrics, name = evaluation.compare(pairs, models), f"evaluate-{Path(file).stem}.json"
-    run.write(name, json.dumps(metrics, indent=2) + "\n")
-    say(f"{before_after(metrics)}\n\nwritten to {run.folder / name}")
+    pairs = Pairs(data.read_dialogues(file), tokenizer, c.max_source, c.max_target, run.device)
+    metrics = Evaluation(run, tokenizer, readers, models["sft"], pairs, {}).compare(models)
+    run.write(f"evaluate-{Path(file).stem}.json", json.dumps(metrics, indent=2) + "\n")
+    say(f"{before_after(metrics)}\n\nwritten to {run.folder}/evaluate-{Path(file).stem}.json")
 
 def chat(folder):
     """`chat`: you write, both policies answer, with the levels that the identifiers read in each answer."""
-    run, evaluation, models = load_run(folder)
+    run, tokenizer, readers, models = load_run(folder)
     say("A research model, not a counsellor. An empty line starts a new conversation; Ctrl-D ends.")
-    history, c = [], run.config.data
+    history, c = (), run.config.data
     for line in sys.stdin:
-        history = [*history, line.strip()] if line.strip() else []
-        if not history:
-            continue
-        pairs = Pairs([data.Dialogue(tuple(history), "")], evaluation.tokenizer, c.max_source, c.max_target, run.device)
-        for name, t5 in models.items():
-            answered = pairs.but(respond(t5, pairs, run.config.sampling))
-            reply, levels = evaluation.tokenizer.decode(answered.responses[0]), predict_levels(evaluation.identifiers, answered)[0]
-            say(f"{name:<6} {reply}   " + " ".join(f"{m.upper()} {k}" for m, k in zip(MECHANISMS, levels.tolist())))
-        history.append(reply)
+        history = (*history, line.strip()) if line.strip() else ()
+        for name, t5 in models.items() if history else ():
+            pairs = Pairs([data.Dialogue(history, "")], tokenizer, c.max_source, c.max_target, run.device)
+            pairs.responses = respond(t5, pairs, run.config.sampling)
+            reply, levels = tokenizer.decode(pairs.responses[0]), predict_levels(readers[0], pairs)[0].tolist()
+            say(f"{name:<6} {reply}   " + " ".join(f"{m.upper()} {k}" for m, k in zip(MECHANISMS, levels)))
+        history = (*history, reply) if history else ()
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

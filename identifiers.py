@@ -51,11 +51,11 @@ def masked_mean(x, mask):
 
 @dataclass
 class IdentifierConfig(TrainConfig):
-    steps: int = 200
+    steps: int = 150
     batch_size: int = 64
     lr: float = 2e-2
     weight_decay: float = 0.0
-    eval_every: int = 40
+    eval_every: int = 50
     shared: bool = True           # one pair of encoders with three heads; off: the original's three pairs
     warm_start: bool = True       # encoders start from the MLE model's
     class_weight: float = 0.5     # exponent of 1 / (share of the level) in the loss: 0 off, 1 fully balanced
@@ -107,10 +107,8 @@ def identifier_trainer(model, train, valid, rows_at, config):
 @torch.no_grad()
 def predict_levels(identifiers, pairs, size=128):
     """The identifiers' argmax on all pairs (see identifier_trainer), like lengths together: (N, M) levels."""
-    order = sorted(range(len(pairs)), key=pairs.lengths().__getitem__)
     levels = torch.zeros(len(pairs), len(MECHANISMS), dtype=torch.long)
-    for start in range(0, len(order), size):
-        rows = order[start:start + size]
+    for rows in pairs.chunks(size):
         levels[rows] = identifiers(*pairs.batch(rows)).argmax(-1).cpu()
     return levels
 

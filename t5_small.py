@@ -369,8 +369,7 @@ def official_name(name):
 def from_pretrained(folder):
     """A T5 from an official folder: config.json and pytorch_model.bin or model.safetensors. Raises CheckpointError
     naming the file and the tensors that are missing or of another shape."""
-    folder = Path(folder)
-    path = folder / "config.json"
+    path = Path(folder) / "config.json"
     try:
         raw = json.loads(path.read_text())
         config = T5Config(**{f.name: raw[f.name] for f in fields(T5Config) if raw.get(f.name) is not None})
@@ -378,13 +377,12 @@ def from_pretrained(folder):
         config.tie_word_embeddings = raw.get("scale_decoder_outputs", config.tie_word_embeddings)  # transformers >= 5
         if config.feed_forward_proj not in ("relu", "gated-gelu"):
             raise ValueError(f"feed_forward_proj {config.feed_forward_proj!r} is not one of T5's")
-        model = T5(config)
-        path = folder / "model.safetensors"
+        model, path = T5(config), path.with_name("model.safetensors")
         if path.exists():
             from safetensors.torch import load_file
             state = load_file(path)
         else:
-            path = folder / "pytorch_model.bin"
+            path = path.with_name("pytorch_model.bin")
             state = load_state(path)
     except ImportError:
         raise CheckpointError(f"{path}: reading it needs `pip install safetensors`") from None
@@ -395,12 +393,10 @@ def from_pretrained(folder):
     if "scale_decoder_outputs" in raw:                        # ... which also writes a tied head only once
         state.setdefault("lm_head.weight", state.get("shared.weight"))
     named = {official_name(name): (name, p.shape) for name, p in model.state_dict().items()}
-    missing = [name for name in named if name not in state]
-    wrong = [f"{name} {tuple(state[name].shape)}, not {tuple(shape)}" for name, (_, shape) in named.items()
-             if name in state and state[name].shape != shape]
-    if missing or wrong:
-        raise CheckpointError(f"{path}: missing tensors: {', '.join(missing) or 'none'}; "
-                              f"of another shape: {', '.join(wrong) or 'none'}; it belongs to another configuration")
+    wrong = [f"{name} missing" if name not in state else f"{name} {tuple(state[name].shape)}, not {tuple(shape)}"
+             for name, (_, shape) in named.items() if name not in state or state[name].shape != shape]
+    if wrong:
+        raise CheckpointError(f"{path}: tensors of another configuration: {'; '.join(wrong)}")
     model.load_state_dict({ours: state[name].float() for name, (ours, _) in named.items()})
     return model
 

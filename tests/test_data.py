@@ -22,7 +22,7 @@ import sentencepiece
 import torch
 
 import data
-from data import Batches, DataError, Dialogue, Tokenizer, oracle_levels
+from data import DataError, Dialogue, Tokenizer, batches, oracle_levels
 
 REAL = Path(os.environ.get("EMPRL_DATA", Path(data.__file__).resolve().parent.parent / "shared" / "data"))
 real = pytest.mark.skipif(not REAL.is_dir(), reason="no real data: set EMPRL_DATA to their folder")
@@ -49,10 +49,10 @@ def test_32_emotions_with_six_situations_and_level_rule():
     assert all(len(e.situations) >= 6 and len(e.feelings) >= 2 for e in data.EMOTIONS)
     assert Counter((e.valence, e.family) for e in data.EMOTIONS) == dict.fromkeys(
         itertools.product(("neg", "pos"), ("inward", "outward")), 8)
-    assert data.modal_levels("neg", "outward", True, 1) == (2, 1, 2)
-    assert data.modal_levels("neg", "inward", False, 1) == (1, 1, 1)
-    assert data.modal_levels("pos", "outward", False, 3) == (0, 0, 0)
-    assert data.modal_levels("pos", "inward", True, 2) == (1, 2, 1)
+    assert data.modal_levels("neg", "outward", True, 1) == (2, 0, 2)
+    assert data.modal_levels("neg", "inward", False, 1) == (1, 2, 1)
+    assert data.modal_levels("pos", "outward", False, 3) == (0, 1, 0)
+    assert data.modal_levels("pos", "inward", True, 2) == (1, 1, 1)
     for options in (("neg", "pos"), ("inward", "outward"), (False, True), (1, 2, 3)):     # every feature matters
         index = (("neg", "pos"), ("inward", "outward"), (False, True), (1, 2, 3)).index(options)
         rules = set()
@@ -72,25 +72,24 @@ def test_texts_are_unambiguous():
     same = {data._plain(o): {data._plain(t) for e in data.EMOTIONS for s in e.situations for q, t in s if q == o}
             for o in openers[::97]}
     assert all(len(topics) == 1 for topics in same.values())
-    for key, phrases in data.PHRASES.items():
-        if key == "filler":
-            assert len(phrases) >= 10 and {oracle_levels((), p) for p in phrases} == {(0, 0, 0)}
+    for key, phrases in data.SENTENCES.items():
+        texts = [phrase.replace("TOPIC", "the dog").replace("FEELING", "sad") for phrase in phrases]
+        if key[:2] not in data.MECHANISMS:      # what a context or a filler says is of no level
+            assert {oracle_levels((), text) for text in texts} == {(0, 0, 0)}, key
             continue
         assert len(phrases) >= 5
         mechanism, level = data.MECHANISMS.index(key[:2]), int(key[3])
-        for phrase in phrases:                  # a phrase of one mechanism is none of another
-            text = phrase.replace("TOPIC", "the dog").replace("FEELING", "sad")
+        for phrase, text in zip(phrases, texts):                  # a phrase of one mechanism is none of another
             assert oracle_levels(("I have a dog.",), text) == tuple(int(m == mechanism) for m in range(3)), text
             assert (level == 2) == ("TOPIC" in phrase)
-    for key, sentences in data.CONTEXT.items():
-        assert {oracle_levels((), s.replace("FEELING", "sad")) for s in sentences} == {(0, 0, 0)}, key
+    assert len(data.SENTENCES["filler"]) >= 10
 
 
 def test_sizes_ids_turns_and_notes(corpus):
     assert {name: len(part) for name, part in corpus.dialogues.items()} == {"train": 3000, "valid": 300, "test": 600}
     assert {name: len(part) for name, part in corpus.labelled.items()} == {
         "train": 1500, "valid": 400, "test": 600, "judge_train": 1500, "judge_valid": 400}
-    assert corpus.name == "embedded" and len(corpus.notes) == 1
+    assert len(corpus.notes) == 1
     ids = [d.id for d in everything(corpus)]
     assert len(ids) == len(set(ids))
     assert set(corpus.level_probs) == {d.id for part in corpus.dialogues.values() for d in part}
@@ -128,9 +127,7 @@ def test_levels_follow_level_probs(corpus):
         for level in range(3):
             expected = sum(probs[m][level] for _, probs in pairs) / len(pairs)
             seen = sum(levels[m] == level for levels, _ in pairs) / len(pairs)
-            assert abs(seen - expected) < 0.03 and 0.25 < seen < 0.42
-            modal = sum(probs[m][level] > 0.5 for _, probs in pairs) / len(pairs)
-            assert 0.2 < modal < 0.43
+            assert abs(seen - expected) < 0.03 and 0.2 < seen < 0.5          # no level is rare
     assert all(abs(sum(p) - 1) < 1e-9 for _, probs in pairs for p in probs)
 
 
@@ -202,9 +199,9 @@ def test_other_situations_count_one(corpus):
 
 
 def test_labelled_parts_have_mismatched_responses(corpus):
-    """About 12 % are of another scene; where they name its topic, the oracle's level is 1 instead of 2."""
+    """About 8 % are of another scene; where they name its topic, the oracle's level is 1 instead of 2."""
     part, strong, foreign, near = corpus.labelled["train"], 0, 0, 0
-    marks = [re.sub("TOPIC|FEELING", "(.+)", p[:-1]) for key, ps in data.PHRASES.items() if " 2 " in key for p in ps]
+    marks = [re.sub("TOPIC|FEELING", "(.+)", p[:-1]) for key, ps in data.SENTENCES.items() if " 2 " in key for p in ps]
     for d in part:
         assert d.levels == oracle_levels(d.context, d.response)
         topic = data.TOPICS[data._plain(d.context[0].split(".")[0])]
@@ -212,7 +209,7 @@ def test_labelled_parts_have_mismatched_responses(corpus):
             strong += 1
             foreign += topic not in data._plain(d.response)
             near += topic not in data._plain(d.response) and topic.split()[0] in data._plain(d.response)
-    assert 0.08 < foreign / strong < 0.15 and near > 0.1 * foreign
+    assert 0.05 < foreign / strong < 0.11 and near > 0.1 * foreign
 
 
 def test_oracle_is_fast(corpus):
@@ -263,15 +260,14 @@ def test_marker_written_by_a_user_is_only_text(tokenizer):
     assert 1 not in tokenizer.encode("no </s> eos")
 
 
-def test_training_is_deterministic_and_saving_atomic(corpus, tokenizer, tmp_path):
+def test_training_is_deterministic_and_a_model_reloads(corpus, tokenizer, tmp_path):
     texts = [d.response for d in corpus.dialogues["train"][:500]]
     one, two = Tokenizer.train(texts, 400), Tokenizer.train(iter(texts), 400)
     assert one.model == two.model and one.vocab_size <= 400
     path = tmp_path / "spiece.model"
-    path.write_bytes(b"old")
-    tokenizer.save(path)
-    again = Tokenizer.load(str(path))
-    assert os.listdir(tmp_path) == ["spiece.model"] and again.model == tokenizer.model
+    path.write_bytes(tokenizer.model)
+    again = Tokenizer(str(path))
+    assert again.model == tokenizer.model
     assert again.encode("How lovely.") == tokenizer.encode("How lovely.")
 
 
@@ -298,7 +294,7 @@ def test_damaged_models_are_refused(corpus, tokenizer, tmp_path):
         with pytest.raises(DataError, match="; train it again"):
             Tokenizer(model)
     with pytest.raises(DataError, match="none.model: can not be read"):
-        Tokenizer.load(tmp_path / "none.model")
+        Tokenizer(tmp_path / "none.model")
     with pytest.raises(DataError, match="vocab_size"):
         Tokenizer.train(["ab"] * 3, 101)
     with pytest.raises(DataError, match="vocab_size"):
@@ -310,44 +306,38 @@ def test_damaged_models_are_refused(corpus, tokenizer, tmp_path):
 def test_pad():
     batch = data.pad([[5, 6], [7], []])
     assert batch.dtype == torch.long and batch.tolist() == [[5, 6], [7, 0], [0, 0]]
-    assert data.pad([[1], [2, 3]], pad_id=9).tolist() == [[1, 9], [2, 3]]
-    assert data.pad([]).shape == (0, 0) and data.pad([[], []]).shape == (2, 0)
+    assert data.pad([[], []]).shape == (2, 0)
 
 
 @pytest.mark.parametrize("count, size", [(1, 1), (7, 3), (100, 8), (1000, 8), (1601, 16)])
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_every_example_once_an_epoch(count, size, shuffle):
-    lengths = np.random.default_rng(0).integers(1, 60, count)
-    batches = Batches(lengths, size, seed=5, shuffle=shuffle)
-    assert len(batches) == -(-count // size)
+def test_every_example_once_an_epoch(count, size):
+    rows_at, per_epoch = batches(np.random.default_rng(0).integers(1, 60, count), size, seed=5), -(-count // size)
     for epoch in range(2):
-        epoch_batches = [batches[epoch * len(batches) + i] for i in range(len(batches))]
-        assert sorted(i for b in epoch_batches for i in b) == list(range(count))
-        assert sorted(map(len, epoch_batches))[1:] == [size] * (len(batches) - 1)
-    assert list(batches) == [batches[i] for i in range(len(batches))]
+        parts = [rows_at(epoch * per_epoch + i) for i in range(per_epoch)]
+        assert sorted(i for part in parts for i in part) == list(range(count))
+        assert sorted(map(len, parts))[1:] == [size] * (per_epoch - 1)
 
 
 def test_batches_depend_on_seed_and_step_alone():
-    lengths = list(np.random.default_rng(0).integers(1, 60, 500))
-    one, two = Batches(lengths, 8, seed=1), Batches(lengths, 8, seed=1)
+    lengths = list(np.random.default_rng(0).integers(1, 60, 500))           # 63 batches an epoch
+    one, two, other = batches(lengths, 8, 1), batches(lengths, 8, 1), batches(lengths, 8, 2)
     steps = [200, 3, 70, 199, 0, 63]
-    assert {s: one[s] for s in steps} == {s: two[s] for s in sorted(steps)}
-    assert [one[i] for i in range(len(one))] != [one[len(one) + i] for i in range(len(one))]
-    assert [one[i] for i in range(5)] != [Batches(lengths, 8, seed=2)[i] for i in range(5)]
+    assert {s: one(s) for s in steps} == {s: two(s) for s in sorted(steps)}
+    assert [one(i) for i in range(63)] != [one(63 + i) for i in range(63)]
+    assert [one(i) for i in range(5)] != [other(i) for i in range(5)]
 
 
 def test_batches_are_of_like_length():
     lengths = np.random.default_rng(0).integers(1, 100, 2000)
-    def padding(batches):
-        return sum(len(b) * lengths[b].max() for b in batches) / lengths.sum()
-    assert padding(Batches(lengths, 8, 0)) < 1.06 < 1.5 < padding([list(range(i, i + 8)) for i in range(0, 2000, 8)])
-    ordered = [lengths[i] for b in Batches(lengths, 8, 0, shuffle=False) for i in b]
-    assert ordered == sorted(ordered)
+    def padding(parts):
+        return sum(len(b) * lengths[b].max() for b in parts) / lengths.sum()
+    assert padding(map(batches(lengths, 8, 0), range(250))) < 1.06 < 1.5 < padding(range(i, i + 8) for i in range(0, 2000, 8))
 
 
 def test_no_examples():
-    with pytest.raises(ValueError):
-        Batches([], 8, 0)
+    for lengths, size in (([], 8), ([3], 0)):
+        with pytest.raises(ValueError, match="above 0"):
+            batches(lengths, size, 0)
 
 
 # ---- rubbish files: one line 'path:line: what is wrong; what to do', never a traceback of another kind
@@ -458,39 +448,34 @@ def read_ed(tmp_path, *rows):
 
 
 def test_ed_pairs_quotes_and_commas(tmp_path):
-    dialogues, notes = read_ed(
+    dialogues, note = read_ed(
         tmp_path, *ed_rows("hit:0_conv:1", 'I said "yes_comma_ dear', "Oh?", "True.", 'And "then'),
         *ed_rows("hit:1_conv:2", "One", "Two", "Three", end=",a|b|c", emotion="sad"))     # 9 fields
     assert dialogues == [
         Dialogue(('I said "yes, dear',), "Oh?", "proud", None, "hit:0_conv:1/2"),
         Dialogue(('I said "yes, dear', "Oh?", "True."), 'And "then', "proud", None, "hit:0_conv:1/4"),
         Dialogue(("One",), "Two", "sad", None, "hit:1_conv:2/2")]
-    assert len(notes) == 1 and "3 pairs from 2 conversations" in notes[0]
+    assert note == f"{tmp_path / 'ed.csv'}: 3 pairs"
 
 
 def test_ed_bad_rows_cut_their_conversation(tmp_path):
     ragged = ed_rows("c:1", "a", "b", "c", "d", "e", "f")
-    ragged[3] = "c:1,4,proud,A situation.,0,too,many,fields,in,it"           # line 5
-    empty = ed_rows("c:2", "a", " ", "c", "d")                              # line 9
+    ragged[3] = "c:1,4,proud,A situation.,0,too,many,fields,in,it"           # line 5: it and the two after it
+    empty = ed_rows("c:2", "a", " ", "c", "d")                              # three rows
     gap = ed_rows("c:3", "a", "b", "c", "d")
-    del gap[2]                                                               # 1, 2, 4: line 14
-    dialogues, notes = read_ed(tmp_path, *ragged, *empty, *gap, "c:4,1,short", *ed_rows("c:5", "a", "b"),
-                               *ed_rows("c:1", "x", "y"))
+    del gap[2]                                                               # 1, 2, 4: the last row
+    dialogues, note = read_ed(tmp_path, *ragged, *empty, *gap, "c:4,1,short", *ed_rows("c:5", "a", "b"),
+                              *ed_rows("c:1", "x", "y"))                     # and it comes back: two rows
     assert [d.id for d in dialogues] == ["c:1/2", "c:3/2", "c:5/2"]
-    path = tmp_path / "ed.csv"
-    text = "\n".join(notes)
-    assert f"{path}:5: not 8 or 9 fields: 2 rows" in text
-    assert f"{path}:9: empty utterance: 1 rows" in text
-    assert f"{path}:14: not the next utterance_idx: 1 rows" in text
-    assert f"{path}:6: after a skipped row, or away from the rest of the conversation: 6 rows" in text
+    assert "3 pairs; 10 rows skipped" in note and note.endswith("as in line 5")
 
 
 @real
 def test_ed_real_counts():
     """Listener pairs of shared/data/README.md. All its utterances can be used, so nothing is cut."""
     for name, pairs in (("valid", 4880), ("test", 4463), ("train", 34225)):
-        dialogues, notes = data.read_empathetic_dialogues(REAL / "empatheticdialogues" / f"{name}.csv")
-        assert len(dialogues) == pairs, notes
+        dialogues, note = data.read_empathetic_dialogues(REAL / "empatheticdialogues" / f"{name}.csv")
+        assert len(dialogues) == pairs, note
         assert len({d.emotion for d in dialogues}) == 32 and all(len(d.context) % 2 for d in dialogues)
         assert len({d.id for d in dialogues}) == pairs
 
@@ -516,20 +501,20 @@ def test_epitome_join_cleaning_and_duplicates(tmp_path):
         ("s2", "r3", "a", "c", (1, 0, 0)), ("s2", "r3", "a", "c", (0, 0, 0)),
         ("s3", "r4", "a", "d", (1, 1, 1)), ("s3", "r4", "a", "d", (1, 1, 1)), ("s4", "r5", "a", "&#x200B;", (0, 0, 0))],
         change=lambda m, i, fields: fields if m == 0 else [*fields[:2], fields[2] + "  ", "other text", *fields[4:]])
-    dialogues, notes = data.read_epitome(tmp_path)
+    dialogues, note = data.read_epitome(tmp_path)
     assert dialogues == [
         Dialogue(("Rain, & wind",), 'He said "go" > on', "", (0, 1, 2), "s1/r1"),
         Dialogue(("a",), "b", "", (0, 0, 2), "s2/r2"),                       # majority
         Dialogue(("a",), "c", "", (1, 0, 0), "s2/r3"),                       # tie: the first row
         Dialogue(("a",), "d", "", (1, 1, 1), "s3/r4")]
-    assert "4 pairs from 9 rows; 1 rows without text skipped, 2 pairs with conflicting levels" in notes[0]
+    assert "4 pairs from 9 rows; 1 pairs without text skipped, 2 with conflicting levels" in note
 
 
 @pytest.mark.parametrize("change, file, line, problem", [
     (lambda m, i, f: [*f[:4], 3, ""] if (m, i) == (1, 2) else f, 1, 4, "level '3'"),
     (lambda m, i, f: [*f[:4], "", ""] if (m, i) == (2, 0) else f, 2, 2, "level ''"),
     (lambda m, i, f: ["other", *f[1:]] if (m, i) == (2, 1) else f, 2, 3, "pair other/r1"),
-    (lambda m, i, f: f[:3] if (m, i) == (0, 1) else f, 0, 3, "3 fields, not 6"),
+    (lambda m, i, f: f[:3] if (m, i) == (0, 1) else f, 0, 3, "not 6 fields"),
 ])
 def test_epitome_errors_name_file_and_line(change, file, line, problem, tmp_path):
     write_epitome(tmp_path, [(f"s{i}", f"r{i}", "a", "b", (0, 1, 2)) for i in range(4)], change)
@@ -568,7 +553,7 @@ def test_real_corpus():
     assert 3015 <= len(labelled) <= 3023 and any("3084 rows" in note for note in corpus.notes)
     assert all(d.levels and d.response and all(d.context) for d in labelled)
     assert not any(c in t for d in labelled for t in (*d.context, d.response) for c in "\u200b\ufffd\n")
-    assert set(corpus.dialogues) == {"train", "valid", "test"} and corpus.level_probs == {}
+    assert set(corpus.dialogues) == {"train", "valid", "test"} and corpus.level_probs == {} and len(corpus.notes) == 4
 
 
 # ---- download, from a server on this machine

@@ -31,8 +31,8 @@ class Pairs:
     def __len__(self):
         return len(self.levels)
 
-    def lengths(self):
-        return (self.response != 0).sum(1).tolist()
+    def chunks(self, size):
+        return torch.randperm(len(self)).split(size)          # any order will do
 
     def batch(self, rows):
         return self.context[rows], self.response[rows]

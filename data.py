@@ -17,7 +17,7 @@ import torch
 MECHANISMS, LEVELS = ("er", "ip", "ex"), 3
 
 class DataError(ValueError):
-    """A file that can not be used. One line: 'path:line: what is wrong; what to do'."""
+    """A file or option that can not be used. One line: 'path:line: what is wrong; what to do'."""
 
 @dataclass(frozen=True)
 class Dialogue:
@@ -33,7 +33,6 @@ class Corpus:
     labelled: dict[str, list[Dialogue]]         # those three, and "judge_train", "judge_valid" for the judge
     notes: list[str]                            # what was read, what was skipped, and why
     level_probs: dict[str, tuple] = field(default_factory=dict)  # embedded: id -> P(level | context), (3, 3)
-
 
 # ---- the embedded world ---------------------------------------------------------------------------------------------
 
@@ -65,20 +64,13 @@ bug: spider snake rat wasp wolf bat scorpion fox boar lizard | limb: knee back s
 art: pottery painting dance cooking yoga sewing drawing writing singing theater
 """, " ")
 SENTENCES = _table("""
-severe neg: I can not stop thinking about it. / It keeps me awake at night. / It is too much for me. / I cry every day because of it. / It is the worst thing in years. / I can hardly breathe when I think of it. | mild neg: I will get over it soon. / It is not a big deal. / It only bothers me a little. / I can live with it. / There are worse things in life. / It is no great drama.
-severe pos: It means the world to me. / I can not stop smiling. / It is the best thing in years. / I could shout it from the roof. / I have never felt like this before. / My heart is about to burst. | mild pos: It is just a small thing. / It is nothing special. / It makes the week a bit nicer. / It is a small pleasure. / It is no great event. / I only wanted to mention it.
-detail neg: I have told nobody at work. / It began last Monday. / My friends do not know what to say. / It is new for me. / I was alone when I found out. / I wrote it in my diary. / Nobody else seems to care. / I did not plan for this. / I had hoped for a better week. / My partner says little about it.
-detail pos: I have told my friends at work. / It began last Monday. / My friends smile when I talk about it. / It is new for me. / I was at home when I found out. / I wrote it in my diary. / My partner likes it too. / I did not plan for this. / I had hoped for a good week. / I called my best friend right away.
-feeling severe inward: I feel so FEELING. / I am terribly FEELING. / I feel extremely FEELING inside. | feeling mild inward: I feel a bit FEELING. / I am slightly FEELING. / I feel somewhat FEELING inside.
-feeling severe outward: It makes me so FEELING. / That leaves me terribly FEELING. / It gets me extremely FEELING. | feeling mild outward: It makes me a bit FEELING. / That leaves me slightly FEELING. / It gets me somewhat FEELING.
-between: Oh? / Go on. / Really? / I am listening. / Hm, okay. / Is that so? / And then?
-er 1 neg: I am sorry to hear that. / Oh no, that is sad. / That is really unfortunate. / I feel bad for you. / I am so sorry. | er 1 pos: I am happy for you. / That is wonderful. / How lovely. / That is great news. / Good for you.
-er 2 neg: My heart hurts for you over TOPIC. / I am truly sorry about TOPIC. / It makes me sad to hear about TOPIC. / I send you a big hug because of TOPIC. / My heart is heavy when I think of TOPIC. | er 2 pos: I am overjoyed for you about TOPIC. / It makes me so happy to hear about TOPIC. / I am delighted for you because of TOPIC. / My heart sings when I think of TOPIC. / I am smiling with you about TOPIC.
-ip 1 neg: I understand how you feel. / I know what you mean. / That must be hard. / I can relate to that. / I have been there too. | ip 1 pos: I understand how you feel. / I know that joy. / That must feel good. / I can imagine that. / I have felt the same.
-ip 2 neg: You must feel FEELING about TOPIC. / I would feel FEELING about TOPIC too. / No wonder TOPIC makes you feel FEELING. / It sounds like you are FEELING because of TOPIC. / Anyone would be FEELING about TOPIC. | ip 2 pos: You must feel FEELING about TOPIC. / I would feel FEELING about TOPIC too. / I can see why TOPIC makes you FEELING. / It sounds like you are FEELING because of TOPIC. / It is clear that TOPIC makes you feel FEELING.
-ex 1 neg: What happened exactly? / Do you want to talk about it? / How are you doing now? / What will you do next? / Is anyone helping you? | ex 1 pos: Can you tell me more? / How did that come about? / What comes next? / Who else knows? / How does it feel?
-ex 2 neg: How are you coping with TOPIC now? / What is the hardest part of TOPIC? / Have you talked to anyone about TOPIC? / What would help you with TOPIC? / How long have you been dealing with TOPIC? | ex 2 pos: What do you like best about TOPIC? / What makes TOPIC so special to you? / Who have you told about TOPIC? / Can you tell me the whole story of TOPIC? / What did your friends say about TOPIC?
-filler: I see. / These things happen. / Life is like that. / Time will tell. / Maybe take a walk. / You could make a list. / Tomorrow is another day. / Have a cup of tea. / That is how it goes. / Every week brings something. / It may rain later today. / A good meal never hurts.
+severe neg: I can not stop thinking about it. / It keeps me awake at night. / It is too much for me. / I cry every day because of it. / It is the worst thing in years. / I can hardly breathe when I think of it. | mild neg: I will get over it soon. / It is not a big deal. / It only bothers me a little. / I can live with it. / There are worse things in life. / It is no great drama. | severe pos: It means the world to me. / I can not stop smiling. / It is the best thing in years. / I could shout it from the roof. / I have never felt like this before. / My heart is about to burst. | mild pos: It is just a small thing. / It is nothing special. / It makes the week a bit nicer. / It is a small pleasure. / It is no great event. / I only wanted to mention it.
+detail neg: I have told nobody at work. / It began last Monday. / My friends do not know what to say. / It is new for me. / I was alone when I found out. / I wrote it in my diary. / Nobody else seems to care. / I did not plan for this. / I had hoped for a better week. / My partner says little about it. | detail pos: I have told my friends at work. / It began last Monday. / My friends smile when I talk about it. / It is new for me. / I was at home when I found out. / I wrote it in my diary. / My partner likes it too. / I did not plan for this. / I had hoped for a good week. / I called my best friend right away.
+feeling severe inward: I feel so FEELING. / I am terribly FEELING. / I feel extremely FEELING inside. | feeling mild inward: I feel a bit FEELING. / I am slightly FEELING. / I feel somewhat FEELING inside. | feeling severe outward: It makes me so FEELING. / That leaves me terribly FEELING. / It gets me extremely FEELING. | feeling mild outward: It makes me a bit FEELING. / That leaves me slightly FEELING. / It gets me somewhat FEELING.
+between: Oh? / Go on. / Really? / I am listening. / Hm, okay. / Is that so? / And then? | filler: I see. / These things happen. / Life is like that. / Time will tell. / Maybe take a walk. / You could make a list. / Tomorrow is another day. / Have a cup of tea. / That is how it goes. / Every week brings something. / It may rain later today. / A good meal never hurts.
+er 1 neg: I am sorry to hear that. / Oh no, that is sad. / That is really unfortunate. / I feel bad for you. / I am so sorry. | er 1 pos: I am happy for you. / That is wonderful. / How lovely. / That is great news. / Good for you. | er 2 neg: My heart hurts for you over TOPIC. / I am truly sorry about TOPIC. / It makes me sad to hear about TOPIC. / I send you a big hug because of TOPIC. / My heart is heavy when I think of TOPIC. | er 2 pos: I am overjoyed for you about TOPIC. / It makes me so happy to hear about TOPIC. / I am delighted for you because of TOPIC. / My heart sings when I think of TOPIC. / I am smiling with you about TOPIC.
+ip 1 neg: I understand how you feel. / I know what you mean. / That must be hard. / I can relate to that. / I have been there too. | ip 1 pos: I understand how you feel. / I know that joy. / That must feel good. / I can imagine that. / I have felt the same. | ip 2 neg: You must feel FEELING about TOPIC. / I would feel FEELING about TOPIC too. / No wonder TOPIC makes you feel FEELING. / It sounds like you are FEELING because of TOPIC. / Anyone would be FEELING about TOPIC. | ip 2 pos: You must feel FEELING about TOPIC. / I would feel FEELING about TOPIC too. / I can see why TOPIC makes you FEELING. / It sounds like you are FEELING because of TOPIC. / It is clear that TOPIC makes you feel FEELING.
+ex 1 neg: What happened exactly? / Do you want to talk about it? / How are you doing now? / What will you do next? / Is anyone helping you? | ex 1 pos: Can you tell me more? / How did that come about? / What comes next? / Who else knows? / How does it feel? | ex 2 neg: How are you coping with TOPIC now? / What is the hardest part of TOPIC? / Have you talked to anyone about TOPIC? / What would help you with TOPIC? / How long have you been dealing with TOPIC? | ex 2 pos: What do you like best about TOPIC? / What makes TOPIC so special to you? / Who have you told about TOPIC? / Can you tell me the whole story of TOPIC? / What did your friends say about TOPIC?
 """)
 
 Emotion = namedtuple("Emotion", "name valence family feelings situations")   # situations: [[opener, topic], all fillings]
@@ -144,10 +136,8 @@ def _draw(rng, name, seen, mismatched):
 
 def embedded_corpus(seed=0, num_train=12000, num_valid=300, num_test=600, num_labelled=8000):
     """The generated world; no context occurs twice in all its parts, the same seed gives the same corpus.
-
     A response has the modal level of each mechanism with probability 0.76, the other two with 0.12 each, independently
-    given the context. In the labelled parts 8 % of the responses come from another scene: content has to match.
-    """
+    given the context. In the labelled parts 8 % of the responses come from another scene: content has to match."""
     note = f"embedded corpus, seed {seed}: {num_train} / {num_valid} / {num_test} dialogues, {num_labelled} labelled, twice"
     corpus, seen = Corpus({}, {}, [note]), set()             # train parts last: their size changes no other part
     for kind, name, count in (("", "test", num_test), ("", "valid", num_valid), ("labelled/", "test", 600),
@@ -176,14 +166,11 @@ def oracle_levels(context, response):
         text = text.replace(f" {topic} ", " @ ")
     return tuple(2 if s.search(text) else int(bool(w.search(text))) for s, w in zip(_STRONG, _WEAK))
 
-
 # ---- tokens and batches ---------------------------------------------------------------------------------------------
 
 class Tokenizer:
     """Sentencepiece unigram pieces with T5's ids: pad 0, eos 1, unk 2, 100 sentinels on top, counting down.
-
-    A T5 `spiece.model` (32,000 pieces) loads with T5's own ids: 32,100 in all, extra_id_0 = 32,099.
-    """
+    A T5 `spiece.model` (32,000 pieces) loads with T5's own ids: 32,100 in all, extra_id_0 = 32,099."""
     pad_id, eos_id, unk_id, num_sentinels = 0, 1, 2, 100
 
     def __init__(self, model):
@@ -198,6 +185,7 @@ class Tokenizer:
                             "or damaged; train it again or fetch it anew") from None
         self.num_pieces, self.encode = self._pieces.GetPieceSize(), self._pieces.EncodeAsIds     # encode(text) -> ids
         self.vocab_size = self.num_pieces + self.num_sentinels
+        self.sentinels = range(self.vocab_size - 1, self.num_pieces - 1, -1)     # of the spans taken out: <extra_id_0>, ...
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -212,9 +200,6 @@ class Tokenizer:
             raise DataError(f"tokenizer: can not be trained on these texts with vocab_size {vocab_size} "
                             f"({' '.join(str(error).split())[-100:]}); change vocab_size") from None
         return cls(model.getvalue())
-
-    def sentinel(self, i):      # <extra_id_i>, the marker of the i-th span taken out in span corruption
-        return self.vocab_size - 1 - i
 
     def decode(self, ids):
         """Text up to the first eos, without padding and sentinels."""
@@ -235,11 +220,8 @@ def pad(rows):
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
 
 def batches(lengths, batch_size, seed):
-    """rows_at(step): the indices of the examples in batch number `step`, counted over all epochs.
-
-    A pure function of (seed, step), so a run resumes from the step alone. Examples of about the same length
-    share a batch (less padding): shuffle, sort pools of 50 batches by length, cut, shuffle the batches.
-    """
+    """rows_at(step): the indices of the examples in batch number `step`, counted over all epochs. A pure function of
+    (seed, step), so a run resumes from the step alone. Examples of about the same length share a batch: less padding."""
     lengths, n, size = np.asarray(lengths), len(lengths), batch_size
     if not n or size < 1:
         raise ValueError(f"{n} examples in batches of {size}: both must be above 0")
@@ -247,10 +229,9 @@ def batches(lengths, batch_size, seed):
     @functools.lru_cache(maxsize=1)             # only the current epoch's order is kept
     def epoch(number):
         rng = np.random.default_rng([seed, number])
-        pools = np.split(rng.permutation(n), range(50 * size, n, 50 * size))
-        order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
-        batches = np.split(order, range(size, n, size))
-        return [batches[i].tolist() for i in rng.permutation(len(batches))]
+        order = np.argsort(lengths * rng.uniform(0.95, 1.05, n) + rng.uniform(0, 1, n))     # the noise mixes the neighbours
+        parts = np.split(order, range(size, n, size))
+        return [parts[i].tolist() for i in rng.permutation(len(parts))]
 
     return lambda step: epoch(step // -(-n // size))[step % -(-n // size)]
 
@@ -282,7 +263,6 @@ class Pairs:
         (other := copy.copy(self)).responses = responses
         return other
 
-
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 def _read_bytes(path):
@@ -291,12 +271,6 @@ def _read_bytes(path):
             return file.read()
     except OSError as error:
         raise DataError(f"{path}: can not be read ({error.strerror}); give the path of a file") from None
-
-def _write_bytes(path, content):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(f"{path}.tmp", "wb") as file:     # a crash leaves the old file whole
-        file.write(content)
-    os.replace(f"{path}.tmp", path)
 
 def _read_lines(path):
     """The lines of a text file in UTF-8, without byte order mark; DataError for what can not be one."""
@@ -338,10 +312,8 @@ ED_HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval
 
 def read_empathetic_dialogues(path):
     """One file of EmpatheticDialogues (Rashkin et al. 2019, arXiv 1811.00207) -> (dialogues, note).
-
     Every listener utterance (even utterance_idx) is a response, all utterances before it are the context. The files have
-    no csv quoting: '"' is an ordinary character, a comma in a text is written _comma_. A bad row ends its conversation.
-    """
+    no csv quoting: '"' is an ordinary character, a comma in a text is written _comma_. A bad row ends its conversation."""
     header, *lines = _read_lines(path)
     if not header.startswith(ED_HEADER):
         raise DataError(f"{path}:1: not the header of EmpatheticDialogues; it must begin with {ED_HEADER}")
@@ -364,10 +336,8 @@ EPITOME_FILES = ("emotional-reactions-reddit.csv", "interpretations-reddit.csv",
 
 def read_epitome(folder):
     """EPITOME's Reddit part (Sharma et al. 2020), three files joined by row -> (dialogues, note).
-
     Joined by ids, not by text: the texts differ a little between the files, the first file's are taken. A pair listed
-    twice is kept once, with the level most of its rows have (on a tie, the first row's).
-    """
+    twice is kept once, with the level most of its rows have (on a tie, the first row's)."""
     columns, votes, texts = "sp_id rp_id seeker_post response_post level".split(), {}, {}
     files = [list(_csv_rows(os.path.join(folder, name), columns)) for name in EPITOME_FILES]
     for rows in itertools.zip_longest(*files, fillvalue=(f"{folder}: files of different length", {})):
@@ -388,9 +358,7 @@ def read_epitome(folder):
 
 def split_labelled(dialogues, seed):
     """75 : 5 : 20 by speaker, the id up to its last "/" (EPITOME's sp_id); "train" is then halved: reward and judge.
-
-    The judge has the second half, the last 10 % of its speakers for validation, and is never the reward.
-    """
+    The judge has the second half, the last 10 % of its speakers for validation, and is never the reward."""
     speakers = sorted({d.id.rpartition("/")[0] for d in dialogues})
     random.Random(seed).shuffle(speakers)
     train, valid = round(0.75 * len(speakers)), round(0.80 * len(speakers))
@@ -422,10 +390,8 @@ FIELDS = ("context", "response", "emotion", *MECHANISMS)
 
 def read_dialogues(path):
     """Your own dialogues. Emotion and levels (er, ip, ex: all three or none) may be left out.
-
     .jsonl  {"context": ["..", ".."] or "..", "response": "..", "emotion": "..", "er": 0, "ip": 2, "ex": 1}
-    .csv    columns context,response[,emotion,er,ip,ex]; " </s> " between the utterances of a context
-    """
+    .csv    columns context,response[,emotion,er,ip,ex]; " </s> " between the utterances of a context"""
     dialogues, lines = [], ((f"{path}:{n}", line) for n, line in enumerate(_read_lines(path), 1) if line.strip())
     for where, record in _csv_rows(path, FIELDS[:2]) if str(path).endswith(".csv") else lines:
         try:
@@ -446,7 +412,6 @@ def read_dialogues(path):
     if not dialogues:
         raise DataError(f"{path}:2: no dialogues; write at least one")
     return dialogues
-
 
 # ---- download -------------------------------------------------------------------------------------------------------
 
@@ -495,8 +460,11 @@ def _unpack(archive, folder, members):
         raise DataError(f"{archive}: damaged archive ({error}); remove it and fetch it again") from None
     if missing := {*members} - {*found}:
         raise DataError(f"{archive}: no {', '.join(sorted(missing))} in it; fetch it again")
-    for name, content in found.items():
-        _write_bytes(os.path.join(folder, name), content)
+    for path, content in ((os.path.join(folder, name), content) for name, content in found.items()):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f"{path}.tmp", "wb") as file:     # a crash leaves no half file under the name
+            file.write(content)
+        os.replace(f"{path}.tmp", path)
 
 def download(folder, sources=SOURCES, progress=print):
     """Fetch what is missing, resume what was cut off, check SHA-256, unpack. A second run fetches nothing."""

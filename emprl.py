@@ -1,28 +1,25 @@
 """EmpRL, end to end: the recipe from top to bottom, and the command line.
 
     python emprl.py [--preset toy|real|paper|smoke] [--data DIR] [--t5 DIR] [--run DIR] [--seed N] [--set key=value ...]
-    python emprl.py evaluate --run DIR --file DIALOGUES     measure a finished run on other dialogues
+    python emprl.py evaluate --run DIR --data DIALOGUES     measure a finished run on other dialogues
     python emprl.py chat --run DIR                          talk to a finished run
 
-Stages: pretrain -> sft -> identifiers -> judge -> label -> ppo -> evaluate -> report. Each leaves its result in
-DIR/checkpoints; the same command skips what is there for the same configuration and goes on where it was cut.
+Stages: pretrain -> sft -> identifiers -> judge -> label -> ppo -> evaluate -> report. The same command skips what
+DIR/checkpoints has for the same configuration and goes on where it was cut.
 """
-import argparse, copy, functools, hashlib, itertools, json, os, re, shlex, signal, sys, time, zlib
+import argparse, copy, functools, hashlib, itertools, json, math, os, shlex, signal, sys, time, zlib
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import data
 from data import DataError, Pairs, Tokenizer, batches, oracle_levels, pad
-from identifiers import (LEVELS, MECHANISMS, EmpathyReward, IdentifierConfig, Identifiers, bleu, confusion, distinct, emp_f1,
-                         empathy_reward, identifier_scores, identifier_trainer, mutual_information, paired_bootstrap,
-                         predict_levels)
-from ppo import PPOConfig, PPOTrainer, kl_estimate, response_mask, score
-from t5_small import (T5, CheckpointError, Sampling, T5Config, TrainConfig, Trainer, autocast, from_pretrained,
-                      generate, load_state, random_spans, save_atomically, save_pretrained, span_corrupt)
-
+from identifiers import (LEVELS, MECHANISMS, IdentifierConfig, Identifiers, ceiling, confusion, empathy_reward, identifier_scores,
+                         identifier_trainer, level_scores, make_reward, paired_bootstrap, predict_levels, text_scores, words)
+from ppo import PPOConfig, PPOTrainer, kl_estimate, respond, score
+from t5_small import (T5, CheckpointError, Sampling, T5Config, TrainConfig, Trainer, from_pretrained, load_state, random_spans,
+                      save_atomically, save_pretrained, span_corrupt)
 
 # ---- configuration --------------------------------------------------------------------------------------------------
 
@@ -47,9 +44,8 @@ class RewardConfig:
 @dataclass
 class EvalConfig:
     contexts: int = 0             # test contexts to generate for; 0: all
-    batch_size: int = 64
+    batch_size: int = 128
     valid_contexts: int = 128     # for the validation inside PPO
-    samples: int = 24             # contexts in samples.md
 
 @dataclass
 class Config:
@@ -59,7 +55,7 @@ class Config:
     t5_dir: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     t5: T5Config = field(default_factory=lambda: T5Config(d_kv=16, d_ff=256, num_layers=1, num_heads=8, dropout_rate=0.0))
-    pretrain: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))      # 0: this small world is learnt sooner without
+    pretrain: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))      # 0: MLE learns sooner without
     sft: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000, batch_size=16, lr=4e-2, eval_every=250))
     identifiers: IdentifierConfig = field(default_factory=IdentifierConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -77,26 +73,19 @@ PRESETS = {                       # what differs from the defaults above, which 
         t5.d_model=160 t5.d_kv=32 t5.d_ff=640 t5.num_layers=2 t5.num_heads=5 t5.dropout_rate=0.1
         pretrain.steps=200 pretrain.batch_size=48 sft.steps=1400 sft.batch_size=48 sft.lr=3e-2 identifiers.steps=150
         identifiers.batch_size=32 identifiers.eval_every=15 sampling.min_length=5 sampling.max_length=40
-        ppo.steps=60 ppo.batch_size=128 ppo.lr=3e-3
-        ppo.kl_coef=0.05 ppo.kl_target=3 ppo.kl_horizon=4000 eval.contexts=512""",
+        ppo.steps=60 ppo.batch_size=128 ppo.lr=3e-3 ppo.kl_coef=0.05 ppo.adaptive_kl=on ppo.kl_target=3 eval.contexts=512""",
     "paper": """data.corpus=real data.max_source=200 data.max_target=50 data.identifier_source=128 data.identifier_target=96
         pretrain.steps=0 sft.steps=12900 sft.batch_size=8 sft.lr=1e-4 sft.rms_scaled=off sft.warmup=1 sft.eval_every=2000
         identifiers.lr=2e-5 identifiers.rms_scaled=off identifiers.shared=off identifiers.batch_size=32
         identifiers.micro_batch=8 sampling.temperature=0.9 sampling.top_k=20 sampling.min_length=5 sampling.max_length=30
         ppo.batch_size=32 ppo.minibatch_size=32 ppo.micro_batch=8 ppo.ppo_epochs=4 ppo.steps=1000 ppo.lr=1e-5
-        ppo.rms_scaled=off ppo.kl_coef=0.2 ppo.kl_target=6 ppo.lam=0.95 eval.batch_size=32""",
+        ppo.rms_scaled=off ppo.kl_coef=0.2 ppo.adaptive_kl=on ppo.lam=0.95 identifiers.steps=600 eval.batch_size=32""",
 }
-DEPENDS = {"pretrain": "t5 pretrain", "sft": "t5 pretrain sft"}       # stage -> the sections its result depends on
-DEPENDS["identifiers"] = DEPENDS["judge"] = DEPENDS["label"] = "t5 pretrain sft identifiers"
-DEPENDS["ppo"] = "t5 pretrain sft identifiers reward sampling ppo"
-
+ORDER = ["t5", "pretrain", "sft", "identifiers", "reward", "sampling", "ppo"]     # a stage depends on its section and all before
 say = functools.partial(print, flush=True)
 
-class UsageError(ValueError):
-    """Something the user can put right: exit code 2 and one line, no traceback."""
-
 def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
-    """The preset's configuration with `settings` ("section.field=value") applied. Raises UsageError."""
+    """The preset's configuration with `settings` ("section.field=value") applied. Raises DataError."""
     config, flags = Config(preset, seed, str(data_dir), str(t5_dir)), {"on": True, "off": False}
     if os.path.isfile(config.data_dir):
         config.data.corpus = config.data_dir
@@ -105,33 +94,27 @@ def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
         section, _, name = key.partition(".")
         target = getattr(config, section, None)
         if not is_dataclass(target) or not hasattr(target, name):
-            known = [f"{s}.{n}" for s, values in asdict(config).items() if isinstance(values, dict) for n in values]
-            near = [k for k in known if k.split(".")[-1] == key.split(".")[-1] or k.split(".")[0] == section] or known
-            raise UsageError(f"--set {setting}: no such option; write section.field=value with one of {', '.join(near)}")
+            known = asdict(target) if is_dataclass(target) else [k for k, v in asdict(config).items() if isinstance(v, dict)]
+            raise DataError(f"--set {setting}: no such option; write section.field=value with one of {', '.join(known)}")
         kind = type(getattr(target, name))
         try:
             setattr(target, name, flags[value] if kind is bool else kind(value))
         except (ValueError, KeyError):
-            raise UsageError(f"--set {setting}: not {'on or off' if kind is bool else f'a valid {kind.__name__}'}") from None
+            raise DataError(f"--set {setting}: not {'on or off' if kind is bool else f'a valid {kind.__name__}'}") from None
     if config.data.corpus == "real" and not os.path.isdir(config.data_dir):
-        raise UsageError(f"--preset {preset} needs --data DIR with the corpora; `python data.py download DIR` fetches them")
+        raise DataError(f"--preset {preset} needs --data DIR with the corpora; `python data.py download DIR` fetches them")
     if preset == "paper" and not t5_dir:
-        raise UsageError("--preset paper needs --t5 DIR: an official checkpoint's config.json, weights and spiece.model")
+        raise DataError("--preset paper needs --t5 DIR: an official checkpoint's config.json, weights and spiece.model")
     return config
-
 
 # ---- the run folder -------------------------------------------------------------------------------------------------
 
 class Run:
     """A folder with config.json, metrics.jsonl and checkpoints/, and the loop that every training stage shares."""
     def __init__(self, folder, config):
-        self.folder, self.config, self.seconds = Path(folder), config, {}
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.in_loop = self.interrupted = False
-        try:
-            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--run {folder}: {error.strerror}; name a folder that can be written") from None
+        self.folder, self.config, self.seconds, self.log = Path(folder), config, {}, {}    # log: stage -> a record a step
+        self.device, self.in_loop, self.interrupted = "cuda" if torch.cuda.is_available() else "cpu", False, False
+        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
     def write(self, name, text):
         """Write a file of the run folder atomically: text or bytes."""
@@ -142,72 +125,63 @@ class Run:
         """Seed torch from (seed, stage, step): a resumed step draws what an uninterrupted one would."""
         torch.manual_seed(zlib.crc32(f"{self.config.seed}/{stage}/{step}".encode()))
 
-    def on_interrupt(self, *_):
-        """Ctrl-C: a training loop finishes its step and saves; anything else stops at once."""
+    def on_interrupt(self, *_):     # Ctrl-C: a training loop finishes its step and saves; anything else stops at once
         self.interrupted = True
         if not self.in_loop:
             raise KeyboardInterrupt
 
-    def records(self):
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]         # a killed run may leave half a line
-
     def stage(self, name, compute):
         """compute(state, save) -> the stage's final state, unless that is there for the same configuration.
-
-        `state` is what an interrupted call left by save(**state), or {}. Returns the final state.
-        """
+        `state` is what an interrupted call left by save(**state), or {}."""
         path, c = self.folder / "checkpoints" / f"{name}.pt", asdict(self.config)
-        parts = [c[s] for s in ["seed", "data_dir", "t5_dir", "data", *DEPENDS[name].split()]]
+        last = ORDER.index(name if name in ORDER else "identifiers")                 # so do "judge" and "label"
+        parts = [c[s] for s in ["seed", "data_dir", "t5_dir", "data", *ORDER[:last + 1]]]
         key = hashlib.sha256(json.dumps([1, parts], sort_keys=True).encode()).hexdigest()   # 1: format version
         state = load_state(path) if path.exists() else {"key": None}
         if not isinstance(state, dict) or "key" not in state:
             raise CheckpointError(f"{path}: not a checkpoint of this program; delete it")
         state = state if state["key"] == key else {}
+        before, started = state.get("seconds", 0.0), time.time()
+
+        def save(**new):
+            save_atomically({"key": key, "seconds": before + time.time() - started, **new}, path)
+            self.log[name] = new.get("log", [])
+            self.write("metrics.jsonl", "".join(json.dumps(record) + "\n" for log in self.log.values() for record in log))
+
         if not state.get("done"):
-            before, started = state.get("seconds", 0.0), time.time()
-            save = lambda **new: save_atomically({"key": key, "seconds": before + time.time() - started, **new}, path)
             self.seed(name)
             save(done=True, **compute(state, save))
             state = load_state(path)
-        self.seconds[name] = round(state["seconds"], 1)
+        self.seconds[name], self.log[name] = round(state["seconds"], 1), state.get("log", [])
         return state
 
     def train(self, name, make_trainer, steps, model):
         """All steps of make_trainer()'s trainer, resumed where it was cut; leaves the result in `model`."""
         def compute(state, save):
-            trainer, first = make_trainer(), state.get("step", 0)
-            if first:
+            trainer, log = make_trainer(), state.get("log", [])
+            if log:
                 trainer.load_state_dict(state["trainer"])
-            kept = [r for r in self.records() if r["stage"] != name or r["step"] < first]
-            self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
-            started = saved = shown = time.time()
-            self.in_loop = True
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
-                for i in range(first, steps):
-                    self.seed(name, i)
-                    record, now = trainer.step(i), time.time()
-                    log.write(json.dumps({"stage": name, "step": i, **record}) + "\n")
-                    if now - shown > 5 or i in (first, steps - 1):
-                        shown, speed = now, (i + 1 - first) / (now - started)
-                        minutes, seconds = divmod(int((steps - i - 1) / speed), 60)
-                        say(f"{name:<12}{i + 1:>5}/{steps}  {speed:5.2f} steps/s  {minutes}:{seconds:02d} left",
-                            *(f" {k} {v:.4g}" for k, v in record.items() if k in SHOWN))
-                    if now - saved > 30 or self.interrupted:
-                        log.flush()
-                        save(step=i + 1, trainer=trainer.state_dict())
-                        saved = now
-                    if self.interrupted:
-                        raise KeyboardInterrupt
+            first, started, self.in_loop = len(log), time.time(), True
+            saved = shown = started
+            for i in range(first, steps):
+                self.seed(name, i)
+                record, now = trainer.step(i), time.time()
+                log.append({"stage": name, "step": i, **record})
+                if now - shown > 5 or i in (first, steps - 1):
+                    shown, speed = now, (i + 1 - first) / (now - started)
+                    minutes, seconds = divmod(int((steps - i - 1) / speed), 60)
+                    say(f"{name:<12}{i + 1:>5}/{steps}  {speed:5.2f} steps/s  {minutes}:{seconds:02d} left",
+                        *(f" {k} {v:.4g}" for k, v in record.items() if k in ("loss", "valid", "reward", "kl", "length", "entropy")))
+                if now - saved > 30 or self.interrupted:
+                    save(trainer=trainer.state_dict(), log=log)
+                    saved = now
+                if self.interrupted:
+                    raise KeyboardInterrupt
             self.in_loop = False
             trainer.finish()
-            return {"weights": model.state_dict()}
+            return {"weights": model.state_dict(), "log": log}
 
         model.load_state_dict(self.stage(name, compute)["weights"])
-
-SHOWN = ("loss", "valid", "reward", "kl", "kl_coef", "length", "entropy")      # what a progress line shows of a record
-
 
 # ---- the recipe -----------------------------------------------------------------------------------------------------
 
@@ -237,30 +211,29 @@ def run_all(run):
     readers = []
     for stage, train, valid in (("identifiers", "train", "valid"), ("judge", "judge_train", "judge_valid")):
         run.seed(stage)
-        readers.append(Identifiers(t5.config, config.identifiers.shared).to(run.device))
-        if config.identifiers.warm_start:
-            readers[-1].start_from(t5)
+        readers.append(reader := Identifiers(t5.config, config.identifiers.shared).to(run.device))
+        reader.start_from(t5)
         rows_at = batches(labelled[train].lengths(), config.identifiers.batch_size, zlib.crc32(stage.encode()) + config.seed)
-        run.train(stage, lambda: identifier_trainer(readers[-1], labelled[train], labelled[valid], rows_at, config.identifiers),
-                  config.identifiers.steps, readers[-1])
-        readers[-1].eval().requires_grad_(False)
+        run.train(stage, lambda: identifier_trainer(reader, labelled[train], labelled[valid], rows_at, config.identifiers),
+                  config.identifiers.steps, reader)
+        reader.eval().requires_grad_(False)
 
     # 3. Target levels: what the identifiers read in every human response.
     targets = run.stage("label", lambda *_: {"levels": predict_levels(readers[0], pairs["train"])})["levels"]
 
     # 4. PPO towards the target levels, held near the MLE policy.
-    policy, rows_at = copy.deepcopy(t5), batches([0] * len(pairs["train"]), config.ppo.batch_size, config.seed)   # any lengths
+    policy, train = copy.deepcopy(t5), pairs["train"]
+    rows_at = batches([0] * len(train), config.ppo.batch_size, config.seed)             # long and short ones mixed
     test, probe = (Evaluation(run, tokenizer, readers, t5, pairs[part], corpus.level_probs) for part in ("test", "probe"))
     run.train("ppo", lambda: PPOTrainer(
-        policy, make_reward(config.reward, readers[0], targets),
-        lambda step: (pairs["train"].batch(rows_at(step))[0], torch.tensor(rows_at(step))), probe.validate,
-        config.sampling, config.ppo), config.ppo.steps, policy)
+        policy, make_reward(readers[0], targets, **vars(config.reward)), lambda i: (train.batch(rows_at(i))[0], torch.tensor(rows_at(i))),
+        probe.validate, config.sampling, config.ppo), config.ppo.steps, policy)
     save_pretrained(policy, run.folder / "emprl")
 
     # 5. Before and after, on the same test contexts; then tables, plots and samples.
     started = time.time()
     metrics = {name: identifier_scores(reader, labelled["test"]) for name, reader in zip(("identifiers", "judge"), readers)}
-    metrics |= test.compare({"sft": t5, "emprl": policy}, pairs["train"], targets)
+    metrics |= test.compare({"sft": t5, "emprl": policy}, train, targets)
     run.seconds["evaluate"] = round(time.time() - started, 1)
     metrics |= {"config": asdict(config), "seed": config.seed, "seconds": run.seconds}
     run.write("metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -273,7 +246,7 @@ def start(run, corpus):
     if folder:
         tokenizer, t5 = Tokenizer(Path(folder) / "spiece.model"), from_pretrained(folder)
         if t5.config.vocab_size < tokenizer.vocab_size:
-            raise UsageError(f"--t5 {folder}: spiece.model has {tokenizer.vocab_size} tokens, the checkpoint "
+            raise DataError(f"--t5 {folder}: spiece.model has {tokenizer.vocab_size} tokens, the checkpoint "
                              f"{t5.config.vocab_size}; put the files of one model there")
     else:
         dialogues = corpus.dialogues["train"] + corpus.labelled["train"] + corpus.labelled["judge_train"]
@@ -287,48 +260,23 @@ def start(run, corpus):
 def pretrain_trainer(config, t5, tokenizer, pairs):
     """Span corruption on context and response of every training pair; nothing to validate, the last weights stay."""
     texts = [(c + r)[-128:] for c, r in zip(pairs.contexts, pairs.responses)]
-    sentinels = [tokenizer.sentinel(i) for i in range(100)]
 
     def loss_sum(rows):
-        corrupted = [span_corrupt(texts[i], random_spans(len(texts[i])), sentinels) for i in rows]
-        with autocast(pairs.device):
-            return t5.loss_sum(*(pad(side).to(pairs.device) for side in zip(*corrupted)))
+        corrupted = [span_corrupt(texts[i], random_spans(len(texts[i])), tokenizer.sentinels) for i in rows]
+        return t5.loss_sum(*(pad(side).to(pairs.device) for side in zip(*corrupted)))
 
     return Trainer(t5, loss_sum, batches(pairs.lengths(), config.pretrain.batch_size, config.seed), lambda: 0.0, config.pretrain)
 
 def sft_trainer(config, t5, pairs):
     """Maximum likelihood on (context, response); validated by the loss per token of the validation part."""
-    def loss_sum(rows, part="train"):
-        with autocast(pairs[part].device):
-            return t5.loss_sum(*pairs[part].batch(rows))
-
     def validate():
-        losses, counts = zip(*(loss_sum(rows, "valid") for rows in pairs["valid"].chunks(64)))
+        losses, counts = zip(*(t5.loss_sum(*pairs["valid"].batch(rows)) for rows in pairs["valid"].chunks(64)))
         return (sum(losses) / sum(counts)).item()
 
-    return Trainer(t5, loss_sum, batches(pairs["train"].lengths(), config.sft.batch_size, config.seed), validate, config.sft)
-
+    rows_at = batches(pairs["train"].lengths(), config.sft.batch_size, config.seed)
+    return Trainer(t5, lambda rows: t5.loss_sum(*pairs["train"].batch(rows)), rows_at, validate, config.sft)
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
-
-def words(text):
-    """Lower-cased words and punctuation marks: what per-word figures count."""
-    return re.findall(r"\w+|[^\w\s]", text.lower())
-
-@torch.no_grad()
-def respond(t5, pairs, sampling, size=64):
-    """A response for every context of pairs: lists of ids, padding removed, </s> kept."""
-    responses = [None] * len(pairs)
-    for rows in pairs.chunks(size):
-        with autocast(pairs.device):
-            ids = generate(t5, pairs.batch(rows)[0], sampling).ids
-        for i, row, mask in zip(rows, ids, response_mask(ids)):
-            responses[i] = row[mask].tolist()
-    return responses
-
-def make_reward(config, identifiers, target_levels):
-    mechanisms = [m in config.mechanisms.split(",") for m in MECHANISMS]
-    return EmpathyReward(identifiers, target_levels, config.difference, mechanisms)
 
 class Evaluation:
     """Measures policies on `pairs` by the reward's identifiers, by the judge and, in the embedded world, by the oracle."""
@@ -345,15 +293,8 @@ class Evaluation:
                                               for d, r in zip(self.pairs.dialogues, responses)])
         return tables
 
-    def level_scores(self, tables):
-        scores = {}
-        for who, table in tables.items():
-            gold = self.gold[who]
-            scores |= {f"{who}emp_f1": emp_f1(table, gold), f"{who}emp_macro_f1": emp_f1(table, gold, "macro_f1"),
-                       f"{who}mutual_information": mutual_information(table, gold),
-                       f"{who}exact_match": (table == gold).all(1).double().mean().item(),
-                       **{f"{who}emp_f1_{m}": emp_f1(table[:, [i]], gold[:, [i]]) for i, m in enumerate(MECHANISMS)}}
-        return scores
+    def scores(self, tables):
+        return {who + key: x for who in tables for key, x in level_scores(tables[who], self.gold[who]).items()}
 
     @torch.no_grad()
     def measure(self, name, t5, sampling):
@@ -362,48 +303,45 @@ class Evaluation:
         config, pairs, kl, nll, tokens = self.run.config, self.pairs, 0.0, 0.0, 0
         answered = pairs.but(respond(t5, pairs, sampling, config.eval.batch_size))
         texts, tables = [self.tokenizer.decode(r) for r in answered.responses], self.levels(answered.responses)
-        reward, rewards, truth = make_reward(config.reward, self.readers[0], self.gold[""]), torch.zeros(len(pairs)), [*tables][-1]
+        reward, rewards = make_reward(self.readers[0], self.gold[""], **vars(config.reward)), torch.zeros(len(pairs))
         for rows in answered.chunks(config.eval.batch_size):
             context, ids = answered.batch(rows)
             mask, everything = ids != 0, torch.ones(*ids.shape, 1, dtype=torch.bool, device=ids.device)
             both = [score(model, context, ids, mask, everything, 1.0)[0] for model in (t5, self.reference)]
             kl += (kl_estimate(*both) * mask).sum().item()
             rewards[rows] = reward(context, ids, torch.tensor(rows)).cpu()
-            with autocast(pairs.device):
-                loss, n = t5.loss_sum(*pairs.batch(rows))
+            loss, n = t5.loss_sum(*pairs.batch(rows))
             nll, tokens = nll + loss.item(), tokens + n
-        certain = F.one_hot(tables[truth], LEVELS).clamp(min=1e-4).log()       # as read by the oracle, or by the judge
-        held_out = empathy_reward(certain, self.gold[truth], reward.difference, reward.mechanisms)
-        split, targets = [words(t) for t in texts], [words(d.response) for d in pairs.dialogues]
+        truth = [*tables][-1]                                                  # the oracle, or else the judge
+        certain = torch.eye(LEVELS)[tables[truth]].clamp(min=1e-4).log()       # as of a reader without doubt
+        held_out = empathy_reward(certain, self.gold[truth], **vars(config.reward))
+        per_word = nll / sum(len(words(d.response)) + 1 for d in pairs.dialogues)    # + 1: the end is predicted too
         self.results[name] = {"texts": texts, "levels": tables, "rewards": rewards.tolist()}
-        perplexity = lambda count: torch.tensor(nll / count).exp().item()
-        return {**self.level_scores(tables), "reward": rewards.mean().item(), "held_out_reward": held_out.mean().item(),
-                "perplexity": perplexity(tokens), "perplexity_per_word": perplexity(sum(len(t) + 1 for t in targets)),
-                "bleu": bleu(split, targets), "dist1": distinct(split, 1), "dist2": distinct(split, 2),
-                "unique": len(set(texts)) / len(texts), "length": sum(map(len, split)) / len(split), "kl": kl / len(pairs)}
-
-    def validate(self, t5):
-        """Inside PPO: three samples for the eye, and a few figures: among them the learnt reward beside the truth."""
-        scores, n = self.measure("valid", t5, self.run.config.sampling), "\n"
-        for i, d in enumerate(self.pairs.dialogues[:3]):
-            say(f"    {d.context[-1]}{n}    {self.describe('valid', i)}")
-        return {f"valid_{key}": scores[key] for key in ("reward", "held_out_reward", "emp_f1", "kl", "perplexity", "unique")}
+        return {**self.scores(tables), "reward": rewards.mean().item(), "held_out_reward": held_out.mean().item(),
+                "perplexity": math.exp(nll / tokens), "perplexity_per_word": math.exp(per_word), "kl": kl / len(pairs),
+                **text_scores(texts, [d.response for d in pairs.dialogues])}
 
     def describe(self, name, i):
         r = self.results[name]
-        return (f"-> {r['texts'][i]}   target {self.gold[''][i].tolist()} generated {r['levels'][''][i].tolist()} "
-                f"reward {r['rewards'][i]:.2f}")
+        return f"{r['texts'][i]}   {r['levels'][''][i].tolist()} for {self.gold[''][i].tolist()}, reward {r['rewards'][i]:.2f}"
+
+    def validate(self, t5):
+        """Inside PPO: three samples for the eye, and a few figures: among them the learnt reward beside the truth."""
+        scores = self.measure("valid", t5, self.run.config.sampling)
+        for i, d in enumerate(self.pairs.dialogues[:3]):
+            say(f"    {d.context[-1]}\n    -> {self.describe('valid', i)}")
+        return {f"valid_{key}": scores[key] for key in ("reward", "held_out_reward", "emp_f1", "kl", "perplexity", "unique")}
 
     def compare(self, policies, train=None, train_levels=None):
         """metrics.json's figures: floors, ceiling, both policies sampled and greedy, gains with intervals."""
         s, n, metrics = self.run.config.sampling, len(self.pairs), {}
+        if self.level_probs:
+            metrics["ceiling"] = ceiling([self.level_probs[d.id] for d in self.pairs.dialogues], self.gold["oracle_"])
         if train is not None:
             rows = torch.randint(len(train), (n,), generator=torch.Generator().manual_seed(0)).tolist()
             majority = train_levels.mode(0).values.expand(n, -1)
-            metrics["floors"] = {"majority": self.level_scores({who: majority for who in self.gold}),
-                                 "random_copy": self.level_scores(self.levels([train.responses[i] for i in rows]))}
-        if self.level_probs:
-            metrics["ceiling"] = self.ceiling()
+            metrics["floors"] = {"majority": self.scores({who: majority for who in self.gold}),
+                                 "random_copy": self.scores(self.levels([train.responses[i] for i in rows]))}
         greedy = Sampling(min_length=s.min_length, max_length=s.max_length, greedy=True)
         for name, t5 in policies.items():
             metrics[name] = self.measure(name, t5, s)
@@ -412,20 +350,12 @@ class Evaluation:
                            for who, gold in self.gold.items()}
         return metrics
 
-    def ceiling(self, draws=50):
-        """Embedded world, oracle Emp-F1: of always giving the likeliest levels, and of sampling P(levels | context)."""
-        probs, gold = torch.tensor([self.level_probs[d.id] for d in self.pairs.dialogues]), self.gold["oracle_"]
-        sampled = torch.multinomial(probs.view(-1, LEVELS), draws, True, generator=torch.Generator().manual_seed(0))
-        ideal = sum(emp_f1(levels.view(gold.shape), gold) for levels in sampled.T) / draws
-        return {"best": {"oracle_emp_f1": emp_f1(probs.argmax(-1), gold)}, "mle_ideal": {"oracle_emp_f1": ideal}}
-
-
 # ---- report ---------------------------------------------------------------------------------------------------------
 
 def table(header, rows):
     """Markdown, figures with three decimals."""
-    cell = lambda x: f"{x:.3f}" if isinstance(x, float) else str(x)
-    return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in [header, ["---"] + ["---:"] * (len(header) - 1), *rows])
+    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(f"{x:.3f}" if isinstance(x, float) else str(x) for x in row) + " |" for row in rows)
 
 def before_after(metrics):
     """The table of every figure before and after, floors and ceiling below."""
@@ -442,14 +372,14 @@ def before_after(metrics):
 def report(run, metrics, evaluation):
     """report.md, samples.md and plots/*.png."""
     draw_plots(run, metrics, evaluation)
-    scores = ("accuracy", "macro_f1", "weighted_f1")
-    identifiers = table(["identifiers, test part", *(f"{m} {s}" for m in MECHANISMS for s in scores)],
-                        [[who, *(metrics[who][m][s] for m in MECHANISMS for s in scores)] for who in ("identifiers", "judge")])
+    scores = [(m, s) for m in MECHANISMS for s in ("accuracy", "macro_f1", "weighted_f1")]
+    identifiers = table(["identifiers, test part", *map(" ".join, scores)],
+                        [[who, *(metrics[who][m][s] for m, s in scores)] for who in ("identifiers", "judge")])
     plots = "\n\n".join(f"![{name}](plots/{name}.png)" for name in ("losses", "ppo", "emp_f1", "levels", "learnt_vs_truth"))
     run.write("report.md", f"# EmpRL, preset {run.config.preset}, seed {run.config.seed}\n\n{before_after(metrics)}\n\n"
               f"{identifiers}\n\n{plots}\n\nSeconds: {run.seconds}. Responses to read: [samples.md](samples.md).\n")
-    lines = ["# Samples", "Levels are [ER, IP, EX] as the reward's identifiers read them."]
-    for i, d in enumerate(evaluation.pairs.dialogues[:run.config.eval.samples]):
+    lines = ["# Samples", "[ER, IP, EX] of a response, for those of the target, as the reward's identifiers read them."]
+    for i, d in enumerate(evaluation.pairs.dialogues[:24]):
         lines.append(f"**{i + 1}. {d.emotion}** {' / '.join(d.context)}\n\n* target: {d.response}\n"
                      + "\n".join(f"* {name} {evaluation.describe(name, i)}" for name in evaluation.results))
     run.write("samples.md", "\n\n".join(lines) + "\n")
@@ -457,28 +387,23 @@ def report(run, metrics, evaluation):
 
 def draw_plots(run, metrics, evaluation):
     """plots/*.png: the curves of metrics.jsonl, Emp-F1 before and after, level confusions, learnt reward against truth."""
-    import matplotlib
-    matplotlib.use("Agg")                                        # no window: files only
     import matplotlib.pyplot as plt
+    plt.switch_backend("Agg")                                    # no window: files only
     (run.folder / "plots").mkdir(exist_ok=True)
-    records = run.records()
 
-    def figure(name, *panels):
-        """panels: (draw(axis), title, x label, y label) of each picture, side by side."""
+    def figure(name, panels):
+        """panels: (title, x label, y label, draw, its arguments) of each picture, side by side."""
         fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), squeeze=False, layout="constrained")
-        for axis, (draw, title, x, y) in zip(axes[0], panels):
-            draw(axis)
+        for axis, (title, x, y, draw, *arguments) in zip(axes[0], panels):
+            draw(axis, *arguments)
             axis.set(title=title, xlabel=x, ylabel=y)
         fig.savefig(run.folder / "plots" / f"{name}.png", dpi=110)
         plt.close(fig)
 
-    def curves(stage, **labels):
-        def draw(axis):
-            for key, label in labels.items():
-                points = [(r["step"] + 1, r[key]) for r in records if r["stage"] == stage and key in r]
-                axis.plot(*zip(*points or [((), ())]), label=label)
-            axis.legend()
-        return draw
+    def curves(axis, stage, labels):
+        for key, label in labels.items():
+            axis.plot(*zip(*[(r["step"] + 1, r[key]) for r in run.log[stage] if key in r]), label=label)
+        axis.legend()
 
     def bars(axis):
         for k, name in enumerate(("sft", "emprl")):
@@ -486,51 +411,47 @@ def draw_plots(run, metrics, evaluation):
         axis.set_xticks([0.2, 1.2, 2.2], ["ER", "IP", "EX"])
         axis.legend()
 
-    def heat(name, m):
-        counts = confusion(evaluation.results[name]["levels"][""][:, m], evaluation.gold[""][:, m]).double()
+    def heat(axis, name, m):
+        counts = confusion(evaluation.results[name]["levels"][""][:, m], evaluation.gold[""][:, m])
         share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        def draw(axis):
-            axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues")
-            for row, column in itertools.product(range(LEVELS), repeat=2):
-                axis.text(column, row, f"{share[row, column]:.2f}", ha="center", color="wk"[share[row, column] < 0.5])
-            axis.set(xticks=range(LEVELS), yticks=range(LEVELS))
-        return draw
+        axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues")
+        for row, column in itertools.product(range(LEVELS), repeat=2):
+            axis.text(column, row, f"{share[row, column]:.2f}", ha="center", color="wk"[share[row, column] < 0.5])
+        axis.set(xticks=range(LEVELS), yticks=range(LEVELS))
 
-    figure("losses", *((curves(stage, loss="training", valid=valid), stage, "step", "loss (nats)") for stage, valid in (
-        ("pretrain", "(none)"), ("sft", "validation"), ("identifiers", "-macro-F1, validation"), ("judge", "-macro-F1, validation"))
-        if any(r["stage"] == stage for r in records)))
-    figure("ppo", *((curves("ppo", **labels), title, "PPO iteration", unit) for labels, title, unit in (
-        ({"reward": "training"}, "reward", "0..1"), ({"kl": "k1", "kl_k3": "k3"}, "KL to the MLE policy", "nats a response"),
-        ({"kl_coef": "beta"}, "KL coefficient", ""), ({"length": "length"}, "response length", "tokens"))))
-    figure("emp_f1", (bars, "Emp-F1 before and after", "mechanism", "weighted F1"))
-    figure("levels", *((heat(name, m), f"{name}: {MECHANISMS[m].upper()}", "generated level", "target level")
-                       for name in ("sft", "emprl") for m in range(3)))
-    truth = "by the oracle" if evaluation.level_probs else "by the judge"
-    figure("learnt_vs_truth", (curves("ppo", valid_reward="learnt reward", valid_held_out_reward=truth), "validation",
-                               "PPO iteration", "reward (0..1)"))
-
+    x = "PPO iteration"
+    figure("losses", [(stage, "step", "loss (nats)", curves, stage, {"loss": "training", "valid": valid}) for stage, valid in (
+        ("sft", "validation"), ("identifiers", "-macro-F1, validation"), ("judge", "-macro-F1, validation"))])
+    figure("ppo", [(title, x, unit, curves, "ppo", labels) for title, unit, labels in (
+        ("reward", "0..1", {"reward": "training"}), ("KL to the MLE policy", "nats a response", {"kl": "k1", "kl_k3": "k3"}),
+        ("KL coefficient", "", {"kl_coef": "beta"}), ("response length", "tokens", {"length": "mean"}))])
+    figure("emp_f1", [("Emp-F1 before and after", "mechanism", "weighted F1", bars)])
+    figure("levels", [(f"{name}: {MECHANISMS[m].upper()}", "generated level", "target level", heat, name, m)
+                      for name in ("sft", "emprl") for m in range(3)])
+    learnt = {"valid_reward": "learnt reward", "valid_held_out_reward": "oracle" if evaluation.level_probs else "judge"}
+    figure("learnt_vs_truth", [("validation", x, "reward (0..1)", curves, "ppo", learnt)])
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 def load_run(folder):
-    """A finished run -> (Run, Tokenizer, readers, {"sft": T5, "emprl": T5}). Raises UsageError where there is none."""
-    folder, config = Path(folder), Config()
+    """A finished run -> (Run, Tokenizer, readers, {"sft": T5, "emprl": T5}). Raises DataError where there is none."""
+    folder = Path(folder)
     if not (folder / "metrics.json").exists():
-        raise UsageError(f"--run {folder}: no finished run there; make one with `python emprl.py --run {folder}`")
+        raise DataError(f"--run {folder}: no finished run there; make one with `python emprl.py --run {folder}`")
+    config = Config()
     for name, value in json.loads((folder / "config.json").read_text()).items():
         setattr(config, name, type(getattr(config, name))(**value) if isinstance(value, dict) else value)
-    run, readers = Run(folder, config), []
+    run = Run(folder, config)
     models = {name: from_pretrained(folder / name).to(run.device).eval() for name in ("sft", "emprl")}
-    for stage in ("identifiers", "judge"):
-        readers.append(Identifiers(models["sft"].config, config.identifiers.shared).to(run.device).eval())
-        readers[-1].load_state_dict(load_state(folder / "checkpoints" / f"{stage}.pt")["weights"])
+    readers = [Identifiers(models["sft"].config, config.identifiers.shared).to(run.device).eval() for _ in range(2)]
+    for reader, stage in zip(readers, ("identifiers", "judge")):
+        reader.load_state_dict(load_state(folder / "checkpoints" / f"{stage}.pt")["weights"])
     return run, Tokenizer(folder / "tokenizer.model"), readers, models
 
 def evaluate_file(folder, file):
     """`evaluate`: before and after on any dialogue file; prints the table and writes it into the run folder."""
     run, tokenizer, readers, models = load_run(folder)
-    c = run.config.data
-    pairs = Pairs(data.read_dialogues(file), tokenizer, c.max_source, c.max_target, run.device)
+    pairs = Pairs(data.read_dialogues(file), tokenizer, run.config.data.max_source, run.config.data.max_target, run.device)
     metrics = Evaluation(run, tokenizer, readers, models["sft"], pairs, {}).compare(models)
     run.write(f"evaluate-{Path(file).stem}.json", json.dumps(metrics, indent=2) + "\n")
     say(f"{before_after(metrics)}\n\nwritten to {run.folder}/evaluate-{Path(file).stem}.json")
@@ -542,41 +463,38 @@ def chat(folder):
     history, c = (), run.config.data
     for line in sys.stdin:
         history = (*history, line.strip()) if line.strip() else ()
+        pairs = Pairs([data.Dialogue(history, "")], tokenizer, c.max_source, c.max_target, run.device)
         for name, t5 in models.items() if history else ():
-            pairs = Pairs([data.Dialogue(history, "")], tokenizer, c.max_source, c.max_target, run.device)
-            pairs.responses = respond(t5, pairs, run.config.sampling)
-            reply, levels = tokenizer.decode(pairs.responses[0]), predict_levels(readers[0], pairs)[0].tolist()
-            say(f"{name:<6} {reply}   " + " ".join(f"{m.upper()} {k}" for m, k in zip(MECHANISMS, levels)))
+            answered = pairs.but(respond(t5, pairs, run.config.sampling))
+            reply = tokenizer.decode(answered.responses[0])
+            say(f"{name:<6} {reply}   {dict(zip(MECHANISMS, predict_levels(readers[0], answered)[0].tolist()))}")
         history = (*history, reply) if history else ()
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", default="run", choices=("run", "evaluate", "chat"))
     parser.add_argument("--preset", default="toy", choices=PRESETS)
-    parser.add_argument("--data", default="", help="folder with the real corpora, or a .jsonl/.csv file of yours")
+    parser.add_argument("--data", default="", help="folder of the real corpora, or your .jsonl/.csv of dialogues")
     parser.add_argument("--t5", default="", help="folder of an official T5 checkpoint with its spiece.model")
     parser.add_argument("--run", default="", help="where results go (default: runs/PRESET-seedN)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="e.g. ppo.kl_coef=0 ppo.steps=50")
-    parser.add_argument("--file", default="", help="evaluate: a .jsonl or .csv of dialogues")
     a = parser.parse_args(arguments)
     folder = a.run or f"runs/{a.preset}-seed{a.seed}"
     try:
-        if a.command == "chat":
-            chat(folder)
-        elif a.command == "evaluate":
-            evaluate_file(folder, a.file)
-        else:
+        if a.command == "run":
             run = Run(folder, make_config(a.preset, a.seed, a.data, a.t5, a.set))
             signal.signal(signal.SIGINT, run.on_interrupt)
             run_all(run)
-    except (UsageError, DataError, CheckpointError) as error:
+        else:
+            evaluate_file(folder, a.data) if a.command == "evaluate" else chat(folder)
+        return 0
+    except (DataError, CheckpointError, OSError) as error:
         print(f"emprl.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: python emprl.py {shlex.join(arguments or sys.argv[1:])}", file=sys.stderr)
         return 130
-    return 0
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,33 +1,27 @@
 """Empathy identifiers, the empathy reward, and the metrics that compare generated with target responses.
 
-Source: EmpRL (arXiv 2408.02976), after EPITOME's bi-encoder (Sharma et al. 2020, arXiv 2009.08441).
-Legend: B batch, S source (context) length, T response length, D model width, M = 3 mechanisms
-(emotional reaction ER, interpretation IP, exploration EX), L = 3 levels (0 none, 1 weak, 2 strong).
-This file knows nothing of PPO.
+Source: EmpRL (arXiv 2408.02976), after EPITOME's bi-encoder (Sharma et al. 2020, arXiv 2009.08441). Legend: B batch,
+S source (context) length, T response length, D model width, M = 3 mechanisms (emotional reaction ER, interpretation IP,
+exploration EX), L = 3 levels (0 none, 1 weak, 2 strong). This file knows nothing of PPO.
 """
-import math
+import math, re
 from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from t5_small import Attention, Dropout, T5Encoder, TrainConfig, Trainer, autocast, padding_bias
 
-MECHANISMS = ("er", "ip", "ex")
-LEVELS = 3
-
+MECHANISMS, LEVELS = ("er", "ip", "ex"), 3
 
 # ---- the identifier -------------------------------------------------------------------------------------------------
 
 class Identifier(nn.Module):
     """(context, response) -> logits of the levels of `num_mechanisms` mechanisms.
-
     c = Encoder_c(context), r = Encoder_r(response)              two separate T5 encoders
     h = r + Dropout(Attention(query = r, key = value = c))       one head, the context's padding hidden
-    logits = W_2 Dropout(tanh(W_1 mean_t h_t))                   mean over the response's tokens
-    """
+    logits = W_2 Dropout(tanh(W_1 mean_t h_t))                   mean over the response's tokens"""
     def __init__(self, config, num_mechanisms=1):
         super().__init__()
         d = config.d_model
@@ -54,10 +48,8 @@ class IdentifierConfig(TrainConfig):
     steps: int = 150
     batch_size: int = 64
     lr: float = 2e-2
-    weight_decay: float = 0.0
     eval_every: int = 50
     shared: bool = True           # one pair of encoders with three heads; off: the original's three pairs
-    warm_start: bool = True       # encoders start from the MLE model's
     class_weight: float = 0.5     # exponent of 1 / (share of the level) in the loss: 0 off, 1 fully balanced
 
 class Identifiers(nn.Module):
@@ -93,9 +85,7 @@ def identification_loss(log_probs, levels, weights):
 
 def identifier_trainer(model, train, valid, rows_at, config):
     """A Trainer on labelled pairs: class-weighted cross-entropy; keeps the best mean macro-F1 on `valid`.
-
-    train, valid: anything with `len`, `.levels` (N, M) and `.batch(rows) -> (context ids, response ids)`.
-    """
+    train, valid: anything with `len`, `.levels` (N, M) and `.batch(rows) -> (context ids, response ids)`."""
     weights = class_weights(train.levels, config.class_weight)
 
     def loss_sum(rows):
@@ -118,17 +108,14 @@ def identifier_scores(identifiers, pairs):
     tables = {m: confusion(levels[:, i], pairs.levels[:, i]) for i, m in enumerate(MECHANISMS)}
     return {m: {**{k: v.item() for k, v in f1_scores(t).items()}, "confusion": t.tolist()} for m, t in tables.items()}
 
-
 # ---- the reward -----------------------------------------------------------------------------------------------------
 
-def empathy_reward(log_probs, target_levels, difference="cross_entropy", mechanisms=(True, True, True)):
+def empathy_reward(log_probs, target_levels, difference="cross_entropy", mechanisms="er,ip,ex"):
     """r = exp(-sum_m difference_m), in (0, 1]: EmpRL's reward.
-
     log_probs: (B, M, L) of the generated response's levels. target_levels: (B, M), the human response's.
     "cross_entropy": -log p_m(target), so that r is the product of the targets' probabilities (the paper's).
     "ordinal": E_p |level - target|, which also says how far off a wrong level is.
-    mechanisms: which of the three count. Returns (B,). Raises ValueError on another difference.
-    """
+    mechanisms: which of the three count. Returns (B,). Raises ValueError on another difference."""
     if difference == "cross_entropy":
         d = -log_probs.gather(-1, target_levels[..., None])[..., 0]                        # (B, M)
     elif difference == "ordinal":
@@ -136,20 +123,15 @@ def empathy_reward(log_probs, target_levels, difference="cross_entropy", mechani
         d = (log_probs.exp() * distance).sum(-1)
     else:
         raise ValueError(f"difference {difference!r}: use cross_entropy or ordinal")
-    return torch.exp(-(d * torch.tensor(mechanisms, dtype=d.dtype, device=d.device)).sum(-1))
+    return torch.exp(-d[:, [i for i, m in enumerate(MECHANISMS) if m in mechanisms.split(",")]].sum(-1))
 
-class EmpathyReward:
-    """reward(context ids, response ids, index) -> (B,), as ppo.py asks for it. `index` names the training
-    pairs, whose target levels (N, M) were labelled beforehand. It reads the sampled ids themselves."""
-    def __init__(self, identifiers, target_levels, difference="cross_entropy", mechanisms=(True, True, True)):
-        self.identifiers, self.target_levels = identifiers, target_levels
-        self.difference, self.mechanisms = difference, mechanisms
-
+def make_reward(identifiers, target_levels, **options):
+    """reward(context ids, response ids, index) -> (B,), as ppo.py asks for it: it reads the sampled ids themselves. `index`
+    names the training pairs, whose target levels (N, M) were labelled beforehand. options: empathy_reward's."""
     @torch.no_grad()
-    def __call__(self, context, response, index):
-        target = self.target_levels[index].to(context.device)
-        return empathy_reward(self.identifiers(context, response), target, self.difference, self.mechanisms)
-
+    def reward(context, response, index):
+        return empathy_reward(identifiers(context, response), target_levels[index].to(context.device), **options)
+    return reward
 
 # ---- metrics of levels ----------------------------------------------------------------------------------------------
 
@@ -159,10 +141,8 @@ def confusion(predicted, gold):
 
 def f1_scores(counts):
     """Confusion counts (..., L, L) -> accuracy, macro-F1, weighted F1, each (...).
-
     F1_k = 2 TP_k / (predicted_k + gold_k), 0 where a level is neither; macro-F1 is the mean over the levels
-    that occur in gold or prediction, weighted F1 the mean by the gold's share (as scikit-learn's).
-    """
+    that occur in gold or prediction, weighted F1 the mean by the gold's share (as scikit-learn's)."""
     counts = counts.double()
     hit, gold, predicted = counts.diagonal(dim1=-2, dim2=-1), counts.sum(-1), counts.sum(-2)
     f1 = 2 * hit / (gold + predicted).clamp(min=1)
@@ -185,12 +165,24 @@ def mutual_information(predicted, gold):
         total += (joint[joint > 0] * (joint[joint > 0] / independent[joint > 0]).log2()).sum().item()
     return total / gold.shape[1]
 
+def level_scores(predicted, gold):
+    """Every figure that compares two (N, M) level tables; exact_match is the share with all three levels right."""
+    return {"emp_f1": emp_f1(predicted, gold), "emp_macro_f1": emp_f1(predicted, gold, "macro_f1"),
+            "mutual_information": mutual_information(predicted, gold),
+            "exact_match": (predicted == gold).all(1).double().mean().item(),
+            **{f"emp_f1_{m}": emp_f1(predicted[:, [i]], gold[:, [i]]) for i, m in enumerate(MECHANISMS)}}
+
+def ceiling(probs, gold, draws=50):
+    """Emp-F1 with P(level | context) known, (N, M, L): of always giving the likeliest levels, and of sampling them."""
+    probs, generator = torch.tensor(probs), torch.Generator().manual_seed(0)
+    sampled = torch.multinomial(probs.view(-1, LEVELS), draws, replacement=True, generator=generator)       # (N * M, draws)
+    ideal = sum(emp_f1(levels.view(gold.shape), gold) for levels in sampled.T) / draws
+    return {"best": {"oracle_emp_f1": emp_f1(probs.argmax(-1), gold)}, "mle_ideal": {"oracle_emp_f1": ideal}}
+
 def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, seed=0):
     """Emp-F1 of two systems on the same N contexts: relative gain with a 95 % percentile interval.
-
     Every argument is an (N, M) table of levels. A resample draws contexts, and both systems see the same draw.
-    Returns {"relative", "low", "high"}: (after - before) / before. Efron & Tibshirani 1993, chapter 13.
-    """
+    Returns {"relative", "low", "high"}: (after - before) / before. Efron & Tibshirani 1993, chapter 13."""
     n, mechanisms = gold_before.shape
     generator = torch.Generator().manual_seed(seed)
     draws = torch.cat([torch.arange(n)[None], torch.randint(n, (resamples, n), generator=generator)])   # first: as is
@@ -206,8 +198,17 @@ def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, see
     low, high = torch.quantile(gain[1:], torch.tensor([0.025, 0.975], dtype=gain.dtype)).tolist()
     return {"relative": gain[0].item(), "low": low, "high": high}
 
-
 # ---- metrics of text ------------------------------------------------------------------------------------------------
+
+def words(text):
+    """Lower-cased words and punctuation marks: what per-word figures count."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+def text_scores(texts, references):
+    """Figures of a list of responses; length is in words."""
+    split = [words(t) for t in texts]
+    return {"bleu": bleu(split, [words(t) for t in references]), "dist1": distinct(split, 1), "dist2": distinct(split, 2),
+            "unique": len(set(texts)) / len(texts), "length": sum(map(len, split)) / len(split)}
 
 def ngrams(words, n):
     return [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]

@@ -2,18 +2,15 @@
 
 Sources: Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (GAE, arXiv 1506.02438), Ziegler et al.
 2019 (KL control, arXiv 1909.08593). Legend: B batch, S source length, T response length, D model width, V vocabulary.
-
-The policy's action is one token; an episode is one response. This file knows nothing of empathy: the
-reward is a function (context ids, response ids, index) -> (B,) that is handed in.
-Everything per token is (B, T) with a mask that covers exactly t1 .. </s>.
+An action is one token, an episode one response. This file knows nothing of empathy: the reward is a function
+(context ids, response ids, index) -> (B,) that is handed in. Everything per token is (B, T) with a mask on t1 .. </s>.
 """
-import copy
-import math
+import copy, itertools, math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from t5_small import autocast, generate, make_optimizer, optimizer_step, set_lr
 
@@ -38,14 +35,13 @@ class PPOConfig:
     whiten_rewards: bool = False  # [on: it rescales the KL penalty together with the reward, batch by batch]
     scale_scores: bool = True     # divide scores by their running standard deviation
     normalise_scores: bool = False  # and subtract their running mean [on: the value head learns the mean anyway]
-    kl_coef: float = 0.1          # beta [0.2]
-    adaptive_kl: bool = True
+    kl_coef: float = 0.15         # beta [0.2]
+    adaptive_kl: bool = False     # [on, but as good as fixed: see kl_horizon]
     kl_target: float = 6.0        # nats a response that adaptive beta steers to
     kl_horizon: float = 1000.0    # rollouts [10,000: at batch 32 beta then moves < 0.07 % a step]
     max_ratio: float = 10.0       # a minibatch whose mean ratio is above is not learnt from (ratio guard)
     max_update_kl: float = 0.5    # nats a token by which one update may move; then its epochs stop early
     eval_every: int = 12          # iterations between validations
-
 
 # ---- equations ------------------------------------------------------------------------------------------------------
 
@@ -56,11 +52,9 @@ def response_mask(ids, eos_id=1):
 
 def token_log_probs(logits, ids, support=None, temperature=1.0):
     """log p(ids) under softmax(logits / temperature) restricted to `support`, and that distribution's entropy.
-
     logits: (..., V). ids: (...). support: (..., V) bool, the tokens that could have been sampled (top-k,
     top-p, minimum length), kept from the rollout: the very distribution that was sampled from, so that the
-    importance ratio is unbiased and exactly 1 before the first step. Returns two (...) tensors.
-    """
+    importance ratio is unbiased and exactly 1 before the first step. Returns two (...) tensors."""
     logits = logits.float() / temperature
     if support is not None:
         logits = logits.masked_fill(~support, -1e9)              # not -inf: 0 * inf is nan in the entropy
@@ -69,9 +63,7 @@ def token_log_probs(logits, ids, support=None, temperature=1.0):
 
 def kl_estimate(log_probs, ref_log_probs, kind="k1"):
     """Estimates of KL(policy || reference) from the policy's own samples (Schulman, "Approximating KL").
-
-    With d = log p - log p_ref:  k1 = d (unbiased, can be negative), k3 = e^-d - 1 + d (unbiased, >= 0).
-    """
+    With d = log p - log p_ref:  k1 = d (unbiased, can be negative), k3 = e^-d - 1 + d (unbiased, >= 0)."""
     d = log_probs - ref_log_probs
     return d if kind == "k1" else torch.exp(-d) - 1 + d
 
@@ -88,9 +80,7 @@ def whiten(x, mask, shift_mean=True):
 
 def token_rewards(scores, log_probs, ref_log_probs, mask, kl_coef):
     """r_t = -beta (log p_t - log p_ref,t), plus the response's score at its last token.
-
-    scores: (B,); the others (B, T). Returns (B, T), 0 on padding.
-    """
+    scores: (B,); the others (B, T). Returns (B, T), 0 on padding."""
     rewards = -kl_coef * kl_estimate(log_probs, ref_log_probs) * mask
     last = mask.sum(1) - 1                                       # (B,) position of </s>, or of the last token
     rewards[torch.arange(len(scores)), last] += scores
@@ -99,9 +89,7 @@ def token_rewards(scores, log_probs, ref_log_probs, mask, kl_coef):
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation: A_t = delta_t + gamma lambda A_{t+1}, with
     delta_t = r_t + gamma V_{t+1} - V_t and V = 0 after the last token.
-
-    All (B, T). Returns advantages and returns (A + V), both 0 on padding.
-    """
+    All (B, T). Returns advantages and returns (A + V), both 0 on padding."""
     values, advantages = values * mask, torch.zeros_like(rewards)
     following_value = following_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
@@ -144,15 +132,12 @@ class RunningMoments:
         std = math.sqrt(self.m2 / max(self.count - 1, 1))
         return std if std > 1e-6 else 1.0
 
-
 # ---- policy and rollout ---------------------------------------------------------------------------------------------
 
 class Policy(nn.Module):
     """A T5 and a value head on its decoder's last state: V_t sees the context and the tokens before t.
-
     One linear layer, started at 0. The original puts dropout before it; PPO here runs without dropout
-    (so that the ratio starts at exactly 1), where that would do nothing.
-    """
+    (so that the ratio starts at exactly 1), where that would do nothing."""
     def __init__(self, t5):
         super().__init__()
         self.t5, self.value_head = t5, nn.Linear(t5.config.d_model, 1)
@@ -164,9 +149,7 @@ class Policy(nn.Module):
 
 def score(t5, source, ids, mask, support, temperature, value=None):
     """Log-probs (B, T), entropies (B, T) and, with `value` a function of states, values (B, T) of responses.
-
-    Padding is dropped before the product with the vocabulary; all three are 0 there.
-    """
+    Padding is dropped before the product with the vocabulary; all three are 0 there."""
     with autocast(source.device):
         states = t5.response_states(source, ids)[mask]           # (tokens, D)
         logits = t5.logits(states)                               # (tokens, V)
@@ -187,9 +170,7 @@ class Rollout:
 @torch.no_grad()
 def rollout(policy, reference, reward, source, index, sampling):
     """Sample one response for each row of source (B, S) and look at it from every side. See Rollout.
-
-    Log-probs and values of the policy come from the sampling itself, not from another forward pass.
-    """
+    Log-probs and values of the policy come from the sampling itself, not from another forward pass."""
     with autocast(source.device):
         g = generate(policy.t5, source, sampling)                               # 1. responses
     mask = response_mask(g.ids, policy.t5.config.eos_token_id)                  # 2. what counts of them
@@ -198,21 +179,28 @@ def rollout(policy, reference, reward, source, index, sampling):
     scores = reward(source, g.ids, index).float()                               # 5. what it got
     return Rollout(source, g.ids, mask, g.support, g.log_probs * mask, ref_log_probs, values, scores)
 
+@torch.no_grad()
+def respond(t5, pairs, sampling, size=128):
+    """A response for every context of pairs: lists of ids, padding removed, </s> kept."""
+    responses = [None] * len(pairs)
+    for rows in pairs.chunks(size):
+        with autocast(pairs.device):
+            ids = generate(t5, pairs.batch(rows)[0], sampling).ids
+        for i, row, mask in zip(rows, ids, response_mask(ids)):
+            responses[i] = row[mask].tolist()
+    return responses
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
 class PPOTrainer:
     """One call of step = one iteration: rollout, rewards, advantages, ppo_epochs passes of minibatches.
-
     reward(source ids, response ids, index) -> (B,). batch_at(step) -> (source (B, S), index (B,)).
     validate(t5) -> dict of numbers, logged every eval_every iterations. As with t5_small.Trainer, a step
-    depends on its number, the state and torch's global generator only.
-    """
+    depends on its number, the state and torch's global generator only."""
     def __init__(self, t5, reward, batch_at, validate, sampling, config):
-        self.policy, self.reference = Policy(t5).eval(), copy.deepcopy(t5).eval().requires_grad_(False)
-        self.policy.to(next(t5.parameters()).device)
-        self.reward, self.batch_at, self.validate = reward, batch_at, validate
-        self.sampling, self.config = sampling, config
+        self.policy = Policy(t5).eval().to(next(t5.parameters()).device)
+        self.reference = copy.deepcopy(t5).eval().requires_grad_(False)
+        self.reward, self.batch_at, self.validate, self.sampling, self.config = reward, batch_at, validate, sampling, config
         self.optimizer = make_optimizer(self.policy, unit=("relative_bias", "value_head"))
         self.kl_coef, self.moments = config.kl_coef, RunningMoments()
 
@@ -233,8 +221,7 @@ class PPOTrainer:
 
         set_lr(self.optimizer, c.lr * min((i + 1) / max(c.warmup, 1), 1 - i / c.steps), c.rms_scaled)
         update = self.update(r, advantages, returns)                                                # 9.
-        kl = (kl_estimate(r.log_probs, r.ref_log_probs) * r.mask).sum(1).mean().item()
-        k3 = (kl_estimate(r.log_probs, r.ref_log_probs, "k3") * r.mask).sum(1).mean().item()
+        kl, k3 = ((kl_estimate(r.log_probs, r.ref_log_probs, k) * r.mask).sum(1).mean().item() for k in ("k1", "k3"))
         record = {"reward": r.scores.mean().item(), "kl": kl, "kl_k3": k3, "kl_coef": self.kl_coef,
                   "length": r.mask.sum(1).float().mean().item(), "advantage_std": advantages[r.mask].std(correction=0).item(),
                   "value_mean": r.values[r.mask].mean().item(), "return_mean": returns[r.mask].mean().item(), **update}
@@ -247,32 +234,26 @@ class PPOTrainer:
     def update(self, r, advantages, returns):
         """ppo_epochs passes over one rollout. Returns the means of what was measured at each optimizer step;
         `first_ratio_error` is max |ratio - 1| before the first one, which tells that sampling and scoring agree."""
-        c, sums, steps, first_ratio_error, stop = self.config, {}, 0, None, False
-        for _ in range(c.ppo_epochs):
-            for rows in torch.randperm(len(r.ids)).split(c.minibatch_size):
-                tokens, measured, ratio_error = r.mask[rows].sum(), {}, 0.0
-                for part in rows.split(c.micro_batch or len(rows)):
-                    loss, seen, error = self.loss(r, part, advantages, returns)
-                    share = (r.mask[part].sum() / tokens).item()  # makes the parts' mean the minibatch's mean
-                    (loss * share).backward()
-                    ratio_error = max(ratio_error, error)
-                    for name, x in seen.items():
-                        measured[name] = measured.get(name, 0.0) + share * x
-                first_ratio_error = ratio_error if first_ratio_error is None else first_ratio_error
-                stop = measured["update_kl"] > c.max_update_kl
-                if stop or measured["ratio"] > c.max_ratio:
-                    self.optimizer.zero_grad()
-                else:
-                    measured["grad_norm"] = optimizer_step(self.optimizer, c.max_grad_norm)
-                    steps += 1
-                for name, x in measured.items():
-                    sums.setdefault(name, []).append(x)
-                if stop:
+        c, log, steps, ratio_errors = self.config, [], 0, []
+        epochs = [torch.randperm(len(r.ids)).split(c.minibatch_size) for _ in range(c.ppo_epochs)]
+        for rows in itertools.chain(*epochs):
+            tokens, measured = r.mask[rows].sum(), Counter()
+            for part in rows.split(c.micro_batch or len(rows)):
+                loss, seen, error = self.loss(r, part, advantages, returns)
+                share = (r.mask[part].sum() / tokens).item()     # makes the parts' mean the minibatch's mean
+                (loss * share).backward()
+                measured.update({name: share * x for name, x in seen.items()})
+                ratio_errors += [error] if not log else []
+            log.append(measured)
+            if measured["update_kl"] > c.max_update_kl or measured["ratio"] > c.max_ratio:
+                self.optimizer.zero_grad()
+                if measured["update_kl"] > c.max_update_kl:
                     break
-            if stop:
-                break
-        return {**{name: sum(xs) / len(xs) for name, xs in sums.items()},
-                "first_ratio_error": first_ratio_error, "optimizer_steps": steps}
+            else:
+                measured["grad_norm"] = optimizer_step(self.optimizer, c.max_grad_norm)
+                steps += 1
+        means = {name: sum(m[name] for m in log) / len(log) for name in log[0]}
+        return {**means, "first_ratio_error": max(ratio_errors), "optimizer_steps": steps}
 
     def loss(self, r, rows, advantages, returns):
         """L = L_policy + value_coef L_value on some rows; also what is logged of it, and max |ratio - 1|."""

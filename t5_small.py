@@ -41,10 +41,8 @@ class T5Config:
 
 def relative_position_bucket(relative_position, bidirectional, num_buckets=32, max_distance=128):
     """The bucket of each distance (paper, section 2.1): near ones exact, far ones logarithmic.
-
     relative_position: key position - query position, integers of any shape. The same shape comes back.
-    Bidirectional: half of the buckets are for keys after the query. Causal: those keys all get bucket 0.
-    """
+    Bidirectional: half of the buckets are for keys after the query. Causal: those keys all get bucket 0."""
     bucket, distance = torch.zeros_like(relative_position), (-relative_position).clamp(min=0)
     if bidirectional:
         num_buckets //= 2
@@ -151,8 +149,8 @@ class Stack(nn.Module):
         """(1, H, length, length); the decoder's also hides the future."""
         position = torch.arange(length, device=self.relative_bias.weight.device)
         relative = position[None, :] - position[:, None]                     # key - query
-        bucket = relative_position_bucket(relative, not self.is_decoder, self.config.relative_attention_num_buckets,
-                                          self.config.relative_attention_max_distance)
+        limits = self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance
+        bucket = relative_position_bucket(relative, not self.is_decoder, *limits)
         bias = self.relative_bias(bucket).permute(2, 0, 1)[None]             # (1, H, T, T)
         return bias.masked_fill(relative > 0, -1e9) if self.is_decoder else bias
 
@@ -165,8 +163,7 @@ class Stack(nn.Module):
 class Cache:
     """The keys and values of one decoder block: `cross` of the source, and those of the tokens so far."""
     def __init__(self, cross, max_length):
-        self.cross, self.length = cross, 0
-        batch, heads, _, width = cross[0].shape
+        (batch, heads, _, width), self.cross, self.length = cross[0].shape, cross, 0
         self.kv = cross[0].new_empty(2, batch, heads, max_length, width)
 
     def append(self, k, v):
@@ -232,9 +229,9 @@ class T5(T5Encoder):
         """Sum over tokens of -log p(response | source), and the number of tokens. Padding is dropped before the
         product with the vocabulary, the largest in a small model."""
         tokens = response != self.config.pad_token_id
-        logits = self.logits(self.response_states(source, response)[tokens])  # (tokens, V)
+        with autocast(source.device):
+            logits = self.logits(self.response_states(source, response)[tokens])  # (tokens, V)
         return F.cross_entropy(logits.float(), response[tokens], reduction="sum"), int(tokens.sum())
-
 
 # ---- generation -----------------------------------------------------------------------------------------------------
 
@@ -269,10 +266,8 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 @torch.no_grad()
 def generate(model, source, sampling, banned=(0, 2)):
     """One response for each row of source (B, S), with a key/value cache, by torch's global generator.
-
     banned: ids never sampled (padding, unknown). Rows that have ended leave the batch once they are half of it.
-    Returns a Generation with T = the longest response's length.
-    """
+    Returns a Generation with T = the longest response's length."""
     s, config, size = sampling, model.config, (len(source), sampling.max_length)
     memory, memory_bias = model.encode(source), padding_bias(source)
     caches = [Cache(b.cross_attn.keys_values(memory), s.max_length) for b in model.decoder.blocks]
@@ -290,11 +285,9 @@ def generate(model, source, sampling, banned=(0, 2)):
             logits[:, config.eos_token_id] = -torch.inf
         log_probs = filter_logits(logits / s.temperature, s.top_k, s.top_p).log_softmax(-1)
         token = log_probs.argmax(-1) if s.greedy else torch.multinomial(log_probs.exp(), 1)[:, 0]
-        live = rows[running]
-        out.ids[live, t] = token[running]
-        out.log_probs[live, t] = log_probs.gather(1, token[:, None])[running, 0]
-        out.states[live, t] = states[running].to(out.states.dtype)
-        out.support[live, t] = (log_probs > -torch.inf)[running]
+        picked = log_probs.gather(1, token[:, None])[:, 0]
+        for kept, x in ((out.ids, token), (out.log_probs, picked), (out.states, states), (out.support, log_probs > -torch.inf)):
+            kept[rows[running], t] = x[running].to(kept.dtype)
         running = running & (token != config.eos_token_id)
         if not running.any():
             break
@@ -305,8 +298,7 @@ def generate(model, source, sampling, banned=(0, 2)):
             running = running[running]
     return Generation(out.ids[:, :t + 1], out.log_probs[:, :t + 1], out.states[:, :t + 1], out.support[:, :t + 1])
 
-
-# ---- span corruption: T5's pre-training task -------------------------------------------------------
+# ---- span corruption: T5's pre-training task ------------------------------------------------------------------------
 
 def random_spans(length, density=0.15, mean_span=3.0, generator=None):
     """Spans [(start, length), ...] that cover about `density` of `length` positions, never position 0. As in T5,
@@ -326,16 +318,13 @@ def random_spans(length, density=0.15, mean_span=3.0, generator=None):
 
 def span_corrupt(ids, spans, sentinels, eos_id=1):
     """(source, target) of the paper's figure 2: "a <X> d <Y>" and "<X> b c <Y> e <Z>", each with </s>.
-
-    ids: list of tokens. spans: disjoint (start, length) in order. sentinels: at least len(spans) + 1 ids.
-    """
+    ids: list of tokens. spans: disjoint (start, length) in order. sentinels: at least len(spans) + 1 ids."""
     source, target, end = [], [], 0
     for sentinel, (start, length) in zip(sentinels, spans):
         source += ids[end:start] + [sentinel]
         target += [sentinel] + ids[start:start + length]
         end = start + length
     return source + ids[end:] + [eos_id], target + [sentinels[len(spans)], eos_id]
-
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
@@ -407,7 +396,6 @@ def save_pretrained(model, folder):
     (folder / "config.json").write_text(json.dumps({**kind, **asdict(model.config)}, indent=2) + "\n")
     save_atomically({official_name(n): p for n, p in model.state_dict().items()}, folder / "pytorch_model.bin")
 
-
 # ---- training -------------------------------------------------------------------------------------------------------
 
 def autocast(device):
@@ -422,10 +410,8 @@ def make_optimizer(model, weight_decay=0.0, unit=("relative_bias",)):
 
 def set_lr(optimizer, lr, rms_scaled):
     """lr for every tensor; rms_scaled: lr * max(RMS(tensor), 1e-3), Adafactor's "relative step".
-
     T5 starts with embeddings of std 1 beside matrices of std D^-1/2: one absolute step size is too small for
-    the first or too large for the second. A relative one fits both (nanoT5's remedy).
-    """
+    the first or too large for the second. A relative one fits both (nanoT5's remedy)."""
     tensors = [group["params"][0].detach() for group in optimizer.param_groups]
     for group, p, norm in zip(optimizer.param_groups, tensors, torch.stack(torch._foreach_norm(tensors)).tolist()):
         relative = rms_scaled and not group["unit"]
@@ -453,11 +439,9 @@ class TrainConfig:
 
 class Trainer:
     """Gradient descent on a sum-over-items loss, keeping the weights of the best validation.
-
     loss_sum(rows) -> (sum of losses, number of items) of some examples; rows_at(step) -> a step's examples;
     validate() -> number, lower is better. Step i depends on i, the state and torch's global generator (which
-    the caller seeds for each step) only, so a saved state_dict continues exactly.
-    """
+    the caller seeds for each step) only, so a saved state_dict continues exactly."""
     def __init__(self, model, loss_sum, rows_at, validate, config):
         self.model, self.loss_sum, self.rows_at, self.validate, self.config = model, loss_sum, rows_at, validate, config
         self.optimizer = make_optimizer(model, config.weight_decay)

@@ -224,9 +224,9 @@ def test_oracle_is_fast(corpus):
 def test_tokenizer_ids(tokenizer):
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2)
     assert 500 < tokenizer.vocab_size <= 1000
-    assert tokenizer.sentinel(0) == tokenizer.vocab_size - 1 and tokenizer.sentinel(99) == tokenizer.vocab_size - 100
+    assert tokenizer.sentinels[0] == tokenizer.vocab_size - 1 and tokenizer.sentinels[99] == tokenizer.vocab_size - 100
     ids = tokenizer.encode("I am so sorry.")
-    assert 1 not in ids and max(ids) < tokenizer.sentinel(99) and tokenizer.decode(ids) == "i am so sorry."
+    assert 1 not in ids and max(ids) < tokenizer.sentinels[99] and tokenizer.decode(ids) == "i am so sorry."
 
 
 def test_tokenizer_has_every_character_of_the_world(corpus, tokenizer):
@@ -235,7 +235,7 @@ def test_tokenizer_has_every_character_of_the_world(corpus, tokenizer):
 
 def test_decode_stops_at_eos_and_skips_padding_and_sentinels(tokenizer):
     ids = tokenizer.encode("go on.")
-    assert tokenizer.decode([0, tokenizer.sentinel(3), *ids, 0, 1, *ids]) == "go on."
+    assert tokenizer.decode([0, tokenizer.sentinels[3], *ids, 0, 1, *ids]) == "go on."
     assert tokenizer.decode(torch.tensor([0, *ids, 1, 0])) == "go on."
     assert tokenizer.decode([1, *ids]) == tokenizer.decode([]) == ""
 
@@ -282,7 +282,7 @@ def test_t5_like_model_keeps_t5_ids(corpus):
     assert tokenizer.encode("How lovely.") == pieces.EncodeAsIds("How lovely.")
     assert tokenizer.decode(tokenizer.encode("How lovely.")) == "How lovely."
     assert tokenizer.vocab_size == pieces.GetPieceSize() + 100
-    assert tokenizer.sentinel(0) == tokenizer.vocab_size - 1
+    assert tokenizer.sentinels[0] == tokenizer.vocab_size - 1
 
 
 def test_damaged_models_are_refused(corpus, tokenizer, tmp_path):

@@ -119,7 +119,7 @@ def test_evaluate_and_chat_commands(finished, tmp_path, capsys, monkeypatch):
     folder, _ = finished
     file = tmp_path / "mine.jsonl"
     file.write_text('{"context": ["My dog is sick."], "response": "I am so sorry."}\n' * 3)
-    assert emprl.main(["evaluate", "--run", str(folder), "--file", str(file)]) == 0
+    assert emprl.main(["evaluate", "--run", str(folder), "--data", str(file)]) == 0
     assert "| emp_f1 |" in capsys.readouterr().out
     assert 0 <= json.loads((folder / "evaluate-mine.json").read_text())["emprl"]["emp_f1"] <= 1
     monkeypatch.setattr(sys, "stdin", io.StringIO("My dog is sick.\n\nHello\n"))

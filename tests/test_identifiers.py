@@ -203,9 +203,9 @@ TARGETS = torch.tensor([[0, 2, 1], [0, 1, 2]])
 def test_empathy_reward_is_the_product():
     check("the product of the targets' probabilities: .7 * .6 * .5 and .0625 * .333 * .05",
           identifiers.empathy_reward(LOG_PROBS, TARGETS), [0.21, 0.0625 / 3 * 0.05])
-    check("of ER and EX only: .7 * .5", identifiers.empathy_reward(LOG_PROBS, TARGETS, mechanisms=(True, False, True)),
+    check("of ER and EX only: .7 * .5", identifiers.empathy_reward(LOG_PROBS, TARGETS, mechanisms="er,ex"),
           [0.35, 0.0625 * 0.05])
-    check("of none: exp(0)", identifiers.empathy_reward(LOG_PROBS, TARGETS, mechanisms=(False,) * 3), [1.0, 1.0])
+    check("of none: exp(0)", identifiers.empathy_reward(LOG_PROBS, TARGETS, mechanisms=""), [1.0, 1.0])
 
 
 def test_empathy_reward_ordinal():
@@ -229,11 +229,11 @@ def test_reward_takes_the_target_of_the_index():
         return LOG_PROBS
 
     table = torch.tensor([[2, 2, 2], [0, 1, 2], [1, 1, 1], [0, 2, 1]])
-    reward = identifiers.EmpathyReward(fake, table)
+    reward = identifiers.make_reward(fake, table)
     check("pairs 3 and 1", reward(CONTEXT[:2], RESPONSE[:2], torch.tensor([3, 1])), [0.21, 0.0625 / 3 * 0.05])
     assert torch.equal(seen[0][0], CONTEXT[:2]) and torch.equal(seen[0][1], RESPONSE[:2])
     assert not seen[0][2], "the reward needs no gradient"
-    reward = identifiers.EmpathyReward(fake, table, "ordinal", (True, False, False))
+    reward = identifiers.make_reward(fake, table, difference="ordinal", mechanisms="er")
     check("ordinal, ER only", reward(CONTEXT[:2], RESPONSE[:2], torch.tensor([3, 1])),
           [math.exp(-0.4), math.exp(-1.8125)])
 

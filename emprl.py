@@ -73,7 +73,7 @@ PRESETS = {                       # what differs from the defaults above, which 
         t5.d_model=160 t5.d_kv=32 t5.d_ff=640 t5.num_layers=2 t5.num_heads=5 t5.dropout_rate=0.1
         pretrain.steps=200 pretrain.batch_size=48 sft.steps=1400 sft.batch_size=48 sft.lr=3e-2 identifiers.steps=150
         identifiers.batch_size=32 identifiers.eval_every=15 sampling.min_length=5 sampling.max_length=40
-        ppo.steps=60 ppo.batch_size=128 ppo.lr=3e-3 ppo.kl_coef=0.05 ppo.adaptive_kl=on ppo.kl_target=3 eval.contexts=512""",
+        ppo.steps=60 ppo.batch_size=256 ppo.lr=3e-3 ppo.kl_coef=0.05 eval.contexts=512""",
     "paper": """data.corpus=real data.max_source=200 data.max_target=50 data.identifier_source=128 data.identifier_target=96
         pretrain.steps=0 sft.steps=12900 sft.batch_size=8 sft.lr=1e-4 sft.rms_scaled=off sft.warmup=1 sft.eval_every=2000
         identifiers.lr=2e-5 identifiers.rms_scaled=off identifiers.shared=off identifiers.batch_size=32

@@ -381,7 +381,7 @@ def report(run, metrics, evaluation):
     lines = ["# Samples", "[ER, IP, EX] of a response, for those of the target, as the reward's identifiers read them."]
     for i, d in enumerate(evaluation.pairs.dialogues[:24]):
         lines.append(f"**{i + 1}. {d.emotion}** {' / '.join(d.context)}\n\n* target: {d.response}\n"
-                     + "\n".join(f"* {name} {evaluation.describe(name, i)}" for name in evaluation.results))
+                     + "\n".join(f"* {name}: {evaluation.describe(name, i)}" for name in evaluation.results))
     run.write("samples.md", "\n\n".join(lines) + "\n")
     say(f"\n{before_after(metrics)}\n\n{identifiers}\n\nreport {run.folder}/report.md, samples {run.folder}/samples.md")
 
@@ -409,7 +409,7 @@ def draw_plots(run, metrics, evaluation):
         for k, name in enumerate(("sft", "emprl")):
             axis.bar([i + 0.4 * k for i in range(3)], [metrics[name][f"emp_f1_{m}"] for m in MECHANISMS], 0.38, label=name)
         axis.set_xticks([0.2, 1.2, 2.2], ["ER", "IP", "EX"])
-        axis.legend()
+        axis.legend(loc="lower right")
 
     def heat(axis, name, m):
         counts = confusion(evaluation.results[name]["levels"][""][:, m], evaluation.gold[""][:, m])

@@ -364,3 +364,39 @@ def test_bleu(case):
     responses, references, expected = BLEU_CASES[case]
     got = identifiers.bleu([s.split() for s in responses], [s.split() for s in references])
     check(f"BLEU of {responses} against {references} (sacrebleu's)", got, expected, tol=1e-7)
+
+
+# ---- figures together
+
+def test_level_scores_by_hand():
+    gold = torch.tensor([[0, 0, 0], [1, 1, 1], [2, 2, 2], [0, 1, 2]])
+    same = identifiers.level_scores(gold, gold)
+    assert same["emp_f1"] == same["emp_macro_f1"] == same["exact_match"] == same["emp_f1_ex"] == 1
+    one_off = gold.clone()
+    one_off[3, 2] = 0                                         # ex: gold 0 1 2 2, predicted 0 1 2 0
+    scores = identifiers.level_scores(one_off, gold)
+    check("three of four responses are right in all", scores["exact_match"], 0.75)
+    check("ER and IP are untouched", [scores["emp_f1_er"], scores["emp_f1_ip"]], [1.0, 1.0])
+    check("EX: F1 of levels 0, 1, 2 is 2/3, 1, 2/3, with shares 1/4, 1/4, 1/2", scores["emp_f1_ex"], 2 / 3 / 4 + 1 / 4 + 2 / 3 / 2)
+    check("their mean", scores["emp_f1"], (2 + 2 / 3 / 4 + 1 / 4 + 1 / 3) / 3)
+
+
+def test_ceiling_by_hand():
+    gold = torch.tensor([[0, 1, 2]] * 300 + [[1, 2, 0]] * 300)
+    certain = torch.nn.functional.one_hot(gold, 3).float().tolist()
+    assert identifiers.ceiling(certain, gold) == {"best": {"oracle_emp_f1": 1.0}, "mle_ideal": {"oracle_emp_f1": 1.0}}
+    probs = (0.5 * torch.tensor(certain) + 0.5 * torch.nn.functional.one_hot((gold + 1) % 3, 3)).tolist()
+    scores = identifiers.ceiling([[[p + 1e-4 * (k == g) for k, p in enumerate(row)] for g, row in zip(levels, rows)]
+                                  for levels, rows in zip(gold.tolist(), probs)], gold)
+    check("the likeliest level is the gold one", scores["best"]["oracle_emp_f1"], 1.0)
+    # a mechanism has two levels in gold, each of 300: TP 150; the one drawn by mistake for the other adds 150 or 0 to its count
+    check("sampling is right half of the time", scores["mle_ideal"]["oracle_emp_f1"], (300 / 600 + 300 / 450) / 2, tol=0.02)
+
+
+def test_text_scores_by_hand():
+    scores = identifiers.text_scores(["I see.", "I see.", "Oh no, I see!"], ["I see.", "Go on.", "Oh no, I see!"])
+    assert identifiers.words("Don't  STOP, now!") == ["don", "'", "t", "stop", ",", "now", "!"]
+    check("words and marks a response", scores["length"], (3 + 3 + 6) / 3)
+    check("two of three differ", scores["unique"], 2 / 3)
+    check("i see . oh no , ! are 7 of 12", scores["dist1"], 100 * 7 / 12)
+    check("i-see see-. oh-no no-, ,-i see-! are 6 of 9", scores["dist2"], 100 * 6 / 9)

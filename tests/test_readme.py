@@ -7,15 +7,20 @@ import pytest
 import publish
 
 ROOT = Path(publish.ROOT)
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["toy-seed0", "real-seed0"])
 def test_tables_agree_with_the_committed_results(name):
     metrics = json.loads((ROOT / "tests" / "results" / f"{name}.json").read_text())
-    readme = (ROOT / "README.md").read_text()
-    shown = readme[readme.index("|", readme.index(f"(tests/results/{name}.json)")):].split("\n\n")[0]
-    assert shown == publish.table(metrics), "run: python tests/publish.py RUN NAME"
-    assert "| emp_f1 |" in shown and shown.count("\n") > 15
+    start, end = publish.shown(README, f"tests/results/{name}.json")
+    assert README[start:end] == publish.table(metrics), "run: python tests/publish.py RUN NAME"
+    assert "| emp_f1 |" in README[start:end] and README[start:end].count("\n") > 15
+
+
+def test_table_of_seeds_agrees():
+    start, end = publish.shown(README, "tests/publish.py")
+    assert README[start:end] == publish.seeds() and README[start:end].count("\n") >= 2
 
 
 def test_five_modules_within_the_budget():

@@ -1,0 +1,52 @@
+"""The grader: what it grades exists, a right solution passes, a wrong one is told what and why."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import specify
+from units import FILES, UNITS, graders
+
+TESTS = Path(__file__).parent
+
+
+def grade(path, text):
+    path.write_text(text)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS), "--impl", str(path)],
+                          capture_output=True, text=True, cwd=path.parent)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_units_are_whole():
+    assert len(UNITS) == 5 and sum(len(functions) for _, _, functions in UNITS.values()) >= 14
+    for file, test in graders():
+        assert f"def {test}(" in (TESTS / file).read_text(), f"{file} has no {test}"
+    assert {g.module for _, _, functions in UNITS.values() for g in functions.values()} == set(FILES)
+
+
+def test_specification_is_python_with_nothing_solved(tmp_path):
+    specify.write(tmp_path / "mine.py")
+    text = (tmp_path / "mine.py").read_text()
+    compile(text, "mine.py", "exec")
+    names = [name for _, _, functions in UNITS.values() for name in functions]
+    assert text.count("# Example: ") == text.count("#     gives ") == len(names)
+    assert text.count("raise NotImplementedError\n") >= len(names) and "error =" not in text
+    again = subprocess.run([sys.executable, specify.__file__, str(tmp_path / "mine.py")], capture_output=True)
+    assert again.returncode == 1 and (tmp_path / "mine.py").read_text() == text, "a student's work is not written over"
+
+
+def test_a_solution_is_graded_by_unit(tmp_path):
+    """A right gae, a whiten that forgets the mask, a masked_mean not yet written; everything else is not in the file."""
+    code, output = grade(tmp_path / "mine.py", "import torch\nfrom ppo import gae\n"
+                         "def whiten(x, mask, shift_mean=True):\n    return (x - x.mean()) / x.std()\n"
+                         "def masked_mean(x, mask):\n    raise NotImplementedError\n")
+    assert code == 1 and "4 from a score to advantages        2 / 3" in output, output
+    assert "3 identifiers, reward, metrics      0 / 1" in output and "not in your file: token_log_probs" in output
+    assert "expected" in output and "got" in output and "hint: Score the distribution that was sampled from" in output
+
+
+@pytest.mark.parametrize("text, words", [("def gae(:\n", "SyntaxError"), ("x = 1\n", "defines none of the graded functions")])
+def test_a_file_that_can_not_be_graded_is_one_line(text, words, tmp_path):
+    code, output = grade(tmp_path / "mine.py", text)
+    assert code == 4 and words in output and "Traceback" not in output

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import plant_bug
 import specify
 from units import FILES, UNITS, graders
 
@@ -50,3 +51,18 @@ def test_a_solution_is_graded_by_unit(tmp_path):
 def test_a_file_that_can_not_be_graded_is_one_line(text, words, tmp_path):
     code, output = grade(tmp_path / "mine.py", text)
     assert code == 4 and words in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("number", plant_bug.BUGS)
+def test_a_bug_has_its_place_and_the_copy_is_python(number):
+    file, right, wrong = plant_bug.BUGS[number]
+    text = (plant_bug.ROOT / file).read_text()
+    assert text.count(right) == 1 and right != wrong
+    compile(text.replace(right, wrong), file, "exec")
+
+
+def test_planting_copies_the_project_with_one_change(tmp_path):
+    plant_bug.plant(5, tmp_path / "copy")
+    changed = [name for name in ("data.py", "emprl.py", "identifiers.py", "ppo.py", "t5_small.py")
+               if (tmp_path / "copy" / name).read_text() != (plant_bug.ROOT / name).read_text()]
+    assert changed == ["ppo.py"] and not (tmp_path / "copy" / "tests").exists(), "the tests would tell"

@@ -212,7 +212,7 @@ def test_empathy_reward_ordinal():
     """E|level - target|: .2 + 2 * .1 = .4;  2 * .1 + .3 = .5;  .25 + .25 = .5.  1.8125;  2/3;  2 * .9 + .05 = 1.85."""
     check("exp(-(.4 + .5 + .5)) and exp(-(1.8125 + .667 + 1.85))",
           identifiers.empathy_reward(LOG_PROBS, TARGETS, "ordinal"), [math.exp(-1.4), math.exp(-1.8125 - 2 / 3 - 1.85)])
-    check("of IP only", identifiers.empathy_reward(LOG_PROBS, TARGETS, "ordinal", (False, True, False)),
+    check("of IP only", identifiers.empathy_reward(LOG_PROBS, TARGETS, "ordinal", "ip"),
           [math.exp(-0.5), math.exp(-2 / 3)])
 
 

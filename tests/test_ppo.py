@@ -194,7 +194,7 @@ class Tiny(T5):
 
 
 def trainer(reward=some_reward, eos=1.5, sampling=SAMPLING, batch=12, **changes):
-    config = {"steps": 20, "minibatch_size": 4, "warmup": 1, "lr": 1e-2, "lam": 0.95, "eval_every": 100, **changes}
+    config = {"steps": 20, "ppo_epochs": 2, "minibatch_size": 4, "warmup": 1, "lr": 1e-2, "lam": 0.95, "eval_every": 100, **changes}
     config = ppo.PPOConfig(**config)
     return ppo.PPOTrainer(Tiny(eos), reward, lambda i: sources(i, batch), lambda t5: {}, sampling, config)
 

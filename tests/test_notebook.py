@@ -1,0 +1,18 @@
+"""train.ipynb: every cell runs, in its reduced setting and without Jupyter, and the committed outputs are whole."""
+import json
+
+import notebook
+
+CONTENT = json.loads((notebook.ROOT / "train.ipynb").read_text())
+
+
+def test_every_cell_runs(capsys):
+    namespace = notebook.run(json.loads(json.dumps(CONTENT)), reduced=True)
+    assert namespace["REDUCED"] and set(namespace["replies"]) == {"MLE", "EmpRL", "no KL"}
+
+
+def test_committed_outputs_are_of_one_run_from_top_to_bottom():
+    code = [cell for cell in CONTENT["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert all(cell["outputs"] for cell in code if "plt." in "".join(cell["source"]) and "import" not in "".join(cell["source"]))
+    assert "REDUCED = False" in "".join(code[0]["source"]) and all(len(cell["source"]) <= 15 for cell in code)

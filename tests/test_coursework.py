@@ -1,4 +1,6 @@
 """The grader: what it grades exists, a right solution passes, a wrong one is told what and why."""
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 import plant_bug
 import specify
 from units import FILES, UNITS, graders
+from wrong import WRONG
 
 TESTS = Path(__file__).parent
 
@@ -17,6 +20,41 @@ def grade(path, text):
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS), "--impl", str(path)],
                           capture_output=True, text=True, cwd=path.parent)
     return done.returncode, done.stdout + done.stderr
+
+
+def graders_pass(file, tests):
+    """Call test functions as pytest would, with all their parameters; True if none fails."""
+    module = importlib.import_module(Path(file).stem)
+    for test in (getattr(module, name) for name in tests):
+        marks = [m.args for m in getattr(test, "pytestmark", []) if m.name == "parametrize"]
+        for values in (marks[0][1] if marks else [()]):
+            try:
+                test(*((values,) if marks else ()))
+            except BaseException as error:        # pytest.fail is no Exception
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                return False
+    return True
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_solutions_are_caught(name, monkeypatch):
+    graded = next(functions[name] for _, _, functions in UNITS.values() if name in functions)
+    module = importlib.import_module(graded.module)
+    source = inspect.getsource(getattr(module, name))
+    assert graders_pass(FILES[graded.module], graded.tests), "the project's own function passes"
+    assert len(WRONG[name]) >= 3
+    for right, wrong in WRONG[name]:
+        assert source.count(right) >= 1, f"{name} has no {right!r}: correct wrong.py"
+        mutant = dict(vars(module))
+        exec(compile(source.replace(right, wrong, 1), name, "exec"), mutant)
+        monkeypatch.setattr(module, name, mutant[name])
+        assert not graders_pass(FILES[graded.module], graded.tests), f"{wrong!r} instead of {right!r} is not caught"
+        monkeypatch.undo()
+
+
+def test_every_function_has_wrong_solutions():
+    assert set(WRONG) == {name for _, _, functions in UNITS.values() for name in functions}
 
 
 def test_units_are_whole():
@@ -66,3 +104,10 @@ def test_planting_copies_the_project_with_one_change(tmp_path):
     changed = [name for name in ("data.py", "emprl.py", "identifiers.py", "ppo.py", "t5_small.py")
                if (tmp_path / "copy" / name).read_text() != (plant_bug.ROOT / name).read_text()]
     assert changed == ["ppo.py"] and not (tmp_path / "copy" / "tests").exists(), "the tests would tell"
+
+
+def test_an_empty_specification_fails_everything_that_is_graded(tmp_path):
+    specify.write(tmp_path / "source.py")
+    code, output = grade(tmp_path / "mine.py", (tmp_path / "source.py").read_text())
+    assert code == 1 and " passed" not in output.splitlines()[-2] + output.splitlines()[-1], output
+    assert output.count("FAILED") >= len(graders())

@@ -91,7 +91,7 @@ def draw(figures, keys=("reward", "kl", "length", "value_loss")):
                 axis.set_title(f"bug {bug}", fontsize=8)
         row[0].set_ylabel(key.replace("_", " "), fontsize=8)
     fig.supxlabel("PPO iteration (grey: correct, orange: with the bug; one line a seed)", fontsize=8)
-    fig.savefig(HERE / "bugs.png", dpi=110)
+    fig.savefig(HERE / "bugs.png", dpi=80)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def embedded_corpus(seed=0, num_train=12000, num_valid=300, num_test=600, num_la
 
 def _reader(mechanism, level, topic):
     """One regular expression for all phrases of a mechanism and level, with `topic` in the topic's place."""
-    feelings = "|".join({feeling for e in EMOTIONS for feeling in e.feelings})
+    feelings = "|".join(sorted({feeling for e in EMOTIONS for feeling in e.feelings}))
     phrases = "|".join(_plain(p).strip(" .?!") for v in ("neg", "pos") for p in SENTENCES[f"{mechanism} {level} {v}"])
     return rf"\b(?:{phrases})(?!\w)".replace("topic", topic).replace("feeling", f"(?:{feelings})")
 
@@ -225,6 +225,7 @@ def batches(lengths, batch_size, seed):
     lengths, n, size = np.asarray(lengths), len(lengths), batch_size
     if not n or size < 1:
         raise ValueError(f"{n} examples in batches of {size}: both must be above 0")
+    per_epoch = -(-n // size)
 
     @functools.lru_cache(maxsize=1)             # only the current epoch's order is kept
     def epoch(number):
@@ -233,7 +234,7 @@ def batches(lengths, batch_size, seed):
         parts = np.split(order, range(size, n, size))
         return [parts[i].tolist() for i in rng.permutation(len(parts))]
 
-    return lambda step: epoch(step // -(-n // size))[step % -(-n // size)]
+    return lambda step: epoch(step // per_epoch)[step % per_epoch]
 
 class Pairs:
     """(context, response) pairs as ids, once and for all; `batch` pads some of them."""
@@ -392,8 +393,9 @@ def read_dialogues(path):
     """Your own dialogues. Emotion and levels (er, ip, ex: all three or none) may be left out.
     .jsonl  {"context": ["..", ".."] or "..", "response": "..", "emotion": "..", "er": 0, "ip": 2, "ex": 1}
     .csv    columns context,response[,emotion,er,ip,ex]; " </s> " between the utterances of a context"""
-    dialogues, lines = [], ((f"{path}:{n}", line) for n, line in enumerate(_read_lines(path), 1) if line.strip())
-    for where, record in _csv_rows(path, FIELDS[:2]) if str(path).endswith(".csv") else lines:
+    dialogues, records = [], _csv_rows(path, FIELDS[:2]) if str(path).endswith(".csv") else (
+        (f"{path}:{n}", line) for n, line in enumerate(_read_lines(path), 1) if line.strip())
+    for where, record in records:
         try:
             record = json.loads(record) if isinstance(record, str) else record
             context = record["context"].split("</s>") if isinstance(record["context"], str) else record["context"]
@@ -493,4 +495,5 @@ if __name__ == "__main__":
             raise DataError("usage: python data.py download DIR")
         download(sys.argv[2])
     except (DataError, OSError) as error:
-        sys.exit(print(f"data.py: {error}", file=sys.stderr) or 2)
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)

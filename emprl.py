@@ -144,9 +144,9 @@ class Run:
         before, started = state.get("seconds", 0.0), time.time()
 
         def save(**new):
-            save_atomically({"key": key, "seconds": before + time.time() - started, **new}, path)
-            self.log[name] = new.get("log", [])
+            self.log[name] = new.get("log", [])     # written first: what a kill leaves too much here, a resumed run rewrites
             self.write("metrics.jsonl", "".join(json.dumps(record) + "\n" for log in self.log.values() for record in log))
+            save_atomically({"key": key, "seconds": before + time.time() - started, **new}, path)
 
         if not state.get("done"):
             self.seed(name)
@@ -435,10 +435,9 @@ def draw_plots(run, metrics, evaluation):
 
 def load_run(folder):
     """A finished run -> (Run, Tokenizer, readers, {"sft": T5, "emprl": T5}). Raises DataError where there is none."""
-    folder = Path(folder)
+    folder, config = Path(folder), Config()
     if not (folder / "metrics.json").exists():
         raise DataError(f"--run {folder}: no finished run there; make one with `python emprl.py --run {folder}`")
-    config = Config()
     for name, value in json.loads((folder / "config.json").read_text()).items():
         setattr(config, name, type(getattr(config, name))(**value) if isinstance(value, dict) else value)
     run = Run(folder, config)
@@ -490,7 +489,8 @@ def main(arguments=None):
             evaluate_file(folder, a.data) if a.command == "evaluate" else chat(folder)
         return 0
     except (DataError, CheckpointError, OSError) as error:
-        print(f"emprl.py: {error}", file=sys.stderr)
+        path = isinstance(error, OSError) and f"{error.filename}: {error.strerror}; name a path that can be read and written"
+        print(f"emprl.py: {path or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: python emprl.py {shlex.join(arguments or sys.argv[1:])}", file=sys.stderr)

@@ -205,13 +205,11 @@ class PPOTrainer:
         self.kl_coef, self.moments = config.kl_coef, RunningMoments()
 
     def step(self, i):
-        c = self.config
-        source, index = self.batch_at(i)
+        c, (source, index) = self.config, self.batch_at(i)
         r = rollout(self.policy, self.reference, self.reward, source, index, self.sampling)
 
         self.moments.update(r.scores)                            # 6. scores on one scale over the whole run
-        scores = r.scores - (self.moments.mean if c.normalise_scores else 0)
-        scores = scores / (self.moments.std if c.scale_scores else 1)
+        scores = (r.scores - (self.moments.mean if c.normalise_scores else 0)) / (self.moments.std if c.scale_scores else 1)
         rewards = token_rewards(scores, r.log_probs, r.ref_log_probs, r.mask, self.kl_coef)         # 7.
         if c.whiten_rewards:
             rewards = whiten(rewards, r.mask, shift_mean=False)
@@ -245,14 +243,16 @@ class PPOTrainer:
                 measured.update({name: share * x for name, x in seen.items()})
                 ratio_errors += [error] if not log else []
             log.append(measured)
-            if measured["update_kl"] > c.max_update_kl or measured["ratio"] > c.max_ratio:
+            stop = measured["update_kl"] > c.max_update_kl
+            if stop or measured["ratio"] > c.max_ratio:
                 self.optimizer.zero_grad()
-                if measured["update_kl"] > c.max_update_kl:
-                    break
             else:
                 measured["grad_norm"] = optimizer_step(self.optimizer, c.max_grad_norm)
                 steps += 1
-        means = {name: sum(m[name] for m in log) / len(log) for name in log[0]}
+            if stop:
+                break
+        seen = {name: [m[name] for m in log if name in m] for name in itertools.chain(*log)}    # no grad_norm without a step
+        means = {name: sum(xs) / len(xs) for name, xs in seen.items()}
         return {**means, "first_ratio_error": max(ratio_errors), "optimizer_steps": steps}
 
     def loss(self, r, rows, advantages, returns):

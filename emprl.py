@@ -3,26 +3,25 @@
     python emprl.py [--preset toy|real|paper|smoke] [--data DIR] [--t5 DIR] [--run DIR] [--seed N] [--set key=value ...]
     python emprl.py evaluate --run DIR --data DIALOGUES     measure a finished run on other dialogues
     python emprl.py chat --run DIR                          talk to a finished run
-
-Stages: pretrain -> sft -> identifiers -> judge -> label -> ppo -> evaluate -> report. The same command skips what
-DIR/checkpoints has for the same configuration and goes on where it was cut.
+Stages: pretrain -> sft -> identifiers -> judge -> label -> ppo -> evaluate -> report. The same command goes on where it was cut.
 """
-import argparse, copy, functools, hashlib, itertools, json, math, os, shlex, signal, sys, time, zlib
+import argparse, copy, functools, hashlib, itertools, json, math, os, re, shlex, signal, subprocess, sys, time, zlib
 from dataclasses import asdict, dataclass, field, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 import data
 from data import DataError, Pairs, Tokenizer, batches, oracle_levels, pad
-from identifiers import (LEVELS, MECHANISMS, IdentifierConfig, Identifiers, ceiling, confusion, empathy_reward, identifier_scores,
-                         identifier_trainer, level_scores, make_reward, paired_bootstrap, predict_levels, text_scores, words)
-from ppo import PPOConfig, PPOTrainer, kl_estimate, respond, score
-from t5_small import (T5, CheckpointError, Sampling, T5Config, TrainConfig, Trainer, from_pretrained, load_state, random_spans,
-                      save_atomically, save_pretrained, span_corrupt)
+from identifiers import (LEVELS, MECHANISMS, IdentifierConfig, Identifiers, before_after, ceiling, confusion, empathy_reward,
+                         identifier_scores, identifier_trainer, level_scores, make_reward, paired_bootstrap, predict_levels, table,
+                         text_scores, words)
+from ppo import PPOConfig, PPOTrainer, kl_estimate, respond, score, signs_of_collapse
+from t5_small import (T5, CheckpointError, Sampling, T5Config, TrainConfig, Trainer, from_pretrained, load_state, mle_trainer,
+                      random_spans, save_atomically, save_pretrained, span_corrupt)
 
 # ---- configuration --------------------------------------------------------------------------------------------------
-
 @dataclass
 class DataConfig:
     corpus: str = "embedded"      # "embedded", "real", or a .jsonl / .csv file of yours
@@ -65,22 +64,27 @@ class Config:
 
 PRESETS = {                       # what differs from the defaults above, which are `toy`
     "toy": "",
-    "smoke": """data.num_train=200 data.num_valid=40 data.num_test=40 data.num_labelled=200 data.vocab_size=500
-        t5.d_model=32 t5.d_kv=16 t5.d_ff=64 t5.num_heads=2 t5.num_layers=1 t5.num_decoder_layers=1 pretrain.steps=4
-        sft.steps=12 sft.eval_every=6 identifiers.steps=8 identifiers.eval_every=4 identifiers.batch_size=16
-        ppo.steps=4 ppo.batch_size=8 ppo.minibatch_size=4 ppo.eval_every=2 eval.valid_contexts=8 sampling.max_length=12""",
+    "smoke": """data.num_train=200 data.num_valid=40 data.num_test=40 data.num_labelled=200 data.vocab_size=500 t5.d_model=32
+        t5.d_kv=16 t5.d_ff=64 t5.num_heads=2 t5.num_layers=1 t5.num_decoder_layers=1 pretrain.steps=4 sft.steps=12
+        sft.eval_every=6 identifiers.steps=8 identifiers.eval_every=4 identifiers.batch_size=16 ppo.steps=4 ppo.batch_size=8
+        ppo.minibatch_size=4 ppo.eval_every=2 eval.valid_contexts=8 sampling.max_length=12""",
     "real": """data.corpus=real data.vocab_size=5000 data.max_source=96 data.max_target=40 data.identifier_source=96
-        t5.d_model=160 t5.d_kv=32 t5.d_ff=640 t5.num_layers=2 t5.num_heads=5 t5.dropout_rate=0.1
-        pretrain.steps=200 pretrain.batch_size=48 sft.steps=1400 sft.batch_size=48 sft.lr=3e-2 identifiers.steps=150
-        identifiers.batch_size=32 identifiers.eval_every=15 sampling.min_length=5 sampling.max_length=40
-        ppo.steps=60 ppo.batch_size=256 ppo.lr=3e-3 ppo.kl_coef=0.05 eval.contexts=512""",
+        t5.d_model=160 t5.d_kv=32 t5.d_ff=640 t5.num_layers=2 t5.num_heads=5 t5.dropout_rate=0.1 pretrain.steps=200
+        pretrain.batch_size=48 sft.steps=1400 sft.batch_size=48 sft.lr=3e-2 identifiers.steps=150 identifiers.batch_size=32
+        identifiers.eval_every=15 sampling.min_length=5 sampling.max_length=40 ppo.steps=60 ppo.batch_size=256 ppo.lr=3e-3
+        ppo.kl_coef=0.05 eval.contexts=512""",
     "paper": """data.corpus=real data.max_source=200 data.max_target=50 data.identifier_source=128 data.identifier_target=96
         pretrain.steps=0 sft.steps=12900 sft.batch_size=8 sft.lr=1e-4 sft.rms_scaled=off sft.warmup=1 sft.eval_every=2000
-        identifiers.lr=2e-5 identifiers.rms_scaled=off identifiers.shared=off identifiers.batch_size=32
-        identifiers.micro_batch=8 sampling.temperature=0.9 sampling.top_k=20 sampling.min_length=5 sampling.max_length=30
-        ppo.batch_size=32 ppo.minibatch_size=32 ppo.micro_batch=8 ppo.ppo_epochs=4 ppo.steps=1000 ppo.lr=1e-5
-        ppo.rms_scaled=off ppo.kl_coef=0.2 ppo.adaptive_kl=on ppo.lam=0.95 identifiers.steps=600 eval.batch_size=32""",
+        identifiers.lr=2e-5 identifiers.rms_scaled=off identifiers.shared=off identifiers.batch_size=32 identifiers.micro_batch=8
+        sampling.temperature=0.9 sampling.top_k=20 sampling.min_length=5 sampling.max_length=30 ppo.batch_size=32
+        ppo.minibatch_size=32 ppo.micro_batch=8 ppo.ppo_epochs=4 ppo.steps=1000 ppo.lr=1e-5 ppo.rms_scaled=off ppo.kl_coef=0.2
+        ppo.adaptive_kl=on ppo.lam=0.95 identifiers.steps=600 eval.batch_size=32""",
 }
+RANGES = {"dropout_rate": (0, 0.99), "temperature": (0.01, 100), "top_p": (0.01, 1), "gamma": (0, 1), "lam": (0, 1),
+          "relative_attention_num_buckets": (4, 1000),           # any other: from 0, integers from 1
+          **dict.fromkeys(("steps", "warmup", "top_k", "micro_batch", "contexts", "pad_token_id", "decoder_start_token_id"), (0, 1e9))}
+CHOICES = {"difference": ("cross_entropy", "ordinal"), "feed_forward_proj": ("relu", "gated-gelu"),
+           "mechanisms": ("er,ip,ex", "er,ip", "er,ex", "ip,ex", "er", "ip", "ex")}
 ORDER = ["t5", "pretrain", "sft", "identifiers", "reward", "sampling", "ppo"]     # a stage depends on its section and all before
 say = functools.partial(print, flush=True)
 
@@ -101,25 +105,34 @@ def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
             setattr(target, name, flags[value] if kind is bool else kind(value))
         except (ValueError, KeyError):
             raise DataError(f"--set {setting}: not {'on or off' if kind is bool else f'a valid {kind.__name__}'}") from None
-    if config.data.corpus == "real" and not os.path.isdir(config.data_dir):
-        raise DataError(f"--preset {preset} needs --data DIR with the corpora; `python data.py download DIR` fetches them")
+        low, high = RANGES.get(name, (1 if kind is int else 0, 1e9))
+        if value not in CHOICES.get(name, [value]) or kind in (int, float) and not low <= getattr(target, name) <= high:
+            raise DataError(f"--set {setting}: {' or '.join(CHOICES.get(name, [f'from {low} to {high:g}']))}")
+    if seed < 0 or config.sampling.min_length > config.sampling.max_length or config.ppo.minibatch_size > config.ppo.batch_size:
+        raise DataError("--seed below 0, or by --set sampling.min_length above .max_length or ppo.minibatch_size above .batch_size; change it")
+    if data_dir and not os.path.exists(data_dir) or (config.data.corpus == "real") != os.path.isdir(config.data_dir):
+        raise DataError(f"--data {config.data_dir or 'DIR'}: --preset real and paper need the folder that `python data.py download DIR` "
+                        "fills; toy and smoke need none, or a .jsonl or .csv file of yours")
     if preset == "paper" and not t5_dir:
         raise DataError("--preset paper needs --t5 DIR: an official checkpoint's config.json, weights and spiece.model")
     return config
 
 # ---- the run folder -------------------------------------------------------------------------------------------------
-
 class Run:
     """A folder with config.json, metrics.jsonl and checkpoints/, and the loop that every training stage shares."""
+    save_every = 30.0             # seconds between checkpoints
     def __init__(self, folder, config):
         self.folder, self.config, self.seconds, self.log = Path(folder), config, {}, {}    # log: stage -> a record a step
         self.device, self.in_loop, self.interrupted = "cuda" if torch.cuda.is_available() else "cpu", False, False
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
-    def write(self, name, text):
-        """Write a file of the run folder atomically: text or bytes."""
+    def write(self, name, text):                                 # a file of the run folder, atomically
         (self.folder / f"{name}.tmp").write_bytes(text if isinstance(text, bytes) else text.encode())
         os.replace(self.folder / f"{name}.tmp", self.folder / name)
+
+    def write_log(self, stage, records):
+        self.log[stage] = records
+        self.write("metrics.jsonl", "".join(json.dumps(record) + "\n" for log in self.log.values() for record in log))
 
     def seed(self, stage, step=0):
         """Seed torch from (seed, stage, step): a resumed step draws what an uninterrupted one would."""
@@ -134,25 +147,23 @@ class Run:
         """compute(state, save) -> the stage's final state, unless that is there for the same configuration.
         `state` is what an interrupted call left by save(**state), or {}."""
         path, c = self.folder / "checkpoints" / f"{name}.pt", asdict(self.config)
-        last = ORDER.index(name if name in ORDER else "identifiers")                 # so do "judge" and "label"
-        parts = [c[s] for s in ["seed", "data_dir", "t5_dir", "data", *ORDER[:last + 1]]]
+        section = name if name in ORDER else "identifiers"                           # of "judge" and "label", too
+        parts = [c[s] for s in ["seed", "data_dir", "t5_dir", "data", *ORDER[:ORDER.index(section) + 1]]]
         key = hashlib.sha256(json.dumps([1, parts], sort_keys=True).encode()).hexdigest()   # 1: format version
         state = load_state(path) if path.exists() else {"key": None}
         if not isinstance(state, dict) or "key" not in state:
             raise CheckpointError(f"{path}: not a checkpoint of this program; delete it")
         state = state if state["key"] == key else {}
         before, started = state.get("seconds", 0.0), time.time()
-
         def save(**new):
-            self.log[name] = new.get("log", [])     # written first: what a kill leaves too much here, a resumed run rewrites
-            self.write("metrics.jsonl", "".join(json.dumps(record) + "\n" for log in self.log.values() for record in log))
+            self.write_log(name, new.get("log", []))    # first: what a kill leaves too much in it, a resumed run rewrites
             save_atomically({"key": key, "seconds": before + time.time() - started, **new}, path)
-
         if not state.get("done"):
             self.seed(name)
             save(done=True, **compute(state, save))
             state = load_state(path)
-        self.seconds[name], self.log[name] = round(state["seconds"], 1), state.get("log", [])
+        self.write_log(name, state.get("log", []))
+        self.seconds[name] = round(state["seconds"], 1)
         return state
 
     def train(self, name, make_trainer, steps, model):
@@ -167,28 +178,38 @@ class Run:
                 self.seed(name, i)
                 record, now = trainer.step(i), time.time()
                 log.append({"stage": name, "step": i, **record})
+                signs = signs_of_collapse(record, log[0], self.config.sampling.max_length) if "entropy" in record else []
                 if now - shown > 5 or i in (first, steps - 1):
                     shown, speed = now, (i + 1 - first) / (now - started)
                     minutes, seconds = divmod(int((steps - i - 1) / speed), 60)
                     say(f"{name:<12}{i + 1:>5}/{steps}  {speed:5.2f} steps/s  {minutes}:{seconds:02d} left",
-                        *(f" {k} {v:.4g}" for k, v in record.items() if k in ("loss", "valid", "reward", "kl", "length", "entropy")))
-                if now - saved > 30 or self.interrupted:
+                        *(f" {k} {v:.4g}" for k, v in record.items()
+                          if k in ("loss", "valid", "reward", "kl", "length", "entropy") or k == "skipped" and v),
+                        *(f"\n    warning: {words}" for words in signs))
+                if len(log) > 9 and all(r.get("skipped") == 1 for r in log[-10:]):
+                    raise DataError(f"{name}, step {i + 1}: 10 steps in a row had no finite loss and gradient and were skipped; lower "
+                                    f"{name}.lr. What was saved before them is in {self.folder}/checkpoints")
+                stop = self.config.ppo.stop_on_collapse and signs
+                if now - saved > self.save_every and not record.get("skipped") or self.interrupted or stop:
                     save(trainer=trainer.state_dict(), log=log)
                     saved = now
+                if stop:
+                    raise DataError(f"{name}, step {i + 1}: {'; '.join(signs)}. Its weights are in {self.folder}/checkpoints")
                 if self.interrupted:
                     raise KeyboardInterrupt
             self.in_loop = False
             trainer.finish()
             return {"weights": model.state_dict(), "log": log}
-
         model.load_state_dict(self.stage(name, compute)["weights"])
 
 # ---- the recipe -----------------------------------------------------------------------------------------------------
-
 def run_all(run):
     """Every stage, in order. Returns the final metrics (also in metrics.json)."""
     config, c, started = run.config, run.config.data, time.time()
     say(f"EmpRL, preset {config.preset}, seed {config.seed}, on {run.device}; results go to {run.folder}")
+    status, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD")
+    run.write("environment.json", json.dumps({"command": shlex.join(sys.argv), "commit": None if status else commit, "python": sys.version,
+              **{name: version(name) for name in ("torch", "sentencepiece", "numpy")}, "threads": torch.get_num_threads()}, indent=2) + "\n")
     corpus = (data.embedded_corpus(config.seed, c.num_train, c.num_valid, c.num_test, c.num_labelled) if c.corpus == "embedded"
               else data.real_corpus(config.data_dir) if c.corpus == "real" else data.own_corpus(c.corpus))
     corpus.dialogues["test"] = corpus.dialogues["test"][:config.eval.contexts or None]
@@ -204,7 +225,8 @@ def run_all(run):
 
     # 1. The initial policy: span corruption on the training texts, then maximum likelihood on the pairs.
     run.train("pretrain", lambda: pretrain_trainer(config, t5, tokenizer, pairs["train"]), config.pretrain.steps, t5)
-    run.train("sft", lambda: sft_trainer(config, t5, pairs), config.sft.steps, t5)
+    rows_at = batches(pairs["train"].lengths(), config.sft.batch_size, config.seed)
+    run.train("sft", lambda: mle_trainer(t5, pairs["train"], pairs["valid"], rows_at, config.sft), config.sft.steps, t5)
     save_pretrained(t5, run.folder / "sft")
 
     # 2. The identifiers that give the reward, and the judge: another seed on other data, never used as reward.
@@ -240,14 +262,18 @@ def run_all(run):
     report(run, metrics, test)
     return metrics
 
+def load_t5(folder, tokenizer):
+    """The T5 in `folder`, with an embedding for every token of the tokenizer."""
+    t5 = from_pretrained(folder)
+    if t5.config.vocab_size < tokenizer.vocab_size:
+        raise DataError(f"{folder}: {t5.config.vocab_size} tokens, but the tokenizer has {tokenizer.vocab_size}; use files of one model")
+    return t5
+
 def start(run, corpus):
     """Tokenizer and T5: those of the official folder, or a tokenizer trained on the training texts and a new T5."""
     config, folder = run.config, run.config.t5_dir
     if folder:
-        tokenizer, t5 = Tokenizer(Path(folder) / "spiece.model"), from_pretrained(folder)
-        if t5.config.vocab_size < tokenizer.vocab_size:
-            raise DataError(f"--t5 {folder}: spiece.model has {tokenizer.vocab_size} tokens, the checkpoint "
-                             f"{t5.config.vocab_size}; put the files of one model there")
+        t5 = load_t5(folder, tokenizer := Tokenizer(Path(folder) / "spiece.model"))
     else:
         dialogues = corpus.dialogues["train"] + corpus.labelled["train"] + corpus.labelled["judge_train"]
         tokenizer = Tokenizer.train([u for d in dialogues for u in (*d.context[-2:], d.response)], config.data.vocab_size)
@@ -260,24 +286,12 @@ def start(run, corpus):
 def pretrain_trainer(config, t5, tokenizer, pairs):
     """Span corruption on context and response of every training pair; nothing to validate, the last weights stay."""
     texts = [(c + r)[-128:] for c, r in zip(pairs.contexts, pairs.responses)]
-
     def loss_sum(rows):
         corrupted = [span_corrupt(texts[i], random_spans(len(texts[i])), tokenizer.sentinels) for i in rows]
         return t5.loss_sum(*(pad(side).to(pairs.device) for side in zip(*corrupted)))
-
     return Trainer(t5, loss_sum, batches(pairs.lengths(), config.pretrain.batch_size, config.seed), lambda: 0.0, config.pretrain)
 
-def sft_trainer(config, t5, pairs):
-    """Maximum likelihood on (context, response); validated by the loss per token of the validation part."""
-    def validate():
-        losses, counts = zip(*(t5.loss_sum(*pairs["valid"].batch(rows)) for rows in pairs["valid"].chunks(64)))
-        return (sum(losses) / sum(counts)).item()
-
-    rows_at = batches(pairs["train"].lengths(), config.sft.batch_size, config.seed)
-    return Trainer(t5, lambda rows: t5.loss_sum(*pairs["train"].batch(rows)), rows_at, validate, config.sft)
-
 # ---- evaluation -----------------------------------------------------------------------------------------------------
-
 class Evaluation:
     """Measures policies on `pairs` by the reward's identifiers, by the judge and, in the embedded world, by the oracle."""
     def __init__(self, run, tokenizer, readers, reference, pairs, level_probs):
@@ -351,24 +365,6 @@ class Evaluation:
         return metrics
 
 # ---- report ---------------------------------------------------------------------------------------------------------
-
-def table(header, rows):
-    """Markdown, figures with three decimals."""
-    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(f"{x:.3f}" if isinstance(x, float) else str(x) for x in row) + " |" for row in rows)
-
-def before_after(metrics):
-    """The table of every figure before and after, floors and ceiling below."""
-    rows, columns = [], ("sft", "emprl", "sft_greedy", "emprl_greedy")
-    for key in metrics["emprl"]:
-        gain = metrics["gain"].get(key)
-        rows.append([key, *(metrics[c][key] for c in columns),
-                     "{relative:+.1%} ({low:+.1%} to {high:+.1%})".format(**gain) if gain else ""])
-    for kind in ("floors", "ceiling"):
-        rows += [[f"{kind}: {name}, {key}", value, "", "", "", ""] for name, scores in metrics.get(kind, {}).items()
-                 for key, value in scores.items() if key.endswith("emp_f1")]
-    return table(["", *columns, "gain, 95 % interval"], rows)
-
 def report(run, metrics, evaluation):
     """report.md, samples.md and plots/*.png."""
     draw_plots(run, metrics, evaluation)
@@ -390,27 +386,22 @@ def draw_plots(run, metrics, evaluation):
     import matplotlib.pyplot as plt
     plt.switch_backend("Agg")                                    # no window: files only
     (run.folder / "plots").mkdir(exist_ok=True)
-
-    def figure(name, panels):
-        """panels: (title, x label, y label, draw, its arguments) of each picture, side by side."""
+    def figure(name, panels):     # panels: (title, x label, y label, draw, its arguments) of each picture, side by side
         fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), squeeze=False, layout="constrained")
         for axis, (title, x, y, draw, *arguments) in zip(axes[0], panels):
             draw(axis, *arguments)
             axis.set(title=title, xlabel=x, ylabel=y)
         fig.savefig(run.folder / "plots" / f"{name}.png", dpi=110)
         plt.close(fig)
-
     def curves(axis, stage, labels):
         for key, label in labels.items():
             axis.plot(*zip(*[(r["step"] + 1, r[key]) for r in run.log[stage] if key in r]), label=label)
         axis.legend()
-
     def bars(axis):
         for k, name in enumerate(("sft", "emprl")):
             axis.bar([i + 0.4 * k for i in range(3)], [metrics[name][f"emp_f1_{m}"] for m in MECHANISMS], 0.38, label=name)
         axis.set_xticks([0.2, 1.2, 2.2], ["ER", "IP", "EX"])
         axis.legend(loc="lower right")
-
     def heat(axis, name, m):
         counts = confusion(evaluation.results[name]["levels"][""][:, m], evaluation.gold[""][:, m])
         share = counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -418,7 +409,6 @@ def draw_plots(run, metrics, evaluation):
         for row, column in itertools.product(range(LEVELS), repeat=2):
             axis.text(column, row, f"{share[row, column]:.2f}", ha="center", color="wk"[share[row, column] < 0.5])
         axis.set(xticks=range(LEVELS), yticks=range(LEVELS))
-
     x = "PPO iteration"
     figure("losses", [(stage, "step", "loss (nats)", curves, stage, {"loss": "training", "valid": valid}) for stage, valid in (
         ("sft", "validation"), ("identifiers", "-macro-F1, validation"), ("judge", "-macro-F1, validation"))])
@@ -426,26 +416,28 @@ def draw_plots(run, metrics, evaluation):
         ("reward", "0..1", {"reward": "training"}), ("KL to the MLE policy", "nats a response", {"kl": "k1", "kl_k3": "k3"}),
         ("KL coefficient", "", {"kl_coef": "beta"}), ("response length", "tokens", {"length": "mean"}))])
     figure("emp_f1", [("Emp-F1 before and after", "mechanism", "weighted F1", bars)])
-    figure("levels", [(f"{name}: {MECHANISMS[m].upper()}", "generated level", "target level", heat, name, m)
-                      for name in ("sft", "emprl") for m in range(3)])
+    figure("levels", [(f"{p}: {m.upper()}", "generated level", "target level", heat, p, i) for p in ("sft", "emprl") for i, m in enumerate(MECHANISMS)])
     learnt = {"valid_reward": "learnt reward", "valid_held_out_reward": "oracle" if evaluation.level_probs else "judge"}
     figure("learnt_vs_truth", [("validation", x, "reward (0..1)", curves, "ppo", learnt)])
 
 # ---- the command line -----------------------------------------------------------------------------------------------
-
 def load_run(folder):
     """A finished run -> (Run, Tokenizer, readers, {"sft": T5, "emprl": T5}). Raises DataError where there is none."""
-    folder, config = Path(folder), Config()
+    folder = Path(folder)
     if not (folder / "metrics.json").exists():
         raise DataError(f"--run {folder}: no finished run there; make one with `python emprl.py --run {folder}`")
-    for name, value in json.loads((folder / "config.json").read_text()).items():
-        setattr(config, name, type(getattr(config, name))(**value) if isinstance(value, dict) else value)
-    run = Run(folder, config)
-    models = {name: from_pretrained(folder / name).to(run.device).eval() for name in ("sft", "emprl")}
-    readers = [Identifiers(models["sft"].config, config.identifiers.shared).to(run.device).eval() for _ in range(2)]
-    for reader, stage in zip(readers, ("identifiers", "judge")):
-        reader.load_state_dict(load_state(folder / "checkpoints" / f"{stage}.pt")["weights"])
-    return run, Tokenizer(folder / "tokenizer.model"), readers, models
+    try:
+        raw, sections = json.loads((folder / "config.json").read_text()), [k for k, v in asdict(Config()).items() if isinstance(v, dict)]
+        values = [(s, k, ("off", "on")[v] if isinstance(v, bool) else v) for s in sections for k, v in raw[s].items() if k != "corpus"]
+        config = make_config(settings=["{}.{}={}".format(*value) for value in values])
+        tokenizer, run = Tokenizer(folder / "tokenizer.model"), Run(folder, config)
+        models = {name: load_t5(folder / name, tokenizer).to(run.device).eval() for name in ("sft", "emprl")}
+        readers = [Identifiers(models["sft"].config, config.identifiers.shared).to(run.device).eval() for _ in range(2)]
+        for reader, stage in zip(readers, ("identifiers", "judge")):
+            reader.load_state_dict(load_state(folder / "checkpoints" / f"{stage}.pt")["weights"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"--run {folder}: a file of it is damaged or of another run ({' '.join(str(error).split())[:200]}); make it again") from None
+    return run, tokenizer, readers, models
 
 def evaluate_file(folder, file):
     """`evaluate`: before and after on any dialogue file; prints the table and writes it into the run folder."""
@@ -460,8 +452,12 @@ def chat(folder):
     run, tokenizer, readers, models = load_run(folder)
     say("A research model, not a counsellor. An empty line starts a new conversation; Ctrl-D ends.")
     history, c = (), run.config.data
+    getattr(sys.stdin, "reconfigure", lambda **_: None)(errors="replace")
     for line in sys.stdin:
-        history = (*history, line.strip()) if line.strip() else ()
+        history = (*history, data.clean(line)[-2000:]) if data.clean(line) else ()
+        if any(map(data.CRISIS.search, history)):
+            say(data.HELP)
+            history = ()
         pairs = Pairs([data.Dialogue(history, "")], tokenizer, c.max_source, c.max_target, run.device)
         for name, t5 in models.items() if history else ():
             answered = pairs.but(respond(t5, pairs, run.config.sampling))
@@ -481,6 +477,8 @@ def main(arguments=None):
     a = parser.parse_args(arguments)
     folder = a.run or f"runs/{a.preset}-seed{a.seed}"
     try:
+        if a.command != "run" and (a.set or a.t5 or bool(a.data) != (a.command == "evaluate")):
+            raise DataError("evaluate takes --run and --data FILE, chat takes --run; neither takes --set or --t5: the run has its own")
         if a.command == "run":
             run = Run(folder, make_config(a.preset, a.seed, a.data, a.t5, a.set))
             signal.signal(signal.SIGINT, run.on_interrupt)
@@ -488,9 +486,13 @@ def main(arguments=None):
         else:
             evaluate_file(folder, a.data) if a.command == "evaluate" else chat(folder)
         return 0
-    except (DataError, CheckpointError, OSError) as error:
-        path = isinstance(error, OSError) and f"{error.filename}: {error.strerror}; name a path that can be read and written"
-        print(f"emprl.py: {path or error}", file=sys.stderr)
+    except (DataError, CheckpointError, OSError, MemoryError, RuntimeError) as error:
+        words = f"{error.filename or folder}: {error.strerror}; make room or name another path" if isinstance(error, OSError) else error
+        if isinstance(error, (MemoryError, RuntimeError)):
+            if not re.search("out of memory|can't allocate", str(error) or "out of memory"):
+                raise
+            words = "out of memory; lower the stage's micro_batch (the gradient stays the same), ppo.batch_size or eval.batch_size"
+        print(f"emprl.py: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: python emprl.py {shlex.join(arguments or sys.argv[1:])}", file=sys.stderr)

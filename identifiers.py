@@ -16,7 +16,6 @@ from t5_small import Attention, Dropout, T5Encoder, TrainConfig, Trainer, autoca
 MECHANISMS, LEVELS = ("er", "ip", "ex"), 3
 
 # ---- the identifier -------------------------------------------------------------------------------------------------
-
 class Identifier(nn.Module):
     """(context, response) -> logits of the levels of `num_mechanisms` mechanisms.
     c = Encoder_c(context), r = Encoder_r(response)              two separate T5 encoders
@@ -87,11 +86,9 @@ def identifier_trainer(model, train, valid, rows_at, config):
     """A Trainer on labelled pairs: class-weighted cross-entropy; keeps the best mean macro-F1 on `valid`.
     train, valid: anything with `len`, `.levels` (N, M) and `.batch(rows) -> (context ids, response ids)`."""
     weights = class_weights(train.levels, config.class_weight)
-
     def loss_sum(rows):
         log_probs = model(*train.batch(rows))
         return identification_loss(log_probs, train.levels[rows].to(log_probs.device), weights.to(log_probs.device)), len(rows)
-
     return Trainer(model, loss_sum, rows_at, lambda: -emp_f1(predict_levels(model, valid), valid.levels, "macro_f1"), config)
 
 @torch.no_grad()
@@ -109,7 +106,6 @@ def identifier_scores(identifiers, pairs):
     return {m: {**{k: v.item() for k, v in f1_scores(t).items()}, "confusion": t.tolist()} for m, t in tables.items()}
 
 # ---- the reward -----------------------------------------------------------------------------------------------------
-
 def empathy_reward(log_probs, target_levels, difference="cross_entropy", mechanisms="er,ip,ex"):
     """r = exp(-sum_m difference_m), in (0, 1]: EmpRL's reward.
     log_probs: (B, M, L) of the generated response's levels. target_levels: (B, M), the human response's.
@@ -134,7 +130,6 @@ def make_reward(identifiers, target_levels, **options):
     return reward
 
 # ---- metrics of levels ----------------------------------------------------------------------------------------------
-
 def confusion(predicted, gold):
     """(N,), (N,) levels -> (L, L) counts, row = gold, column = predicted."""
     return torch.bincount(gold * LEVELS + predicted, minlength=LEVELS ** 2).view(LEVELS, LEVELS)
@@ -186,20 +181,17 @@ def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, see
     n, mechanisms = gold_before.shape
     generator = torch.Generator().manual_seed(seed)
     draws = torch.cat([torch.arange(n)[None], torch.randint(n, (resamples, n), generator=generator)])   # first: as is
-
     def scores(predicted, gold):
         cell = (gold * LEVELS + predicted)[draws] + LEVELS ** 2 * torch.arange(mechanisms)      # (R, N, M)
         one_hot = torch.zeros(len(draws), mechanisms * LEVELS ** 2)
         one_hot.scatter_add_(1, cell.flatten(1), torch.ones(cell[:, :, 0].numel() * mechanisms).view(len(draws), -1))
         return f1_scores(one_hot.view(-1, mechanisms, LEVELS, LEVELS))["weighted_f1"].mean(-1)  # (R,)
-
     old, new = scores(before, gold_before), scores(after, gold_after)
     gain = (new - old) / old.clamp(min=1e-9)
     low, high = torch.quantile(gain[1:], torch.tensor([0.025, 0.975], dtype=gain.dtype)).tolist()
     return {"relative": gain[0].item(), "low": low, "high": high}
 
 # ---- metrics of text ------------------------------------------------------------------------------------------------
-
 def words(text):
     """Lower-cased words and punctuation marks: what per-word figures count."""
     return re.findall(r"\w+|[^\w\s]", text.lower())
@@ -223,14 +215,28 @@ def bleu(responses, references):
     smoothing: the k-th order without a match counts 1 / 2^k of a match."""
     log_precision, halvings = 0.0, 0
     for n in range(1, 5):
-        match = total = 0
-        for words, reference in zip(responses, references):
-            grams = Counter(ngrams(words, n))
-            match += sum((grams & Counter(ngrams(reference, n))).values())
-            total += sum(grams.values())
+        counts = [[Counter(ngrams(words, n)) for words in pair] for pair in zip(responses, references)]
+        match, total = sum((a & b).total() for a, b in counts), sum(a.total() for a, _ in counts)
         if total == 0 or (n == 1 and match == 0):
             return 0.0
         halvings += match == 0
         log_precision += math.log(match / total if match else 1 / (2 ** halvings * total)) / 4
     length, reference_length = sum(map(len, responses)), sum(map(len, references))
     return 100 * math.exp(log_precision + min(0.0, 1 - reference_length / length))
+
+def table(header, rows):
+    """Markdown, figures with three decimals."""
+    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(f"{x:.3f}" if isinstance(x, float) else str(x) for x in row) + " |" for row in rows)
+
+def before_after(metrics):
+    """The table of every figure before and after, floors and ceiling below."""
+    rows, columns = [], ("sft", "emprl", "sft_greedy", "emprl_greedy")
+    for key in metrics["emprl"]:
+        gain = metrics["gain"].get(key)
+        rows.append([key, *(metrics[c][key] for c in columns),
+                     "{relative:+.1%} ({low:+.1%} to {high:+.1%})".format(**gain) if gain else ""])
+    for kind in ("floors", "ceiling"):
+        rows += [[f"{kind}: {name}, {key}", value, "", "", "", ""] for name, scores in metrics.get(kind, {}).items()
+                 for key, value in scores.items() if key.endswith("emp_f1")]
+    return table(["", *columns, "gain, 95 % interval"], rows)

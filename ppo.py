@@ -1,9 +1,8 @@
 """PPO for a sequence-to-sequence policy: rollout, KL control, GAE, clipped losses.
 
-Sources: Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (GAE, arXiv 1506.02438), Ziegler et al.
-2019 (KL control, arXiv 1909.08593). Legend: B batch, S source length, T response length, D model width, V vocabulary.
-An action is one token, an episode one response. This file knows nothing of empathy: the reward is a function
-(context ids, response ids, index) -> (B,) that is handed in. Everything per token is (B, T) with a mask on t1 .. </s>.
+Sources: Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (GAE, arXiv 1506.02438), Ziegler et al. 2019 (KL control,
+arXiv 1909.08593). B batch, S source length, T response length, D model width, V vocabulary. An action is one token, an episode one
+response; all per token is (B, T), masked on t1 .. </s>. The reward (context ids, response ids, index) -> (B,) is handed in.
 """
 import copy, itertools, math
 from collections import Counter
@@ -42,9 +41,9 @@ class PPOConfig:
     max_ratio: float = 10.0       # a minibatch whose mean ratio is above is not learnt from (ratio guard)
     max_update_kl: float = 0.5    # nats a token by which one update may move; then its epochs stop early
     eval_every: int = 12          # iterations between validations
+    stop_on_collapse: bool = False  # end the run, not only warn, at a sign of collapse (see signs_of_collapse)
 
 # ---- equations ------------------------------------------------------------------------------------------------------
-
 def response_mask(ids, eos_id=1):
     """(B, T) ids -> (B, T) bool: true on t1 .. the first </s>; everywhere in a response that never ends."""
     ended_before = (ids == eos_id).cumsum(1) - (ids == eos_id).long()
@@ -115,6 +114,16 @@ def adapt_kl_coef(kl_coef, kl, target, batch_size, horizon):
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * batch_size / horizon)
 
+def signs_of_collapse(record, first, max_length):
+    """What in an iteration's record (`first`: the run's first) looks like a collapse, in words, with what to change."""
+    kl, entropy, length, unique = (record.get(k, 1) for k in ("kl", "entropy", "length", "valid_unique"))
+    signs = {f"KL {kl:.1f} nats, far from the MLE policy: raise ppo.kl_coef or lower ppo.lr": kl > 15,
+             f"entropy {entropy:.3g}, below a tenth of its start: raise ppo.kl_coef": entropy < first.get("entropy", 0) / 10,
+             f"responses of {length:.0f} tokens, nearly the limit: train the MLE policy longer": length > 0.9 * max_length,
+             f"responses of {length:.0f} tokens, below half of their start: raise ppo.kl_coef": length < first.get("length", 0) / 2,
+             f"only {unique:.0%} of the responses differ: raise ppo.kl_coef": unique < 0.3}
+    return [words for words, seen in signs.items() if seen]
+
 class RunningMoments:
     """Mean and variance of all scores seen so far, batch by batch (Chan et al. 1979)."""
     def __init__(self):
@@ -133,7 +142,6 @@ class RunningMoments:
         return std if std > 1e-6 else 1.0
 
 # ---- policy and rollout ---------------------------------------------------------------------------------------------
-
 class Policy(nn.Module):
     """A T5 and a value head on its decoder's last state: V_t sees the context and the tokens before t.
     One linear layer, started at 0. The original puts dropout before it; PPO here runs without dropout
@@ -191,12 +199,10 @@ def respond(t5, pairs, sampling, size=128):
     return responses
 
 # ---- training -------------------------------------------------------------------------------------------------------
-
 class PPOTrainer:
     """One call of step = one iteration: rollout, rewards, advantages, ppo_epochs passes of minibatches.
-    reward(source ids, response ids, index) -> (B,). batch_at(step) -> (source (B, S), index (B,)).
-    validate(t5) -> dict of numbers, logged every eval_every iterations. As with t5_small.Trainer, a step
-    depends on its number, the state and torch's global generator only."""
+    reward(source ids, response ids, index) -> (B,). batch_at(step) -> (source (B, S), index (B,)). validate(t5) -> dict
+    of numbers, logged every eval_every iterations. A step depends on its number, the state and torch's generator only."""
     def __init__(self, t5, reward, batch_at, validate, sampling, config):
         self.policy = Policy(t5).eval().to(next(t5.parameters()).device)
         self.reference = copy.deepcopy(t5).eval().requires_grad_(False)
@@ -207,7 +213,8 @@ class PPOTrainer:
     def step(self, i):
         c, (source, index) = self.config, self.batch_at(i)
         r = rollout(self.policy, self.reference, self.reward, source, index, self.sampling)
-
+        if not all(x.isfinite().all() for x in (r.scores, r.values, r.log_probs, r.ref_log_probs)):
+            return {"reward": r.scores.mean().item(), "skipped": 1.0}      # nothing to learn from
         self.moments.update(r.scores)                            # 6. scores on one scale over the whole run
         scores = (r.scores - (self.moments.mean if c.normalise_scores else 0)) / (self.moments.std if c.scale_scores else 1)
         rewards = token_rewards(scores, r.log_probs, r.ref_log_probs, r.mask, self.kl_coef)         # 7.
@@ -216,7 +223,6 @@ class PPOTrainer:
         advantages, returns = gae(rewards, r.values, r.mask, c.gamma, c.lam)                        # 8.
         if c.whiten_advantages:
             advantages = whiten(advantages, r.mask)
-
         set_lr(self.optimizer, c.lr * min((i + 1) / max(c.warmup, 1), 1 - i / c.steps), c.rms_scaled)
         update = self.update(r, advantages, returns)                                                # 9.
         kl, k3 = ((kl_estimate(r.log_probs, r.ref_log_probs, k) * r.mask).sum(1).mean().item() for k in ("k1", "k3"))
@@ -247,7 +253,8 @@ class PPOTrainer:
             if stop or measured["ratio"] > c.max_ratio:
                 self.optimizer.zero_grad()
             else:
-                measured["grad_norm"] = optimizer_step(self.optimizer, c.max_grad_norm)
+                measured["grad_norm"] = norm = optimizer_step(self.optimizer, c.max_grad_norm)
+                measured["skipped"] = float(not math.isfinite(norm))
                 steps += 1
             if stop:
                 break

@@ -6,7 +6,7 @@ Transformer" (arXiv 1910.10683); v1.1 (gated GELU, untied head): Shazeer 2020 (a
 Legend of the shape comments: B batch, S source length, T response length, D model width, H heads, V vocabulary.
 This file knows nothing of text: ids in, ids out. Everywhere id 0 is padding and also starts the decoder.
 """
-import copy, json, math, os
+import copy, io, json, math, os, zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -64,7 +64,6 @@ class RMSNorm(nn.Module):
 
 class Dropout(nn.Dropout):
     """On a CPU one random byte an element, not a float as torch's: p is rounded to 1/256, the mean stays exact."""
-
     def forward(self, x):
         keep = 256 - round(256 * self.p)
         if not self.training or keep == 256 or x.device.type != "cpu":
@@ -234,7 +233,6 @@ class T5(T5Encoder):
         return F.cross_entropy(logits.float(), response[tokens], reduction="sum"), int(tokens.sum())
 
 # ---- generation -----------------------------------------------------------------------------------------------------
-
 @dataclass
 class Sampling:
     """The distribution that is sampled from. PPO scores with the very same one (see ppo.py)."""
@@ -299,17 +297,14 @@ def generate(model, source, sampling, banned=(0, 2)):
     return Generation(out.ids[:, :t + 1], out.log_probs[:, :t + 1], out.states[:, :t + 1], out.support[:, :t + 1])
 
 # ---- span corruption: T5's pre-training task ------------------------------------------------------------------------
-
 def random_spans(length, density=0.15, mean_span=3.0, generator=None):
     """Spans [(start, length), ...] that cover about `density` of `length` positions, never position 0. As in T5,
     the noise and the rest are each cut at random into the same number of pieces, which alternate."""
     noise = min(max(round(length * density), 1), length - 1)
     pieces = min(max(round(noise / mean_span), 1), noise, length - noise)
-
     def cut(total):                                           # `pieces` positive numbers that add up to total
         cuts = (torch.randperm(total - 1, generator=generator)[:pieces - 1] + 1).sort().values.tolist()
         return [b - a for a, b in zip([0] + cuts, cuts + [total])]
-
     spans, start = [], 0
     for gap, span in zip(cut(length - noise), cut(noise)):
         spans.append((start + gap, span))
@@ -327,12 +322,12 @@ def span_corrupt(ids, spans, sentinels, eos_id=1):
     return source + ids[end:] + [eos_id], target + [sentinels[len(spans)], eos_id]
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
-
 def save_atomically(state, path):
-    """torch.save to a temporary file beside path, then rename: a reader never sees half a file."""
-    temporary = Path(f"{path}.tmp")
+    """torch.save to a temporary file beside path, then rename: nobody ever sees half a file, a full disk leaves the old one."""
+    temporary, content = Path(f"{path}.tmp"), io.BytesIO()
+    torch.save(state, content)
     try:
-        torch.save(state, temporary)
+        temporary.write_bytes(content.getbuffer())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -340,6 +335,8 @@ def save_atomically(state, path):
 def load_state(path):
     """A saved state dict, tensors and plain values only (no code is run). Raises CheckpointError."""
     try:
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):       # torch itself checks no sums
+            raise ValueError(f"{part} has another checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                # torch raises many kinds for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
@@ -397,7 +394,6 @@ def save_pretrained(model, folder):
     save_atomically({official_name(n): p for n, p in model.state_dict().items()}, folder / "pytorch_model.bin")
 
 # ---- training -------------------------------------------------------------------------------------------------------
-
 def autocast(device):
     """bf16 on a GPU, plain fp32 on a CPU. Never fp16: T5's activations overflow it."""
     return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else nullcontext()
@@ -440,8 +436,7 @@ class TrainConfig:
 class Trainer:
     """Gradient descent on a sum-over-items loss, keeping the weights of the best validation.
     loss_sum(rows) -> (sum of losses, number of items) of some examples; rows_at(step) -> a step's examples;
-    validate() -> number, lower is better. Step i depends on i, the state and torch's global generator (which
-    the caller seeds for each step) only, so a saved state_dict continues exactly."""
+    validate() -> number, lower is better. Step i depends on i, the state and torch's generator (seeded for each step) only."""
     def __init__(self, model, loss_sum, rows_at, validate, config):
         self.model, self.loss_sum, self.rows_at, self.validate, self.config = model, loss_sum, rows_at, validate, config
         self.optimizer = make_optimizer(model, config.weight_decay)
@@ -458,7 +453,8 @@ class Trainer:
             loss.backward()
             total, count = total + loss.item(), count + items
         torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], count)
-        record = {"loss": total / count, "lr": lr, "grad_norm": optimizer_step(self.optimizer, c.max_grad_norm)}
+        norm = optimizer_step(self.optimizer, c.max_grad_norm)
+        record = {"loss": total / count, "lr": lr, "grad_norm": norm, "skipped": float(not math.isfinite(norm))}
         if (i + 1) % c.eval_every == 0 or i + 1 == c.steps:
             model.eval()
             with torch.no_grad():
@@ -478,3 +474,10 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.best = state["best"]
+
+def mle_trainer(t5, train, valid, rows_at, config):
+    """Maximum likelihood on pairs (with `.batch(rows)` and `.chunks(size)`, as data.Pairs); validated by the loss per token."""
+    def validate():
+        losses, counts = zip(*(t5.loss_sum(*valid.batch(rows)) for rows in valid.chunks(64)))
+        return (sum(losses) / sum(counts)).item()
+    return Trainer(t5, lambda rows: t5.loss_sum(*train.batch(rows)), rows_at, validate, config)

@@ -565,6 +565,10 @@ def server(tmp_path):
         def do_GET(self):
             state = self.server.state
             state["log"].append((self.path, self.headers.get("Range")))
+            if self.path in state["moved"]:
+                self.send_response(302)
+                self.send_header("Location", state["moved"][self.path])
+                return self.end_headers()
             body, start = state["files"].get(self.path), 0
             if body is None:
                 return self.send_error(404)
@@ -575,13 +579,17 @@ def server(tmp_path):
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(body) - start))
             self.end_headers()
-            self.wfile.write(body[start:][:state["limit"]])
+            for at in range(start, len(body), 100_000):
+                self.wfile.write(body[at:at + 100_000][:state["limit"]])
+                time.sleep(state["pause"])
+                if state["limit"]:
+                    break
 
         def log_message(self, *args):
             pass
 
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.state = {"files": {}, "log": [], "ranges": True, "limit": None}
+    httpd.state = {"files": {}, "log": [], "ranges": True, "limit": None, "moved": {}, "pause": 0}
     threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     httpd.state["url"] = f"http://127.0.0.1:{httpd.server_address[1]}"
     yield httpd.state
@@ -618,6 +626,28 @@ def test_download_goes_on_after_a_cut(ranges, server, tmp_path):
     data.download(tmp_path, sources, str)
     assert (tmp_path / "sub/f.csv").read_bytes() == BODY
     assert server["log"] == [("/f", None), ("/f", "bytes=100000-")]
+
+
+def test_download_follows_a_redirection(server, tmp_path):
+    sources = source(server)
+    server["moved"]["/f"], server["files"]["/g"] = "/g", BODY
+    data.download(tmp_path, sources, str)
+    assert (tmp_path / "sub/f.csv").read_bytes() == BODY and [path for path, _ in server["log"]] == ["/f", "/g"]
+
+
+def test_download_slow_and_stalled(server, tmp_path, monkeypatch):
+    """A slow server is waited for, a silent one is given up; what came is kept."""
+    urlopen = data.urlopen
+    monkeypatch.setattr(data, "urlopen", lambda request, timeout: urlopen(request, timeout=0.5))
+    server["pause"] = 0.1
+    data.download(tmp_path / "slow", source(server), str)
+    assert (tmp_path / "slow/sub/f.csv").read_bytes() == BODY
+    server["pause"] = 1.0
+    with pytest.raises(DataError, match="timed out; run the same command again"):
+        data.download(tmp_path / "stalled", source(server), str)
+    server["pause"] = 0
+    data.download(tmp_path / "stalled", source(server), str)
+    assert (tmp_path / "stalled/sub/f.csv").read_bytes() == BODY
 
 
 def test_download_finished_part_needs_no_server(server, tmp_path):
@@ -694,7 +724,8 @@ def test_download_bad_archives(server, tmp_path):
     huge = tarfile.TarInfo("d/a.csv")
     huge.size = 300_000_000
     cut = archive(("d/a.csv", random.Random(0).randbytes(9000)))[:5000]
-    for i, (body, problem) in enumerate(((huge.tobuf(), "unsafe"), (b"no archive", "damaged"), (cut, "damaged"),
+    bomb = archive(*((f"d/{i}", bytes(30_000_000)) for i in range(7)), ("d/a.csv", b"A"))          # 210 MB of zeros in 0.2 MB
+    for i, (body, problem) in enumerate(((huge.tobuf(), "unsafe"), (b"no archive", "damaged"), (cut, "damaged"), (bomb, "unsafe"),
                                          (archive(("d/b.csv", b"B")), "no d/a.csv"))):
         with pytest.raises(DataError, match=problem):
             data.download(tmp_path / str(i), source(server, body, ["d/a.csv"]), str)

@@ -1,6 +1,7 @@
 """t5_small.py: against transformers (fixtures/parity, from fixtures/make_parity.py) and against hand-made figures."""
 import json
 import math
+import random
 from dataclasses import asdict
 from pathlib import Path
 
@@ -202,11 +203,12 @@ def test_save_atomically_leaves_no_half_file(tmp_path, monkeypatch):
     path = tmp_path / "state.pt"
     t5_small.save_atomically({"x": torch.tensor([1.0])}, path)
 
-    def disk_full(state, file):
-        Path(file).write_bytes(b"half")
+    def disk_full(file, content):
+        with open(file, "wb") as half:
+            half.write(content[:4])
         raise OSError("no space left")
 
-    monkeypatch.setattr(torch, "save", disk_full)
+    monkeypatch.setattr(Path, "write_bytes", disk_full)
     with pytest.raises(OSError, match="no space"):
         t5_small.save_atomically({"x": torch.tensor([2.0])}, path)
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"], "a temporary file was left behind"
@@ -388,6 +390,25 @@ def test_decoder_is_causal_and_sees_the_context():
     check("states up to the changed token", a[:, :4], b[:, :4])
     assert (a[:, 4] - b[:, 4]).abs().max() > 1e-3
     assert (a - model.response_states(source.flip(0), response)).abs().amax((1, 2)).min() > 1e-3, "context is not used"
+
+
+def test_every_flipped_bit_that_matters_is_noticed(tmp_path):
+    """torch.load reads a tensor with a flipped bit without a word; load_state compares the sums that the file holds."""
+    path, broken = tmp_path / "state.pt", tmp_path / "broken.pt"
+    state = {"w": torch.randn(500, generator=torch.Generator().manual_seed(0)), "key": "abc"}
+    t5_small.save_atomically(state, path)
+    content, rng, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(300):
+        flipped, at = bytearray(content), rng.randrange(len(content))
+        flipped[at] ^= 1 << rng.randrange(8)
+        broken.write_bytes(flipped)
+        try:
+            loaded = t5_small.load_state(broken)
+            assert torch.equal(loaded["w"], state["w"]) and loaded["key"] == "abc", "a damaged state was loaded"
+        except t5_small.CheckpointError as error:
+            assert "broken.pt" in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 150, "the rest is padding between the parts"
 
 
 # ---- generation ------------------------------------------------------------------------------------

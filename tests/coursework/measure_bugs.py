@@ -41,7 +41,8 @@ def fit(trainer, n):
 if bug == 8:
     torch.manual_seed(seed)
     t5 = t5_small.T5(t5.config)
-    list(fit(emprl.sft_trainer(config, t5, pairs), config.sft.steps))
+    rows_at = data.batches(pairs["train"].lengths(), config.sft.batch_size, seed)
+    list(fit(t5_small.mle_trainer(t5, pairs["train"], pairs["valid"], rows_at, config.sft), config.sft.steps))
 reader = identifiers.Identifiers(t5.config)
 targets = t5_small.load_state(folder / "checkpoints" / "label.pt")["levels"]
 if bug == 7:

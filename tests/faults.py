@@ -1,0 +1,199 @@
+"""Break it on purpose: python tests/faults.py [KILLS]
+
+Kills smoke runs with SIGKILL at random moments until each one ends, injects faults into others, and prints how many were
+survived with nothing lost. test_trust.py runs the same. Needs fork, so not Windows.
+"""
+import contextlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+import torch._dynamo                # which every optimizer imports: done once, before the forks
+
+import emprl
+import identifiers
+import ppo
+import t5_small
+
+
+def run(folder, *settings, before=lambda: None, wait=None):
+    """`python emprl.py --preset smoke` without plots, in a process of its own that saves at every step. before() is called there first; after
+    `wait` seconds it is killed. Returns (exit code or -9, what it wrote to stderr)."""
+    errors = Path(f"{folder}.stderr")
+    if (pid := os.fork()) == 0:
+        with open(os.devnull, "w") as nothing, open(errors, "w") as file, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(file):
+            code = 3
+            try:
+                emprl.Run.save_every, emprl.draw_plots = 0.0, lambda *_: None       # the plots take longer than the rest
+                before()
+                code = emprl.main(["--preset", "smoke", "--run", str(folder), *(["--set", *settings] if settings else [])])
+            finally:
+                file.flush()
+                os._exit(code)
+    if wait is not None:
+        time.sleep(wait)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), errors.read_text()
+
+
+def differences(a, b):
+    """Names of what is not bit-identical in two finished run folders; how long things took is left out."""
+    found = [name for name in ("metrics.jsonl", "samples.md", "config.json", "tokenizer.model") if (a / name).read_bytes() != (b / name).read_bytes()]
+    one, two = ({**json.loads((x / "metrics.json").read_text()), "seconds": 0} for x in (a, b))
+    found += ["metrics.json"] if one != two else []
+    for name in ("sft", "emprl"):
+        one, two = (t5_small.load_state(x / name / "pytorch_model.bin") for x in (a, b))
+        found += [f"{name}: {key}" for key in one if not torch.equal(one[key], two[key])]
+    return found
+
+
+def kills(count, folder, seed=0):
+    """Runs are killed at random moments, and started again, until each one ends; then compared with one never killed.
+    Returns (number of kills, Counter of the stage they came in, names of what differed)."""
+    rng, killed, stages, different = random.Random(seed), 0, Counter(), []
+    started = time.time()
+    assert run(folder / "whole")[0] == 0
+    whole = time.time() - started
+    while killed < count:
+        here = folder / "killed"
+        while run(here, wait=rng.uniform(0.25, 0.8) * whole)[0] != 0:
+            killed += 1
+            checkpoints = sorted((here / "checkpoints").glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
+            stages[checkpoints[-1].stem if checkpoints else "start"] += 1
+        different += differences(here, folder / "whole")
+        shutil.rmtree(here)
+    return killed, stages, different
+
+
+# ---- faults: each is put into a run, which must end as said; then, without it, the same command must finish as if nothing had been
+
+def disk_full():
+    """No file may grow over 60 kB: as a full disk, but for this process only."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+def always(function, value):
+    """A function of which every result is spoilt."""
+    return lambda *a, **k: function(*a, **k) * value
+
+
+def sometimes(function, value, calls):
+    """A function of which the results of some calls (counted from 0) are spoilt."""
+    count = iter(range(10 ** 9))
+    return lambda *a, **k: function(*a, **k) * (value if next(count) in calls else 1.0)
+
+
+def spoil_reward(value, calls=None):
+    old = emprl.empathy_reward
+    identifiers.empathy_reward = always(old, value) if calls is None else sometimes(old, value, calls)
+
+
+def spoil_loss(value, calls):
+    old = t5_small.T5.loss_sum
+    def loss_sum(self, *batch):
+        loss, n = old(self, *batch)
+        return spoilt(loss), n
+    spoilt = sometimes(lambda loss: loss, value, calls)
+    t5_small.T5.loss_sum = loss_sum
+
+
+def no_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def out_of_memory():
+    ppo.generate = no_memory
+
+
+def interrupt(stage, step):
+    old = emprl.Run.seed
+
+    def seed(self, name, i=0):
+        old(self, name, i)
+        if (name, i) == (stage, step) and self.in_loop:
+            os.kill(os.getpid(), signal.SIGINT)
+    emprl.Run.seed = seed
+
+
+FAULTS = {   # name: (what to do before the run, settings, exit code, words of the one line, may the figures change?)
+    "the disk is full": (disk_full, [], 2, "make room", False),
+    "one reward is NaN": (lambda: spoil_reward(float("nan"), {0}), [], 0, "", True),
+    "one reward is infinite": (lambda: spoil_reward(float("inf"), {1}), [], 0, "", True),
+    "every reward is NaN": (lambda: spoil_reward(float("nan")), ["ppo.steps=12"], 2, "10 steps in a row", True),
+    "one loss is NaN": (lambda: spoil_loss(float("nan"), {5}), [], 0, "", True),
+    "one loss is infinite": (lambda: spoil_loss(float("inf"), {6}), [], 0, "", True),
+    "every loss is NaN": (lambda: spoil_loss(float("nan"), range(10 ** 9)), [], 2, "lower sft.lr", True),
+    "the learning rate is absurd": (lambda: None, ["sft.lr=1e9", "sft.steps=40"], 2, "lower sft.lr", True),
+    "the GPU's memory is full": (out_of_memory, [], 2, "micro_batch", False),
+    **{f"Ctrl-C in {stage}": (lambda stage=stage, step=step: interrupt(stage, step), [], 130, "go on with", False)
+       for stage, step in (("pretrain", 1), ("sft", 5), ("identifiers", 0), ("judge", 3), ("ppo", 2))},
+}
+
+
+def damage(folder, stages):
+    """(name, words of the one line, function that does it) for files of a finished run."""
+    def truncate(path):
+        path.write_bytes(path.read_bytes()[:-100])
+
+    def flip(path):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 16
+        path.write_bytes(content)
+
+    def foreign(path):
+        torch.save([1, 2], path)
+
+    for stage in stages:
+        path = folder / "checkpoints" / f"{stage}.pt"
+        for how in (truncate, flip, foreign):
+            yield f"{stage}.pt: {how.__name__}", f"{stage}.pt: ", path, how
+    yield "ppo.pt: a folder", "ppo.pt: ", folder / "checkpoints" / "ppo.pt", lambda path: (path.unlink(), path.mkdir())
+
+
+def inject(folder, whole, faults=tuple(FAULTS), stages=("pretrain", "sft", "identifiers", "judge", "label", "ppo")):
+    """Faults by name, and damage to the checkpoints of some stages. Returns (number, [what went wrong])."""
+    wrong, number = [], 0
+    for number, name in enumerate(faults, 1):
+        before, settings, code, words, changes = FAULTS[name]
+        here = folder / f"fault{number}"
+        got, errors = run(here, *settings, before=before)
+        if got != code or words not in errors or errors.strip().count("\n") > 0:
+            wrong.append(f"{name}: exit code {got}, {errors!r}")
+        if not changes and (run(here)[0] != 0 or differences(here, whole)):
+            wrong.append(f"{name}: not as if nothing had been")
+    for name, words, path, how in damage(folder / "damaged", stages):
+        number += 1
+        shutil.copytree(whole, folder / "damaged")
+        how(path)
+        before = {p: p.read_bytes() for p in (folder / "damaged").rglob("*") if p.is_file() and p.parent.name == "checkpoints"}
+        got, errors = run(folder / "damaged")
+        if got != 2 or words not in errors or errors.strip().count("\n") > 0 or any(p.read_bytes() != x for p, x in before.items()):
+            wrong.append(f"{name}: exit code {got}, {errors!r}")
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if run(folder / "damaged")[0] != 0 or differences(folder / "damaged", whole):
+            wrong.append(f"{name}: not repaired by deleting it")
+        shutil.rmtree(folder / "damaged")
+    return number, wrong
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 30
+    with tempfile.TemporaryDirectory() as folder:
+        killed, stages, different = kills(count, Path(folder))
+        print(f"kills: {killed} in {dict(stages)}; {len(different)} files or tensors differ from a run that was never killed {different[:5]}")
+        number, wrong = inject(Path(folder), Path(folder) / "whole")
+        print(f"faults: {number} injected, {number - len(wrong)} recovered")
+        print(*wrong, sep="\n")
+    sys.exit(1 if different or wrong else 0)

@@ -190,12 +190,10 @@ class Tokenizer:
         """Text up to the first eos, without padding and sentinels."""
         ids = [*map(int, ids), self.eos_id]
         return self._pieces.DecodeIds([i for i in ids[:ids.index(self.eos_id)] if self.pad_id < i < self.num_pieces])
-
     def encode_context(self, utterances, max_length):
         """Every utterance ends with eos, the marker between them. Too long: the oldest tokens go."""
         ids = [i for utterance in utterances for i in [*self.encode(utterance), self.eos_id]]
         return ids[-max_length:] or [self.eos_id]
-
     def encode_response(self, text, max_length):
         """Ends with eos in any case; the text is cut to make room for it."""
         return self.encode(text)[:max_length - 1] + [self.eos_id]
@@ -230,22 +228,18 @@ class Pairs:
 
     def __len__(self):
         return len(self.contexts)
-
     def lengths(self):
         return [len(c) + len(r) for c, r in zip(self.contexts, self.responses)]
-
     def chunks(self, size):
         """All rows in lots of `size`, like lengths together."""
         order = sorted(range(len(self)), key=self.lengths().__getitem__)
         return [order[i:i + size] for i in range(0, len(order), size)]
-
     def batch(self, rows):
         """Context (B, S) and response (B, T) ids of some rows."""
         return tuple(pad([side[i] for i in rows]).to(self.device) for side in (self.contexts, self.responses))
-
-    def but(self, responses):
-        """The same contexts with other responses."""
-        (other := copy.copy(self)).responses = responses
+    def but(self, responses, levels=None):
+        """The same contexts with other responses, and with levels (N, 3) where they are known."""
+        (other := copy.copy(self)).responses, other.levels = responses, levels
         return other
 
 # ---- files ----------------------------------------------------------------------------------------------------------

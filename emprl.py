@@ -15,8 +15,8 @@ import torch
 import data
 from data import DataError, Pairs, Tokenizer, batches, oracle_levels, pad
 from identifiers import (LEVELS, MECHANISMS, IdentifierConfig, Identifiers, before_after, ceiling, confusion, empathy_reward,
-                         identifier_scores, identifier_trainer, level_scores, make_reward, paired_bootstrap, predict_levels, table,
-                         text_scores, words)
+                         identifier_scores, identifier_trainer, level_scores, make_reward, paired_bootstrap, predict, predict_levels,
+                         table, text_scores, words)
 from ppo import PPOConfig, PPOTrainer, kl_estimate, respond, score, signs_of_collapse
 from t5_small import (T5, CheckpointError, Sampling, T5Config, TrainConfig, Trainer, from_pretrained, load_state, mle_trainer,
                       random_spans, save_atomically, save_pretrained, span_corrupt)
@@ -39,6 +39,9 @@ class DataConfig:
 class RewardConfig:
     difference: str = "cross_entropy"   # or "ordinal"
     mechanisms: str = "er,ip,ex"        # which of them count
+    expected: bool = True               # its mean over what the context tells of the target [off: the one human's levels]
+    def options(self):
+        return {"difference": self.difference, "mechanisms": self.mechanisms}
 
 @dataclass
 class EvalConfig:
@@ -57,6 +60,7 @@ class Config:
     pretrain: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))      # 0: MLE learns sooner without
     sft: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000, batch_size=16, lr=4e-2, eval_every=250))
     identifiers: IdentifierConfig = field(default_factory=IdentifierConfig)
+    context: IdentifierConfig = field(default_factory=lambda: IdentifierConfig(class_weight=0.0, keep="loss"))
     reward: RewardConfig = field(default_factory=RewardConfig)
     sampling: Sampling = field(default_factory=lambda: Sampling(max_length=64))
     ppo: PPOConfig = field(default_factory=PPOConfig)
@@ -65,27 +69,28 @@ class Config:
 PRESETS = {                       # what differs from the defaults above, which are `toy`
     "toy": "",
     "smoke": """data.num_train=200 data.num_valid=40 data.num_test=40 data.num_labelled=200 data.vocab_size=500 t5.d_model=32
-        t5.d_kv=16 t5.d_ff=64 t5.num_heads=2 t5.num_layers=1 t5.num_decoder_layers=1 pretrain.steps=4 sft.steps=12
-        sft.eval_every=6 identifiers.steps=8 identifiers.eval_every=4 identifiers.batch_size=16 ppo.steps=4 ppo.batch_size=8
-        ppo.minibatch_size=4 ppo.eval_every=2 eval.valid_contexts=8 sampling.max_length=12""",
-    "real": """data.corpus=real data.vocab_size=5000 data.max_source=96 data.max_target=40 data.identifier_source=96
-        t5.d_model=160 t5.d_kv=32 t5.d_ff=640 t5.num_layers=2 t5.num_heads=5 t5.dropout_rate=0.1 pretrain.steps=200
-        pretrain.batch_size=48 sft.steps=1400 sft.batch_size=48 sft.lr=3e-2 identifiers.steps=150 identifiers.batch_size=32
-        identifiers.eval_every=15 sampling.min_length=5 sampling.max_length=40 ppo.steps=60 ppo.batch_size=256 ppo.lr=3e-3
-        ppo.kl_coef=0.05 eval.contexts=512""",
+        t5.d_kv=16 t5.d_ff=64 t5.num_heads=2 t5.num_layers=1 t5.num_decoder_layers=1 pretrain.steps=4 sft.steps=12 sft.eval_every=6
+        identifiers.steps=8 identifiers.eval_every=4 identifiers.batch_size=16 context.steps=4 context.batch_size=16 ppo.steps=4
+        ppo.batch_size=8 ppo.minibatch_size=4 ppo.eval_every=2 eval.valid_contexts=8 sampling.max_length=12""",
+    "real": """data.corpus=real data.vocab_size=5000 data.max_source=96 data.max_target=40 data.identifier_source=96 t5.d_model=160
+        t5.d_kv=32 t5.d_ff=640 t5.num_layers=2 t5.num_heads=5 t5.dropout_rate=0.1 pretrain.steps=200 pretrain.batch_size=48
+        sft.steps=1400 sft.batch_size=48 sft.lr=3e-2 identifiers.steps=150 identifiers.batch_size=32 identifiers.eval_every=15
+        context.steps=300 context.eval_every=100 sampling.min_length=5 sampling.max_length=40 ppo.steps=60 ppo.batch_size=256
+        ppo.lr=3e-3 ppo.kl_coef=0.05 eval.contexts=512""",
     "paper": """data.corpus=real data.max_source=200 data.max_target=50 data.identifier_source=128 data.identifier_target=96
         pretrain.steps=0 sft.steps=12900 sft.batch_size=8 sft.lr=1e-4 sft.rms_scaled=off sft.warmup=1 sft.eval_every=2000
-        identifiers.lr=2e-5 identifiers.rms_scaled=off identifiers.shared=off identifiers.batch_size=32 identifiers.micro_batch=8
-        sampling.temperature=0.9 sampling.top_k=20 sampling.min_length=5 sampling.max_length=30 ppo.batch_size=32
-        ppo.minibatch_size=32 ppo.micro_batch=8 ppo.ppo_epochs=4 ppo.steps=1000 ppo.lr=1e-5 ppo.rms_scaled=off ppo.kl_coef=0.2
-        ppo.adaptive_kl=on ppo.lam=0.95 identifiers.steps=600 eval.batch_size=32""",
+        identifiers.lr=2e-5 context.lr=2e-5 identifiers.rms_scaled=off context.rms_scaled=off identifiers.shared=off
+        identifiers.batch_size=32 identifiers.micro_batch=8 context.batch_size=32 context.micro_batch=8 sampling.temperature=0.9
+        sampling.top_k=20 sampling.min_length=5 sampling.max_length=30 ppo.batch_size=32 ppo.minibatch_size=32 ppo.micro_batch=8
+        ppo.ppo_epochs=4 ppo.steps=1000 ppo.lr=1e-5 ppo.rms_scaled=off ppo.kl_coef=0.2 ppo.adaptive_kl=on ppo.lam=0.95
+        identifiers.steps=600 context.steps=2000 eval.batch_size=32""",
 }
 RANGES = {"dropout_rate": (0, 0.99), "temperature": (0.01, 100), "top_p": (0.01, 1), "gamma": (0, 1), "lam": (0, 1),
           "relative_attention_num_buckets": (4, 1000),           # any other: from 0, integers from 1
           **dict.fromkeys(("steps", "warmup", "top_k", "micro_batch", "contexts", "pad_token_id", "decoder_start_token_id"), (0, 1e9))}
-CHOICES = {"difference": ("cross_entropy", "ordinal"), "feed_forward_proj": ("relu", "gated-gelu"),
+CHOICES = {"difference": ("cross_entropy", "ordinal"), "keep": ("macro_f1", "loss"), "feed_forward_proj": ("relu", "gated-gelu"),
            "mechanisms": ("er,ip,ex", "er,ip", "er,ex", "ip,ex", "er", "ip", "ex")}
-ORDER = ["t5", "pretrain", "sft", "identifiers", "reward", "sampling", "ppo"]     # a stage depends on its section and all before
+ORDER = ["t5", "pretrain", "sft", "identifiers", "context", "reward", "sampling", "ppo"]     # a stage depends on its section and all before
 say = functools.partial(print, flush=True)
 
 def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
@@ -129,15 +134,12 @@ class Run:
     def write(self, name, text):                                 # a file of the run folder, atomically
         (self.folder / f"{name}.tmp").write_bytes(text if isinstance(text, bytes) else text.encode())
         os.replace(self.folder / f"{name}.tmp", self.folder / name)
-
     def write_log(self, stage, records):
         self.log[stage] = records
         self.write("metrics.jsonl", "".join(json.dumps(record) + "\n" for log in self.log.values() for record in log))
-
     def seed(self, stage, step=0):
         """Seed torch from (seed, stage, step): a resumed step draws what an uninterrupted one would."""
         torch.manual_seed(zlib.crc32(f"{self.config.seed}/{stage}/{step}".encode()))
-
     def on_interrupt(self, *_):     # Ctrl-C: a training loop finishes its step and saves; anything else stops at once
         self.interrupted = True
         if not self.in_loop:
@@ -216,64 +218,56 @@ def run_all(run):
     corpus.dialogues["probe"] = corpus.dialogues["valid"][:config.eval.valid_contexts]       # for a look inside PPO
     tokenizer, t5 = start(run, corpus)
     pairs = {part: Pairs(ds, tokenizer, c.max_source, c.max_target, run.device) for part, ds in corpus.dialogues.items()}
-    labelled = {part: Pairs(ds, tokenizer, c.identifier_source, c.identifier_target, run.device)
-                for part, ds in corpus.labelled.items()}
+    labelled = {part: Pairs(ds, tokenizer, c.identifier_source, c.identifier_target, run.device) for part, ds in corpus.labelled.items()}
     run.write("config.json", json.dumps(asdict(config), indent=2) + "\n")
     for note in (*corpus.notes, f"{tokenizer.vocab_size} tokens, {sum(p.numel() for p in t5.parameters()) / 1e6:.2f} M parameters"):
         say("data       ", note)
     run.seconds["data"] = round(time.time() - started, 1)
-
     # 1. The initial policy: span corruption on the training texts, then maximum likelihood on the pairs.
     run.train("pretrain", lambda: pretrain_trainer(config, t5, tokenizer, pairs["train"]), config.pretrain.steps, t5)
     rows_at = batches(pairs["train"].lengths(), config.sft.batch_size, config.seed)
     run.train("sft", lambda: mle_trainer(t5, pairs["train"], pairs["valid"], rows_at, config.sft), config.sft.steps, t5)
     save_pretrained(t5, run.folder / "sft")
-
     # 2. The identifiers that give the reward, and the judge: another seed on other data, never used as reward.
-    readers = []
-    for stage, train, valid in (("identifiers", "train", "valid"), ("judge", "judge_train", "judge_valid")):
+    def reader(stage, train, valid, settings):
         run.seed(stage)
-        readers.append(reader := Identifiers(t5.config, config.identifiers.shared).to(run.device))
-        reader.start_from(t5)
-        rows_at = batches(labelled[train].lengths(), config.identifiers.batch_size, zlib.crc32(stage.encode()) + config.seed)
-        run.train(stage, lambda: identifier_trainer(reader, labelled[train], labelled[valid], rows_at, config.identifiers),
-                  config.identifiers.steps, reader)
-        reader.eval().requires_grad_(False)
-
-    # 3. Target levels: what the identifiers read in every human response.
-    targets = run.stage("label", lambda *_: {"levels": predict_levels(readers[0], pairs["train"])})["levels"]
-
+        model = Identifiers(t5.config, config.identifiers.shared).to(run.device)
+        model.start_from(t5)
+        rows_at = batches(train.lengths(), settings.batch_size, zlib.crc32(stage.encode()) + config.seed)
+        run.train(stage, lambda: identifier_trainer(model, train, valid, rows_at, settings), settings.steps, model)
+        return model.eval().requires_grad_(False)
+    readers = [reader("identifiers", labelled["train"], labelled["valid"], config.identifiers),
+               reader("judge", labelled["judge_train"], labelled["judge_valid"], config.identifiers)]
+    # 3. Targets: what the identifiers read in every human response; and what the context alone tells of that, to a reader of
+    #    empty responses. No policy can know more: it is a ceiling, and makes the expected reward.
+    levels = run.stage("label", lambda *_: {part: predict_levels(readers[0], pairs[part]) for part in ("train", "valid")})
+    empty = {part: pairs[part].but([[1]] * len(pairs[part]), levels.get(part)) for part in ("train", "valid", "test")}
+    foresight = reader("context", empty["train"], empty["valid"], config.context)
+    targets = predict(foresight, empty["train"]).exp() if config.reward.expected else levels["train"]
     # 4. PPO towards the target levels, held near the MLE policy.
     policy, train = copy.deepcopy(t5), pairs["train"]
     rows_at = batches([0] * len(train), config.ppo.batch_size, config.seed)             # long and short ones mixed
     test, probe = (Evaluation(run, tokenizer, readers, t5, pairs[part], corpus.level_probs) for part in ("test", "probe"))
     run.train("ppo", lambda: PPOTrainer(
-        policy, make_reward(readers[0], targets, **vars(config.reward)), lambda i: (train.batch(rows_at(i))[0], torch.tensor(rows_at(i))),
+        policy, make_reward(readers[0], targets, **config.reward.options()), lambda i: (train.batch(rows_at(i))[0], torch.tensor(rows_at(i))),
         probe.validate, config.sampling, config.ppo), config.ppo.steps, policy)
     save_pretrained(policy, run.folder / "emprl")
-
     # 5. Before and after, on the same test contexts; then tables, plots and samples.
     started = time.time()
     metrics = {name: identifier_scores(reader, labelled["test"]) for name, reader in zip(("identifiers", "judge"), readers)}
-    metrics |= test.compare({"sft": t5, "emprl": policy}, train, targets)
+    metrics |= test.compare({"sft": t5, "emprl": policy}, train, levels["train"], predict_levels(foresight, empty["test"]))
     run.seconds["evaluate"] = round(time.time() - started, 1)
     metrics |= {"config": asdict(config), "seed": config.seed, "seconds": run.seconds}
     run.write("metrics.json", json.dumps(metrics, indent=2) + "\n")
     report(run, metrics, test)
     return metrics
 
-def load_t5(folder, tokenizer):
-    """The T5 in `folder`, with an embedding for every token of the tokenizer."""
-    t5 = from_pretrained(folder)
-    if t5.config.vocab_size < tokenizer.vocab_size:
-        raise DataError(f"{folder}: {t5.config.vocab_size} tokens, but the tokenizer has {tokenizer.vocab_size}; use files of one model")
-    return t5
-
 def start(run, corpus):
     """Tokenizer and T5: those of the official folder, or a tokenizer trained on the training texts and a new T5."""
     config, folder = run.config, run.config.t5_dir
     if folder:
-        t5 = load_t5(folder, tokenizer := Tokenizer(Path(folder) / "spiece.model"))
+        tokenizer = Tokenizer(Path(folder) / "spiece.model")
+        t5 = from_pretrained(folder, tokenizer.vocab_size)
     else:
         dialogues = corpus.dialogues["train"] + corpus.labelled["train"] + corpus.labelled["judge_train"]
         tokenizer = Tokenizer.train([u for d in dialogues for u in (*d.context[-2:], d.response)], config.data.vocab_size)
@@ -317,7 +311,7 @@ class Evaluation:
         config, pairs, kl, nll, tokens = self.run.config, self.pairs, 0.0, 0.0, 0
         answered = pairs.but(respond(t5, pairs, sampling, config.eval.batch_size))
         texts, tables = [self.tokenizer.decode(r) for r in answered.responses], self.levels(answered.responses)
-        reward, rewards = make_reward(self.readers[0], self.gold[""], **vars(config.reward)), torch.zeros(len(pairs))
+        reward, rewards = make_reward(self.readers[0], self.gold[""], **config.reward.options()), torch.zeros(len(pairs))
         for rows in answered.chunks(config.eval.batch_size):
             context, ids = answered.batch(rows)
             mask, everything = ids != 0, torch.ones(*ids.shape, 1, dtype=torch.bool, device=ids.device)
@@ -328,7 +322,7 @@ class Evaluation:
             nll, tokens = nll + loss.item(), tokens + n
         truth = [*tables][-1]                                                  # the oracle, or else the judge
         certain = torch.eye(LEVELS)[tables[truth]].clamp(min=1e-4).log()       # as of a reader without doubt
-        held_out = empathy_reward(certain, self.gold[truth], **vars(config.reward))
+        held_out = empathy_reward(certain, self.gold[truth], **config.reward.options())
         per_word = nll / sum(len(words(d.response)) + 1 for d in pairs.dialogues)    # + 1: the end is predicted too
         self.results[name] = {"texts": texts, "levels": tables, "rewards": rewards.tolist()}
         return {**self.scores(tables), "reward": rewards.mean().item(), "held_out_reward": held_out.mean().item(),
@@ -338,7 +332,6 @@ class Evaluation:
     def describe(self, name, i):
         r = self.results[name]
         return f"{r['texts'][i]}   {r['levels'][''][i].tolist()} for {self.gold[''][i].tolist()}, reward {r['rewards'][i]:.2f}"
-
     def validate(self, t5):
         """Inside PPO: three samples for the eye, and a few figures: among them the learnt reward beside the truth."""
         scores = self.measure("valid", t5, self.run.config.sampling)
@@ -346,12 +339,13 @@ class Evaluation:
             say(f"    {d.context[-1]}\n    -> {self.describe('valid', i)}")
         return {f"valid_{key}": scores[key] for key in ("reward", "held_out_reward", "emp_f1", "kl", "perplexity", "unique")}
 
-    def compare(self, policies, train=None, train_levels=None):
-        """metrics.json's figures: floors, ceiling, both policies sampled and greedy, gains with intervals."""
-        s, n, metrics = self.run.config.sampling, len(self.pairs), {}
+    def compare(self, policies, train=None, train_levels=None, foreseen=None):
+        """metrics.json's figures: floors, ceilings, both policies sampled and greedy, gains with intervals."""
+        s, n, metrics = self.run.config.sampling, len(self.pairs), {"ceiling": {}}
         if self.level_probs:
             metrics["ceiling"] = ceiling([self.level_probs[d.id] for d in self.pairs.dialogues], self.gold["oracle_"])
         if train is not None:
+            metrics["ceiling"]["context"] = self.scores({who: foreseen for who in self.gold})
             rows = torch.randint(len(train), (n,), generator=torch.Generator().manual_seed(0)).tolist()
             majority = train_levels.mode(0).values.expand(n, -1)
             metrics["floors"] = {"majority": self.scores({who: majority for who in self.gold}),
@@ -431,7 +425,7 @@ def load_run(folder):
         values = [(s, k, ("off", "on")[v] if isinstance(v, bool) else v) for s in sections for k, v in raw[s].items() if k != "corpus"]
         config = make_config(settings=["{}.{}={}".format(*value) for value in values])
         tokenizer, run = Tokenizer(folder / "tokenizer.model"), Run(folder, config)
-        models = {name: load_t5(folder / name, tokenizer).to(run.device).eval() for name in ("sft", "emprl")}
+        models = {name: from_pretrained(folder / name, tokenizer.vocab_size).to(run.device).eval() for name in ("sft", "emprl")}
         readers = [Identifiers(models["sft"].config, config.identifiers.shared).to(run.device).eval() for _ in range(2)]
         for reader, stage in zip(readers, ("identifiers", "judge")):
             reader.load_state_dict(load_state(folder / "checkpoints" / f"{stage}.pt")["weights"])

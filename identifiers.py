@@ -50,6 +50,7 @@ class IdentifierConfig(TrainConfig):
     eval_every: int = 50
     shared: bool = True           # one pair of encoders with three heads; off: the original's three pairs
     class_weight: float = 0.5     # exponent of 1 / (share of the level) in the loss: 0 off, 1 fully balanced
+    keep: str = "macro_f1"        # what the best state is chosen by: "macro_f1", or "loss" where probabilities count
 
 class Identifiers(nn.Module):
     """All three mechanisms: one Identifier with three heads (shared), or three of one head each."""
@@ -71,7 +72,8 @@ class Identifiers(nn.Module):
         return logits.float().log_softmax(-1)
 
 def class_weights(levels, exponent):
-    """(N, M) levels -> (M, L) loss weights (1 / share)^exponent, scaled so that their mean over examples is 1."""
+    """(N, M) levels -> (M, L) loss weights (1 / share)^exponent, scaled so that their mean over the examples is 1 for each
+    mechanism. An absent level counts as if it occurred once."""
     counts = torch.stack([(levels == k).sum(0) for k in range(LEVELS)], 1).float()           # (M, L)
     weights = (len(levels) / counts.clamp(min=1)) ** exponent
     return weights / ((weights * counts).sum(1, keepdim=True) / len(levels))
@@ -83,21 +85,29 @@ def identification_loss(log_probs, levels, weights):
     return -(weight * picked).sum()
 
 def identifier_trainer(model, train, valid, rows_at, config):
-    """A Trainer on labelled pairs: class-weighted cross-entropy; keeps the best mean macro-F1 on `valid`.
+    """A Trainer on labelled pairs: class-weighted cross-entropy; keeps what does best on `valid`.
     train, valid: anything with `len`, `.levels` (N, M) and `.batch(rows) -> (context ids, response ids)`."""
     weights = class_weights(train.levels, config.class_weight)
     def loss_sum(rows):
         log_probs = model(*train.batch(rows))
         return identification_loss(log_probs, train.levels[rows].to(log_probs.device), weights.to(log_probs.device)), len(rows)
-    return Trainer(model, loss_sum, rows_at, lambda: -emp_f1(predict_levels(model, valid), valid.levels, "macro_f1"), config)
+    def validate():
+        log_probs = predict(model, valid)
+        loss = identification_loss(log_probs, valid.levels, torch.ones_like(weights)).item() / len(valid)
+        return loss if config.keep == "loss" else -emp_f1(log_probs.argmax(-1), valid.levels, "macro_f1")
+    return Trainer(model, loss_sum, rows_at, validate, config)
 
 @torch.no_grad()
-def predict_levels(identifiers, pairs, size=128):
-    """The identifiers' argmax on all pairs (see identifier_trainer), like lengths together: (N, M) levels."""
-    levels = torch.zeros(len(pairs), len(MECHANISMS), dtype=torch.long)
+def predict(identifiers, pairs, size=128):
+    """The identifiers' log-probabilities on all pairs (see identifier_trainer), like lengths together: (N, M, L)."""
+    log_probs = torch.zeros(len(pairs), len(MECHANISMS), LEVELS)
     for rows in pairs.chunks(size):
-        levels[rows] = identifiers(*pairs.batch(rows)).argmax(-1).cpu()
-    return levels
+        log_probs[rows] = identifiers(*pairs.batch(rows)).cpu()
+    return log_probs
+
+def predict_levels(identifiers, pairs):
+    """The likeliest levels, (N, M)."""
+    return predict(identifiers, pairs).argmax(-1)
 
 def identifier_scores(identifiers, pairs):
     """{er: {accuracy, macro_f1, weighted_f1, confusion}, ...} on labelled pairs."""
@@ -106,27 +116,29 @@ def identifier_scores(identifiers, pairs):
     return {m: {**{k: v.item() for k, v in f1_scores(t).items()}, "confusion": t.tolist()} for m, t in tables.items()}
 
 # ---- the reward -----------------------------------------------------------------------------------------------------
-def empathy_reward(log_probs, target_levels, difference="cross_entropy", mechanisms="er,ip,ex"):
-    """r = exp(-sum_m difference_m), in (0, 1]: EmpRL's reward.
-    log_probs: (B, M, L) of the generated response's levels. target_levels: (B, M), the human response's.
+def empathy_reward(log_probs, target, difference="cross_entropy", mechanisms="er,ip,ex"):
+    """r = prod_m sum_l P_m(l) exp(-difference_m(l)), in (0, 1]. With certain target levels it is EmpRL's exp(-sum_m difference_m).
+    log_probs: (B, M, L) of the generated response's levels. target: (B, M), the human response's levels, or (B, M, L), P of
+    each level: then r is the expected reward over human responses, the same on average with far less noise.
     "cross_entropy": -log p_m(target), so that r is the product of the targets' probabilities (the paper's).
     "ordinal": E_p |level - target|, which also says how far off a wrong level is.
-    mechanisms: which of the three count. Returns (B,). Raises ValueError on another difference."""
+    mechanisms: which of the three count, with commas; "": none, r = 1. Returns (B,). Raises ValueError on another difference."""
+    probs, level = log_probs.exp(), torch.arange(LEVELS, device=log_probs.device)
     if difference == "cross_entropy":
-        d = -log_probs.gather(-1, target_levels[..., None])[..., 0]                        # (B, M)
+        likeness = probs                                                                   # (B, M, L): exp(-d), each level the target
     elif difference == "ordinal":
-        distance = (torch.arange(LEVELS, device=log_probs.device) - target_levels[..., None]).abs()  # (B, M, L)
-        d = (log_probs.exp() * distance).sum(-1)
+        likeness = torch.exp(-probs @ (level[:, None] - level).abs().float())
     else:
         raise ValueError(f"difference {difference!r}: use cross_entropy or ordinal")
-    return torch.exp(-d[:, [i for i, m in enumerate(MECHANISMS) if m in mechanisms.split(",")]].sum(-1))
+    certain = target if target.dim() == 3 else (target[..., None] == level).float()        # (B, M, L)
+    return (certain * likeness).sum(-1)[:, [i for i, m in enumerate(MECHANISMS) if m in mechanisms.split(",")]].prod(-1)
 
-def make_reward(identifiers, target_levels, **options):
+def make_reward(identifiers, targets, **options):
     """reward(context ids, response ids, index) -> (B,), as ppo.py asks for it: it reads the sampled ids themselves. `index`
-    names the training pairs, whose target levels (N, M) were labelled beforehand. options: empathy_reward's."""
+    names the training pairs, whose targets, (N, M) or (N, M, L), were found beforehand. options: empathy_reward's."""
     @torch.no_grad()
     def reward(context, response, index):
-        return empathy_reward(identifiers(context, response), target_levels[index].to(context.device), **options)
+        return empathy_reward(identifiers(context, response), targets[index].to(context.device), **options)
     return reward
 
 # ---- metrics of levels ----------------------------------------------------------------------------------------------
@@ -137,7 +149,7 @@ def confusion(predicted, gold):
 def f1_scores(counts):
     """Confusion counts (..., L, L) -> accuracy, macro-F1, weighted F1, each (...).
     F1_k = 2 TP_k / (predicted_k + gold_k), 0 where a level is neither; macro-F1 is the mean over the levels
-    that occur in gold or prediction, weighted F1 the mean by the gold's share (as scikit-learn's)."""
+    that occur in gold or prediction, weighted F1 the mean by the gold's share (as scikit-learn's). Rows are gold; 0 of nothing."""
     counts = counts.double()
     hit, gold, predicted = counts.diagonal(dim1=-2, dim2=-1), counts.sum(-1), counts.sum(-2)
     f1 = 2 * hit / (gold + predicted).clamp(min=1)
@@ -176,8 +188,8 @@ def ceiling(probs, gold, draws=50):
 
 def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, seed=0):
     """Emp-F1 of two systems on the same N contexts: relative gain with a 95 % percentile interval.
-    Every argument is an (N, M) table of levels. A resample draws contexts, and both systems see the same draw.
-    Returns {"relative", "low", "high"}: (after - before) / before. Efron & Tibshirani 1993, chapter 13."""
+    Every argument is an (N, M) table of levels; each system has its own gold. A resample draws contexts, the same for both.
+    Returns {"relative", "low", "high"}: (after - before) / max(before, 1e-9). Efron & Tibshirani 1993, chapter 13."""
     n, mechanisms = gold_before.shape
     generator = torch.Generator().manual_seed(seed)
     draws = torch.cat([torch.arange(n)[None], torch.randint(n, (resamples, n), generator=generator)])   # first: as is

@@ -71,7 +71,8 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum()
 
 def whiten(x, mask, shift_mean=True):
-    """(x - mean) / std over the masked entries, padding set to 0; with shift_mean off the mean stays."""
+    """(x - mean) / sqrt(SS / max(n - 1, 1) + 1e-8) over the n masked entries of the whole batch, SS their sum of squared differences
+    from the mean; 0 elsewhere. With shift_mean off the mean is added back."""
     mean = masked_mean(x, mask)
     variance = ((x - mean) ** 2 * mask).sum() / (mask.sum() - 1).clamp(min=1)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
@@ -99,7 +100,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
     """Mean over tokens of -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A). All (B, T).
-    Returns (loss, share of tokens where the clipped term is the one that counts)."""
+    Returns (loss, share of tokens where the clipped loss is the larger one, strictly); ratio = p / p_old."""
     ratio = torch.exp(log_probs - old_log_probs)
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     return masked_mean(torch.max(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
@@ -110,7 +111,7 @@ def value_loss(values, old_values, returns, mask, clip_range=0.2):
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 def adapt_kl_coef(kl_coef, kl, target, batch_size, horizon):
-    """beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon) (Ziegler et al., section 2.2)."""
+    """beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) batch_size / horizon) (Ziegler et al., section 2.2)."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * batch_size / horizon)
 
@@ -134,7 +135,6 @@ class RunningMoments:
         delta, total = mean - self.mean, self.count + n
         self.m2 += ((scores - mean) ** 2).sum().item() + delta ** 2 * self.count * n / total
         self.mean, self.count = self.mean + delta * n / total, total
-
     @property
     def std(self):
         """Sample standard deviation; 1 while all scores have been equal (nothing to scale by)."""
@@ -182,9 +182,13 @@ def rollout(policy, reference, reward, source, index, sampling):
     with autocast(source.device):
         g = generate(policy.t5, source, sampling)                               # 1. responses
     mask = response_mask(g.ids, policy.t5.config.eos_token_id)                  # 2. what counts of them
-    ref_log_probs, _ = score(reference, source, g.ids, mask, g.support, sampling.temperature)   # 3. the reference
-    values = policy.values(g.states) * mask                                     # 4. what the value head expected
-    scores = reward(source, g.ids, index).float()                               # 5. what it got
+    values = policy.values(g.states) * mask                                     # 3. what the value head expected
+    ref_log_probs, scores = torch.zeros_like(g.log_probs), torch.zeros(len(source), device=source.device)
+    for rows in mask.sum(1).argsort().split(64):                                # like lengths together: less padding
+        ids, seen = (x[rows, :int(mask[rows].sum(1).max())] for x in (g.ids, mask))
+        support = g.support[rows, :ids.shape[1]]
+        ref_log_probs[rows, :ids.shape[1]] = score(reference, source[rows], ids, seen, support, sampling.temperature)[0]   # 4. the reference
+        scores[rows] = reward(source[rows], ids, index[rows]).float()           # 5. what it got
     return Rollout(source, g.ids, mask, g.support, g.log_probs * mask, ref_log_probs, values, scores)
 
 @torch.no_grad()
@@ -279,11 +283,9 @@ class PPOTrainer:
 
     def finish(self):
         self.policy.eval()
-
     def state_dict(self):
         return {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "kl_coef": self.kl_coef, "moments": vars(self.moments)}
-
     def load_state_dict(self, state):
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])

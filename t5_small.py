@@ -40,9 +40,9 @@ class T5Config:
     decoder_start_token_id: int = 0
 
 def relative_position_bucket(relative_position, bidirectional, num_buckets=32, max_distance=128):
-    """The bucket of each distance (paper, section 2.1): near ones exact, far ones logarithmic.
-    relative_position: key position - query position, integers of any shape. The same shape comes back.
-    Bidirectional: half of the buckets are for keys after the query. Causal: those keys all get bucket 0."""
+    """The bucket of key position - query position, integers of any shape (paper, section 2.1, and its code). Of n buckets a
+    distance d below n/2 has its own, d; the others share n/2 + floor(n/2 log(d / (n/2)) / log(max_distance / (n/2))), at most n - 1.
+    Bidirectional: n is halved, and the upper half is for keys after the query. Causal: those keys all get bucket 0."""
     bucket, distance = torch.zeros_like(relative_position), (-relative_position).clamp(min=0)
     if bidirectional:
         num_buckets //= 2
@@ -53,7 +53,7 @@ def relative_position_bucket(relative_position, bidirectional, num_buckets=32, m
     return bucket + torch.where(distance < max_exact, distance, far)
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight: no mean is subtracted and there is no bias (Zhang & Sennrich 2019)."""
+    """x / sqrt(mean(x^2) + eps) * weight in float32: no mean is subtracted, there is no bias (Zhang & Sennrich 2019)."""
     def __init__(self, d_model, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(d_model)), eps
@@ -73,7 +73,8 @@ class Dropout(nn.Dropout):
         return x * mask.to(x.dtype).mul_(256 / keep)
 
 class Attention(nn.Module):
-    """Multi-head attention, softmax(q k^T + bias) v: T5 has no 1/sqrt(d_kv), it is in q's initialisation."""
+    """Multi-head attention, o(dropout(`weights`) v) with weights = softmax(q(x) k^T + bias), (B, H, T, S), of keys k that are
+    projected and split already. T5 has no 1/sqrt(d_kv): it is in q's initialisation."""
     def __init__(self, config):
         super().__init__()
         inner = config.num_heads * config.d_kv
@@ -84,10 +85,8 @@ class Attention(nn.Module):
 
     def split(self, x):
         return x.unflatten(-1, (self.num_heads, self.d_kv)).transpose(1, 2)  # (B, T, H*d_kv) -> (B, H, T, d_kv)
-
     def keys_values(self, memory):
         return self.split(self.k(memory)), self.split(self.v(memory))        # 2 x (B, H, S, d_kv)
-
     def weights(self, x, k, bias):
         scores = self.split(self.q(x)) @ k.transpose(-1, -2) + bias          # (B, H, T, S)
         return F.softmax(scores.float(), dim=-1)
@@ -169,7 +168,6 @@ class Cache:
         self.kv[0, :, :, self.length], self.kv[1, :, :, self.length] = k[:, :, 0], v[:, :, 0]
         self.length += 1
         return self.kv[0, :, :, :self.length], self.kv[1, :, :, :self.length]
-
     def keep(self, rows):
         self.cross, self.kv = (self.cross[0][rows], self.cross[1][rows]), self.kv[:, rows]
 
@@ -212,13 +210,11 @@ class T5(T5Encoder):
     def decode(self, inputs, memory, source):
         """Decoder inputs (B, T) and the encoder's memory (B, S, D) -> the decoder's last states (B, T, D)."""
         return self.decoder(self.shared(inputs), self.decoder.position_bias(inputs.shape[1]), memory, padding_bias(source))
-
     def logits(self, states):
         """(..., D) -> (..., V). v1.0 ties the head to the embedding and scales the states by D^-1/2."""
         if self.config.tie_word_embeddings:
             return F.linear(states * self.config.d_model ** -0.5, self.shared.weight)
         return self.lm_head(states)
-
     def response_states(self, source, response):
         """States that predict each token of response (B, T), right-padded: (B, T, D) (teacher forcing)."""
         start = response.new_full((len(response), 1), self.config.decoder_start_token_id)
@@ -251,7 +247,7 @@ class Generation:
     support: torch.Tensor         # (B, T, V) bool: the tokens that could have been sampled
 
 def filter_logits(logits, top_k=0, top_p=1.0):
-    """Logits (B, V) with all but the k likeliest, or the smallest set of probability >= p, at -inf."""
+    """Logits (B, V), -inf on all but the k likeliest (0: all), then on all but the smallest set of probability >= p (1: all)."""
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
     if top_p < 1:
@@ -352,9 +348,9 @@ def official_name(name):
     official = ".".join(OFFICIAL.get(part, part) for part in name.split("."))
     return official.format(ff=1 if name.startswith("encoder") else 2)   # the decoder's layer 1 is cross-attention
 
-def from_pretrained(folder):
-    """A T5 from an official folder: config.json and pytorch_model.bin or model.safetensors. Raises CheckpointError
-    naming the file and the tensors that are missing or of another shape."""
+def from_pretrained(folder, vocab_size=0):
+    """A T5 from an official folder: config.json and pytorch_model.bin or model.safetensors, with vocab_size embeddings or more.
+    Raises CheckpointError naming the file and the tensors that are missing or of another shape."""
     path = Path(folder) / "config.json"
     try:
         raw = json.loads(path.read_text())
@@ -363,6 +359,8 @@ def from_pretrained(folder):
         config.tie_word_embeddings = raw.get("scale_decoder_outputs", config.tie_word_embeddings)  # transformers >= 5
         if config.feed_forward_proj not in ("relu", "gated-gelu"):
             raise ValueError(f"feed_forward_proj {config.feed_forward_proj!r} is not one of T5's")
+        if config.vocab_size < vocab_size:
+            raise ValueError(f"vocab_size {config.vocab_size}, but its tokenizer has {vocab_size}")
         model, path = T5(config), path.with_name("model.safetensors")
         if path.exists():
             from safetensors.torch import load_file
@@ -466,10 +464,8 @@ class Trainer:
     def finish(self):
         """Put the best weights back into the model."""
         self.model.eval().load_state_dict(self.best["weights"])
-
     def state_dict(self):
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "best": self.best}
-
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

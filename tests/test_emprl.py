@@ -31,7 +31,7 @@ def test_run_folder_holds_what_the_readme_says(finished):
         assert (folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
     assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     stages = [json.loads(line)["stage"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert {s: stages.count(s) for s in stages} == {"pretrain": 4, "sft": 12, "identifiers": 8, "judge": 8, "ppo": 4}
+    assert {s: stages.count(s) for s in stages} == {"pretrain": 4, "sft": 12, "identifiers": 8, "judge": 8, "context": 4, "ppo": 4}
     assert (folder / "samples.md").read_text().count("* target: ") >= 20
 
 

@@ -187,7 +187,7 @@ def test_predict_levels_keeps_the_order():
     for row in range(50):
         response[row, 3 + int(torch.randint(7, (1,), generator=g)):] = 0
     pairs = Pairs(torch.zeros(50, 2, dtype=torch.long), response, levels)
-    check("levels in the pairs' own order", identifiers.predict_levels(levels_in_response, pairs, size=8), levels)
+    check("levels in the pairs' own order", identifiers.predict(levels_in_response, pairs, size=8).argmax(-1), levels)
     scores = identifiers.identifier_scores(levels_in_response, pairs)
     assert list(scores) == ["er", "ip", "ex"] and scores["ip"]["accuracy"] == scores["ex"]["weighted_f1"] == 1.0
     assert scores["er"]["confusion"] == torch.diag(torch.bincount(levels[:, 0], minlength=3)).tolist()
@@ -214,6 +214,15 @@ def test_empathy_reward_ordinal():
           identifiers.empathy_reward(LOG_PROBS, TARGETS, "ordinal"), [math.exp(-1.4), math.exp(-1.8125 - 2 / 3 - 1.85)])
     check("of IP only", identifiers.empathy_reward(LOG_PROBS, TARGETS, "ordinal", "ip"),
           [math.exp(-0.5), math.exp(-2 / 3)])
+
+
+def test_empathy_reward_is_expected_over_uncertain_targets():
+    """P(target) = (.5, .5, 0), certain 2, (0, 0, 1): (.5 * .7 + .5 * .2) * .6 * .25; and the mean over the levels drawn by hand."""
+    target = torch.tensor([[[0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]])
+    check("cross-entropy", identifiers.empathy_reward(LOG_PROBS[:1], target), [0.45 * 0.6 * 0.25])
+    for difference in ("cross_entropy", "ordinal"):
+        both = [identifiers.empathy_reward(LOG_PROBS[:1], torch.tensor([[level, 2, 2]]), difference) for level in (0, 1)]
+        check("half of each", identifiers.empathy_reward(LOG_PROBS[:1], target, difference), sum(both) / 2)
 
 
 def test_empathy_reward_unknown_difference():

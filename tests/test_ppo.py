@@ -249,12 +249,16 @@ def test_rollout_hands_the_reward_what_was_sampled():
     seen = []
 
     def reward(source, ids, index):
-        seen.append((source, ids, index))
-        return torch.zeros(len(ids), dtype=torch.float64)
+        seen.extend(zip(source.tolist(), ids.tolist(), index.tolist()))
+        return index.double()
 
     t, (source, index) = trainer(), sources(3)
     r = ppo.rollout(t.policy, t.reference, reward, source, index, SAMPLING)
-    assert all(torch.equal(a, b) for a, b in zip(seen[0], (source, r.ids, index))) and len(seen) == 1
+    assert len(seen) == len(index), "each response once, in whatever order"
+    for context, ids, i in seen:
+        row = index.tolist().index(i)
+        assert context == source[row].tolist() and ids == r.ids[row, :len(ids)].tolist() and not r.ids[row, len(ids):].any()
+    assert r.scores.tolist() == index.tolist(), "and the scores are in the rollout's order"
     assert r.scores.dtype == torch.float32 and not r.log_probs.requires_grad and not r.values.requires_grad
 
 
@@ -305,9 +309,10 @@ def test_scores_are_scaled_by_running_moments(normalise, monkeypatch):
         handed.append(scores.clone())
         return plain(scores, *others)
 
-    def reward(*arguments):
-        raw.append(some_reward(*arguments))
-        return raw[-1]
+    def reward(source, ids, index):
+        scores = some_reward(source, ids, index)
+        raw.append(scores[index.argsort()])                      # they come with like lengths together
+        return scores
 
     monkeypatch.setattr(ppo, "token_rewards", spy)
     run(trainer(reward, scale_scores=True, normalise_scores=normalise), range(2))

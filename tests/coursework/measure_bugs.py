@@ -44,7 +44,7 @@ if bug == 8:
     rows_at = data.batches(pairs["train"].lengths(), config.sft.batch_size, seed)
     list(fit(t5_small.mle_trainer(t5, pairs["train"], pairs["valid"], rows_at, config.sft), config.sft.steps))
 reader = identifiers.Identifiers(t5.config)
-targets = t5_small.load_state(folder / "checkpoints" / "label.pt")["levels"]
+targets = t5_small.load_state(folder / "checkpoints" / "label.pt")["train"]
 if bug == 7:
     labelled = {part: data.Pairs(corpus.labelled[part], tokenizer, c.identifier_source, c.identifier_target) for part in ("train", "valid")}
     torch.manual_seed(seed)

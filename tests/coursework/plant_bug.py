@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUGS = {       # number: (file, right, wrong)
-    1: ("ppo.py", '''    ref_log_probs, _ = score(reference,''', '''    mask[:, 0] &= mask.sum(1) == 1
-    ref_log_probs, _ = score(reference,'''),
+    1: ("ppo.py", '''    values = policy.values(g.states) * mask''', '''    mask[:, 0] &= mask.sum(1) == 1
+    values = policy.values(g.states) * mask'''),
     2: ("t5_small.py", "torch.multinomial(log_probs.exp(), 1)", "torch.multinomial((log_probs / 0.7).softmax(-1), 1)"),
     3: ("ppo.py", "torch.max((values - returns) ** 2, (clipped - returns) ** 2)",
         "torch.max((values - old_values) ** 2, (clipped - old_values) ** 2)"),
@@ -30,6 +30,7 @@ BUGS = {       # number: (file, right, wrong)
         "        return sum(parts) / len(parts)\n"
         "    return f1_scores(counts)[kind].mean().item()\n"),
     10: ("ppo.py", "masked_mean(torch.max(plain, clipped), mask)", "masked_mean(torch.min(plain, clipped), mask)"),
+    11: ("ppo.py", "    rewards[torch.arange(len(scores)), last] += scores\n", "    rewards[:, last] += scores\n"),
 }
 
 

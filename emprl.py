@@ -60,7 +60,7 @@ class Config:
     pretrain: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))      # 0: MLE learns sooner without
     sft: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000, batch_size=16, lr=4e-2, eval_every=250))
     identifiers: IdentifierConfig = field(default_factory=IdentifierConfig)
-    context: IdentifierConfig = field(default_factory=lambda: IdentifierConfig(class_weight=0.0, keep="loss"))
+    context: IdentifierConfig = field(default_factory=lambda: IdentifierConfig(steps=400, lr=5e-2, class_weight=0.0, keep="loss"))
     reward: RewardConfig = field(default_factory=RewardConfig)
     sampling: Sampling = field(default_factory=lambda: Sampling(max_length=64))
     ppo: PPOConfig = field(default_factory=PPOConfig)
@@ -75,7 +75,7 @@ PRESETS = {                       # what differs from the defaults above, which 
     "real": """data.corpus=real data.vocab_size=5000 data.max_source=96 data.max_target=40 data.identifier_source=96 t5.d_model=160
         t5.d_kv=32 t5.d_ff=640 t5.num_layers=2 t5.num_heads=5 t5.dropout_rate=0.1 pretrain.steps=200 pretrain.batch_size=48
         sft.steps=1400 sft.batch_size=48 sft.lr=3e-2 identifiers.steps=150 identifiers.batch_size=32 identifiers.eval_every=15
-        context.steps=300 context.eval_every=100 sampling.min_length=5 sampling.max_length=40 ppo.steps=60 ppo.batch_size=256
+        context.steps=300 context.lr=2e-2 context.eval_every=100 sampling.min_length=5 sampling.max_length=40 ppo.steps=60 ppo.batch_size=256
         ppo.lr=3e-3 ppo.kl_coef=0.05 eval.contexts=512""",
     "paper": """data.corpus=real data.max_source=200 data.max_target=50 data.identifier_source=128 data.identifier_target=96
         pretrain.steps=0 sft.steps=12900 sft.batch_size=8 sft.lr=1e-4 sft.rms_scaled=off sft.warmup=1 sft.eval_every=2000

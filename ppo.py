@@ -16,12 +16,12 @@ from t5_small import autocast, generate, make_optimizer, optimizer_step, set_lr
 @dataclass
 class PPOConfig:
     """Each trick has a name. In brackets the original's value, where ours differs, and why."""
-    steps: int = 48               # iterations of rollout and update
+    steps: int = 64               # iterations of rollout and update
     batch_size: int = 384         # rollouts an iteration [32: noisier, and a small model can afford more]
     minibatch_size: int = 64      # rollouts an optimizer step [8, but 4 accumulated: 32 in effect]
     micro_batch: int = 0          # rollouts a forward pass; 0: the whole minibatch. Fewer need less memory
     ppo_epochs: int = 1           # passes over a rollout [4: fresh rollouts are cheap here, and move the policy less astray]
-    lr: float = 4e-3              # relative to each tensor's RMS if rms_scaled [1e-5, absolute, for T5-base]
+    lr: float = 6e-3              # relative to each tensor's RMS if rms_scaled [1e-5, absolute, for T5-base]
     rms_scaled: bool = True       # see t5_small.set_lr; off for a pretrained T5
     warmup: int = 5               # iterations of linear warm-up, then linear decay [no warm-up]
     gamma: float = 1.0
@@ -34,13 +34,13 @@ class PPOConfig:
     whiten_rewards: bool = False  # [on: it rescales the KL penalty together with the reward, batch by batch]
     scale_scores: bool = True     # divide scores by their running standard deviation
     normalise_scores: bool = False  # and subtract their running mean [on: the value head learns the mean anyway]
-    kl_coef: float = 0.1          # beta [0.2]
+    kl_coef: float = 0.3          # beta [0.2]
     adaptive_kl: bool = False     # [on, but as good as fixed: see kl_horizon]
     kl_target: float = 6.0        # nats a response that adaptive beta steers to
     kl_horizon: float = 1000.0    # rollouts [10,000: at batch 32 beta then moves < 0.07 % a step]
     max_ratio: float = 10.0       # a minibatch whose mean ratio is above is not learnt from (ratio guard)
     max_update_kl: float = 0.5    # nats a token by which one update may move; then its epochs stop early
-    eval_every: int = 12          # iterations between validations
+    eval_every: int = 16          # iterations between validations
     stop_on_collapse: bool = False  # end the run, not only warn, at a sign of collapse (see signs_of_collapse)
 
 # ---- equations ------------------------------------------------------------------------------------------------------

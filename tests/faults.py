@@ -78,11 +78,6 @@ def kills(count, folder, seed=0):
 
 # ---- faults: each is put into a run, which must end as said; then, without it, the same command must finish as if nothing had been
 
-def disk_full():
-    """No file may grow over 60 kB: as a full disk, but for this process only."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-
 def always(function, value):
     """A function of which every result is spoilt."""
     return lambda *a, **k: function(*a, **k) * value
@@ -116,18 +111,29 @@ def out_of_memory():
     ppo.generate = no_memory
 
 
-def interrupt(stage, step):
+def at(stage, step, happens):
+    """happens() when a stage's step begins."""
     old = emprl.Run.seed
 
     def seed(self, name, i=0):
         old(self, name, i)
         if (name, i) == (stage, step) and self.in_loop:
-            os.kill(os.getpid(), signal.SIGINT)
+            happens()
     emprl.Run.seed = seed
 
 
+def disk_full():
+    """No file may grow over 20 kB: as a full disk, but for this process only."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 FAULTS = {   # name: (what to do before the run, settings, exit code, words of the one line, may the figures change?)
-    "the disk is full": (disk_full, [], 2, "make room", False),
+    **{f"the disk is full in {stage}": (lambda stage=stage, step=step: at(stage, step, disk_full), [], 2, "make room", False)
+       for stage, step in (("pretrain", 1), ("sft", 7), ("judge", 2), ("ppo", 3))},
     "one reward is NaN": (lambda: spoil_reward(float("nan"), {0}), [], 0, "", True),
     "one reward is infinite": (lambda: spoil_reward(float("inf"), {1}), [], 0, "", True),
     "every reward is NaN": (lambda: spoil_reward(float("nan")), ["ppo.steps=12"], 2, "10 steps in a row", True),
@@ -136,7 +142,7 @@ FAULTS = {   # name: (what to do before the run, settings, exit code, words of t
     "every loss is NaN": (lambda: spoil_loss(float("nan"), range(10 ** 9)), [], 2, "lower sft.lr", True),
     "the learning rate is absurd": (lambda: None, ["sft.lr=1e9", "sft.steps=40"], 2, "lower sft.lr", True),
     "the GPU's memory is full": (out_of_memory, [], 2, "micro_batch", False),
-    **{f"Ctrl-C in {stage}": (lambda stage=stage, step=step: interrupt(stage, step), [], 130, "go on with", False)
+    **{f"Ctrl-C in {stage}": (lambda stage=stage, step=step: at(stage, step, interrupt), [], 130, "go on with", False)
        for stage, step in (("pretrain", 1), ("sft", 5), ("identifiers", 0), ("judge", 3), ("ppo", 2))},
 }
 
@@ -170,6 +176,9 @@ def inject(folder, whole, faults=tuple(FAULTS), stages=("pretrain", "sft", "iden
         got, errors = run(here, *settings, before=before)
         if got != code or words not in errors or errors.strip().count("\n") > 0:
             wrong.append(f"{name}: exit code {got}, {errors!r}")
+        damaged = [path.name for path in (here / "checkpoints").iterdir() if path.suffix == ".pt" and not t5_small.load_state(path)]
+        if name.startswith("the disk is full in") and f"{name.split()[-1]}.pt" not in os.listdir(here / "checkpoints") or damaged:
+            wrong.append(f"{name}: no good checkpoint is left")
         if not changes and (run(here)[0] != 0 or differences(here, whole)):
             wrong.append(f"{name}: not as if nothing had been")
     for name, words, path, how in damage(folder / "damaged", stages):

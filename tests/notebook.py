@@ -1,10 +1,12 @@
 """Run the cells of train.ipynb without Jupyter: python tests/notebook.py [--write]
 
-Prints how long each cell took. --write stores what the cells printed and drew in the notebook, as Jupyter would.
+Prints how long each cell took. --write stores what the cells printed and drew in the notebook, as Jupyter would, and which
+source they came from: test_notebook.py tells when a cell has been changed since.
 """
 import ast
 import base64
 import contextlib
+import hashlib
 import io
 import json
 import sys
@@ -53,10 +55,17 @@ def run(notebook, reduced=False, progress=lambda text: None):
     return namespace
 
 
+def source_hash(notebook):
+    """Of all code cells."""
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    return hashlib.sha256("\n".join(code).encode()).hexdigest()
+
+
 if __name__ == "__main__":
     path = ROOT / "train.ipynb"
     content = json.loads(path.read_text())
     run(content, progress=lambda text: print(text, flush=True))
     if "--write" in sys.argv:
+        content["metadata"]["executed_source"] = source_hash(content)
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         print(f"outputs stored in {path.name}")

@@ -36,7 +36,7 @@ def seeds():
 def shown(readme, anchor):
     """(start, end) of the table below an anchor of the README."""
     start = readme.index("|", readme.index(f"({anchor})"))
-    return start, readme.index("\n\n", start)
+    return start, (readme + "\n").index("\n\n", start)
 
 
 def main(run, name):

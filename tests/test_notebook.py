@@ -1,14 +1,21 @@
 """train.ipynb: every cell runs, in its reduced setting and without Jupyter, and the committed outputs are whole."""
 import json
 
+import pytest
+
 import notebook
 
 CONTENT = json.loads((notebook.ROOT / "train.ipynb").read_text())
 
 
-def test_every_cell_runs(capsys):
+@pytest.mark.filterwarnings("error", "ignore:builtin type:DeprecationWarning")      # the last: sentencepiece's import
+def test_every_cell_runs_without_a_warning(capsys):
     namespace = notebook.run(json.loads(json.dumps(CONTENT)), reduced=True)
     assert namespace["REDUCED"] and set(namespace["replies"]) == {"MLE", "EmpRL", "no KL"}
+
+
+def test_committed_outputs_are_of_these_cells():
+    assert CONTENT["metadata"]["executed_source"] == notebook.source_hash(CONTENT), "run: python tests/notebook.py --write"
 
 
 def test_committed_outputs_are_of_one_run_from_top_to_bottom():

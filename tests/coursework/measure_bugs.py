@@ -26,7 +26,7 @@ import torch
 import data, emprl, identifiers, ppo, t5_small
 folder, bug, steps = Path(sys.argv[1]), int(sys.argv[2]), 15
 config = emprl.make_config("toy", json.loads((folder / "config.json").read_text())["seed"],
-                           settings=[f"ppo.steps={steps}", "ppo.batch_size=192", "sft.steps=600"])
+                           settings=[f"ppo.steps={steps}", "ppo.batch_size=192", "ppo.lr=4e-3", "ppo.kl_coef=0.1", "sft.steps=600"])
 c, seed = config.data, config.seed
 corpus, tokenizer = data.embedded_corpus(seed), data.Tokenizer(folder / "tokenizer.model")
 pairs = {part: data.Pairs(corpus.dialogues[part], tokenizer, c.max_source, c.max_target) for part in ("train", "valid")}

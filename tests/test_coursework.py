@@ -1,6 +1,7 @@
 """The grader: what it grades exists, a right solution passes, a wrong one is told what and why."""
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,8 @@ def test_every_function_has_wrong_solutions():
 
 def test_units_are_whole():
     assert len(UNITS) == 5 and sum(len(functions) for _, _, functions in UNITS.values()) >= 14
+    for unit, (effort, _, functions) in UNITS.items():
+        assert effort == f"{sum(graded.minutes for graded in functions.values()) // 60} hours", unit
     for file, test in graders():
         assert f"def {test}(" in (TESTS / file).read_text(), f"{file} has no {test}"
     assert {g.module for _, _, functions in UNITS.values() for g in functions.values()} == set(FILES)
@@ -69,7 +72,7 @@ def test_specification_is_python_with_nothing_solved(tmp_path):
     text = (tmp_path / "mine.py").read_text()
     compile(text, "mine.py", "exec")
     names = [name for _, _, functions in UNITS.values() for name in functions]
-    assert text.count("# Example: ") == text.count("#     gives ") == len(names)
+    assert text.count(" minutes. Example: ") == text.count("#     gives ") == len(names)
     assert text.count("raise NotImplementedError\n") >= len(names) and "error =" not in text
     again = subprocess.run([sys.executable, specify.__file__, str(tmp_path / "mine.py")], capture_output=True)
     assert again.returncode == 1 and (tmp_path / "mine.py").read_text() == text, "a student's work is not written over"
@@ -97,6 +100,23 @@ def test_a_bug_has_its_place_and_the_copy_is_python(number):
     text = (plant_bug.ROOT / file).read_text()
     assert text.count(right) == 1 and right != wrong
     compile(text.replace(right, wrong), file, "exec")
+
+
+@pytest.mark.parametrize("number", plant_bug.BUGS)
+def test_the_test_that_the_teacher_names_catches_the_bug(number, monkeypatch):
+    """The mutant's functions take the place of the module's: the named tests pass before, and one fails then."""
+    file, right, wrong = plant_bug.BUGS[number]
+    row = next(line for line in (TESTS / "coursework" / "teacher.md").read_text().splitlines() if line.startswith(f"| {number} |"))
+    module, named, test_file = importlib.import_module(file[:-3]), re.findall(r"(test_\w+)`", row), re.search(r"`(test_\w+\.py)::", row)[1]
+    assert named and graders_pass(test_file, named), "the correct program passes"
+    mutant = dict(vars(module))
+    exec(compile((plant_bug.ROOT / file).read_text().replace(right, wrong), file, "exec"), mutant)
+    for name, value in mutant.items():
+        if getattr(value, "__module__", "") == module.__name__ and callable(value):
+            for user in (module, importlib.import_module(test_file[:-3])):
+                if hasattr(user, name):
+                    monkeypatch.setattr(user, name, value)
+    assert not graders_pass(test_file, named), f"bug {number} is not caught by {named}"
 
 
 def test_planting_copies_the_project_with_one_change(tmp_path):

@@ -56,7 +56,7 @@ def specification(name, graded):
     torch.manual_seed(0)
     value = eval(graded.example, {**vars(module), "tensor": torch.tensor})
     shown = " ".join(repr(value.detach() if torch.is_tensor(value) else value).split())
-    return "\n".join([f"# Example: {graded.example}", f"#     gives {shown}", *text])
+    return "\n".join([f"# About {graded.minutes} minutes. Example: {graded.example}", f"#     gives {shown}", *text])
 
 
 def write(path):

@@ -74,9 +74,9 @@ PRESETS = {                       # what differs from the defaults above, which 
         ppo.batch_size=8 ppo.minibatch_size=4 ppo.eval_every=2 eval.valid_contexts=8 sampling.max_length=12""",
     "real": """data.corpus=real data.vocab_size=5000 data.max_source=96 data.max_target=40 data.identifier_source=96 t5.d_model=160
         t5.d_kv=32 t5.d_ff=640 t5.num_layers=2 t5.num_heads=5 t5.dropout_rate=0.1 pretrain.steps=200 pretrain.batch_size=48
-        sft.steps=1400 sft.batch_size=48 sft.lr=3e-2 identifiers.steps=150 identifiers.batch_size=32 identifiers.eval_every=15
-        context.steps=300 context.lr=2e-2 context.eval_every=100 sampling.min_length=5 sampling.max_length=40 ppo.steps=60 ppo.batch_size=256
-        ppo.lr=3e-3 ppo.kl_coef=0.05 eval.contexts=512""",
+        sft.steps=4200 sft.eval_every=700 sft.batch_size=48 sft.lr=3e-2 identifiers.steps=150 identifiers.batch_size=32
+        identifiers.eval_every=15 context.steps=300 context.lr=2e-2 context.eval_every=100 sampling.min_length=5
+        sampling.max_length=40 ppo.steps=60 ppo.batch_size=256 ppo.lr=3e-3 ppo.kl_coef=0.05 eval.contexts=512""",
     "paper": """data.corpus=real data.max_source=200 data.max_target=50 data.identifier_source=128 data.identifier_target=96
         pretrain.steps=0 sft.steps=12900 sft.batch_size=8 sft.lr=1e-4 sft.rms_scaled=off sft.warmup=1 sft.eval_every=2000
         identifiers.lr=2e-5 context.lr=2e-5 identifiers.rms_scaled=off context.rms_scaled=off identifiers.shared=off
@@ -468,6 +468,7 @@ def main(arguments=None):
     parser.add_argument("--run", default="", help="where results go (default: runs/PRESET-seedN)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="e.g. ppo.kl_coef=0 ppo.steps=50")
+    parser.error = lambda words: sys.exit(print(f"emprl.py: {words}; see --help", file=sys.stderr) or 2)
     a = parser.parse_args(arguments)
     folder = a.run or f"runs/{a.preset}-seed{a.seed}"
     try:

@@ -28,9 +28,10 @@ def seeds():
         before, after, best = m["sft"], m["emprl"], m["ceiling"]["best"]["oracle_emp_f1"]
         old, new = before["oracle_emp_f1"], after["oracle_emp_f1"]
         rows.append([m["seed"], old, new, best, "{relative:+.1%} ({low:+.1%} to {high:+.1%})".format(**m["gain"]["oracle_emp_f1"]),
-                     f"{(new - old) / (best - old):.0%}", *(after[k] / before[k] for k in ("perplexity", "dist2", "unique"))])
+                     f"{(new - old) / (best - old):.0%}", *(after[k] / before[k] for k in ("perplexity", "dist2", "unique")), after["reward"],
+                     after["held_out_reward"]])
     return emprl.table(["seed", "MLE", "EmpRL", "ceiling", "gain, 95 % interval", "of the gap", "perplexity, times", "dist2, times",
-                        "unique, times"], rows)
+                        "unique, times", "learnt reward", "oracle's"], rows)
 
 
 def shown(readme, anchor):

@@ -185,6 +185,14 @@ def test_contradictions_are_refused(arguments, words, capsys, tmp_path, monkeypa
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
+@pytest.mark.parametrize("arguments, words", [(["--sed", "1"], "unrecognized"), (["--seed", "x"], "invalid int"), (["rn"], "invalid choice"),
+                                              (["--preset", "huge"], "invalid choice"), (["--data"], "expected one argument")])
+def test_a_wrong_command_line_is_one_line(arguments, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        emprl.main(arguments)
+    assert ended.value.code == 2 and words in (err := capsys.readouterr().err) and err.count("\n") == 1, err
+
+
 @pytest.mark.parametrize("name, content", [
     ("config.json", b"{"), ("config.json", b"[]"), ("config.json", b'{"data": {"x": 1}}'), ("config.json", b'{"seed": "a", "data": 3}'),
     ("tokenizer.model", b"rubbish"), ("emprl/config.json", b"{}"), ("sft/pytorch_model.bin", b""), ("checkpoints/judge.pt", b"\x80")])

@@ -37,7 +37,7 @@ UNITS = {
                                 "class_weights(tensor([[0], [0], [1], [2]]), 1.0)"),
         "empathy_reward": Graded(30, "identifiers", ["test_empathy_reward_is_the_product", "test_empathy_reward_ordinal",
                                                  "test_empathy_reward_is_expected_over_uncertain_targets", "test_empathy_reward_unknown_difference"],
-                                 "empathy_reward(tensor([[[0.7, 0.2, 0.1]] * 3]).log(), tensor([[0, 1, 0]]))"),
+                                 "[empathy_reward(tensor([[[0.7, 0.2, 0.1]] * 3]).log(), tensor([[0, 1, 0]]), d) for d in ('cross_entropy', 'ordinal')]"),
         "f1_scores": Graded(40, "identifiers", ["test_f1_scores"], "f1_scores(tensor([[3, 1, 0], [0, 2, 0], [0, 0, 4]]))"),
         "emp_f1": Graded(20, "identifiers", ["test_emp_f1"], "emp_f1(tensor([[0, 1, 2], [0, 1, 2]]), tensor([[0, 1, 2], [0, 1, 1]]))"),
         "paired_bootstrap": Graded(50, "identifiers", ["test_paired_bootstrap", "test_paired_bootstrap_is_the_plain_loop"],

@@ -147,7 +147,7 @@ def oracle_levels(context, response):
         text = text.replace(f" {topic} ", " @ ")
     return tuple(2 if s.search(text) else int(bool(w.search(text))) for s, w in zip(_STRONG, _WEAK))
 
-CRISIS = re.compile(r"suicid|\b(kill|hurt|harm|cut|cutt|hang)(ing)? (my|him|her|them)sel|self.?harm|overdos|(want|wish|going|plan\w*) to die|wish i (was|were) dead|"
+CRISIS = re.compile(r"suicid|\b(kill|hurt|harm|cut|cutt|hang)(ing)? (my|him|her|them)sel|self.?harm|overdos|(i|i.m|i am) (\w+ )?(want|wish|going|plan\w*) to die|wish i (was|were) dead|"
                     r"end (it all|my (own )?life)|(n.?t|no reason to|no point in) (want to )?(live|living|be alive)|better off (dead|without me)", re.I)
 HELP = ("If you or someone near you may be in danger, please talk to a person now: the emergency number (112, 911, 999), a crisis "
         "line (988 in the US; findahelpline.com lists others), or someone you trust. This program can not help with that.")
@@ -403,7 +403,7 @@ SOURCES = [    # (url, path below the data folder, SHA-256, the files to unpack 
         "2cedbe4252c919d22a6f46685afa16d3192a91e3306c2d4a386be12a30ad3f29",
         "9efa1af8e0537c16894379598f2076cb380ae18aacd9a8d26ebd381f5b7f9645")))]
 
-def _sha256(path):
+def sha256(path):
     return hashlib.sha256(_read_bytes(path)).hexdigest()
 
 def _fetch(url, part, progress):
@@ -449,13 +449,13 @@ def download(folder, sources=SOURCES, progress=print):
     for url, name, digest, members in sources:
         path = os.path.join(folder, name)
         part, wanted = path + ".part", [os.path.join(folder, member) for member in members] or [path]
-        if all(map(os.path.isfile, wanted)) and (members or _sha256(path) == digest):
+        if all(map(os.path.isfile, wanted)) and (members or sha256(path) == digest):
             progress(f"{name}: already there")
             continue
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        if not os.path.exists(part) or _sha256(part) != digest:
+        if not os.path.exists(part) or sha256(part) != digest:
             _fetch(url, part, progress)
-        if _sha256(part) != digest:
+        if sha256(part) != digest:
             os.remove(part)
             raise DataError(f"{path}: SHA-256 differs from the published one, removed; download it again")
         if members:
@@ -471,5 +471,4 @@ if __name__ == "__main__":
             raise DataError("usage: python data.py download DIR")
         download(sys.argv[2])
     except (DataError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(print(f"data.py: {error}", file=sys.stderr) or 2)

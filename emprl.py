@@ -3,7 +3,7 @@
     python emprl.py [--preset toy|real|paper|smoke] [--data DIR] [--t5 DIR] [--run DIR] [--seed N] [--set key=value ...]
     python emprl.py evaluate --run DIR --data DIALOGUES     measure a finished run on other dialogues
     python emprl.py chat --run DIR                          talk to a finished run
-Stages: pretrain -> sft -> identifiers -> judge -> label -> ppo -> evaluate -> report. The same command goes on where it was cut.
+Stages: pretrain -> sft -> identifiers -> judge -> label -> context -> ppo -> evaluate -> report. The same command goes on where it was cut.
 """
 import argparse, copy, functools, hashlib, itertools, json, math, os, re, shlex, signal, subprocess, sys, time, zlib
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -87,7 +87,8 @@ PRESETS = {                       # what differs from the defaults above, which 
 }
 RANGES = {"dropout_rate": (0, 0.99), "temperature": (0.01, 100), "top_p": (0.01, 1), "gamma": (0, 1), "lam": (0, 1),
           "relative_attention_num_buckets": (4, 1000),           # any other: from 0, integers from 1
-          **dict.fromkeys(("steps", "warmup", "top_k", "micro_batch", "contexts", "pad_token_id", "decoder_start_token_id"), (0, 1e9))}
+          **dict.fromkeys(("steps", "warmup", "top_k", "micro_batch", "contexts"), (0, 1e9)),
+          "pad_token_id": (0, 0), "eos_token_id": (1, 1), "decoder_start_token_id": (0, 0), "kl_target": (1e-3, 1e9), "kl_horizon": (1, 1e9)}
 CHOICES = {"difference": ("cross_entropy", "ordinal"), "keep": ("macro_f1", "loss"), "feed_forward_proj": ("relu", "gated-gelu"),
            "mechanisms": ("er,ip,ex", "er,ip", "er,ex", "ip,ex", "er", "ip", "ex")}
 ORDER = ["t5", "pretrain", "sft", "identifiers", "context", "reward", "sampling", "ppo"]     # a stage depends on its section and all before
@@ -113,8 +114,12 @@ def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
         low, high = RANGES.get(name, (1 if kind is int else 0, 1e9))
         if value not in CHOICES.get(name, [value]) or kind in (int, float) and not low <= getattr(target, name) <= high:
             raise DataError(f"--set {setting}: {' or '.join(CHOICES.get(name, [f'from {low} to {high:g}']))}")
-    if seed < 0 or config.sampling.min_length > config.sampling.max_length or config.ppo.minibatch_size > config.ppo.batch_size:
-        raise DataError("--seed below 0, or by --set sampling.min_length above .max_length or ppo.minibatch_size above .batch_size; change it")
+    s, p, t = config.sampling, config.ppo, config.t5
+    for wrong, words in ((seed < 0, "--seed is below 0"), (s.min_length > s.max_length, "sampling.min_length is above sampling.max_length"),
+                         (p.minibatch_size > p.batch_size, "ppo.minibatch_size is above ppo.batch_size"),
+                         (2 * t.relative_attention_max_distance <= t.relative_attention_num_buckets, "t5: max_distance must be above num_buckets / 2")):
+        if wrong:
+            raise DataError(f"{words}; change it by --seed or --set")
     if data_dir and not os.path.exists(data_dir) or (config.data.corpus == "real") != os.path.isdir(config.data_dir):
         raise DataError(f"--data {config.data_dir or 'DIR'}: --preset real and paper need the folder that `python data.py download DIR` "
                         "fills; toy and smoke need none, or a .jsonl or .csv file of yours")
@@ -151,6 +156,7 @@ class Run:
         path, c = self.folder / "checkpoints" / f"{name}.pt", asdict(self.config)
         section = name if name in ORDER else "identifiers"                           # of "judge" and "label", too
         parts = [c[s] for s in ["seed", "data_dir", "t5_dir", "data", *ORDER[:ORDER.index(section) + 1]]]
+        parts += [data.sha256(self.config.data_dir)] if os.path.isfile(self.config.data_dir) else []      # your own file, as it is now
         key = hashlib.sha256(json.dumps([1, parts], sort_keys=True).encode()).hexdigest()   # 1: format version
         state = load_state(path) if path.exists() else {"key": None}
         if not isinstance(state, dict) or "key" not in state:
@@ -181,7 +187,7 @@ class Run:
                 record, now = trainer.step(i), time.time()
                 log.append({"stage": name, "step": i, **record})
                 signs = signs_of_collapse(record, log[0], self.config.sampling.max_length) if "entropy" in record else []
-                if now - shown > 5 or i in (first, steps - 1):
+                if signs or now - shown > 5 or i in (first, steps - 1):
                     shown, speed = now, (i + 1 - first) / (now - started)
                     minutes, seconds = divmod(int((steps - i - 1) / speed), 60)
                     say(f"{name:<12}{i + 1:>5}/{steps}  {speed:5.2f} steps/s  {minutes}:{seconds:02d} left",
@@ -196,7 +202,7 @@ class Run:
                     save(trainer=trainer.state_dict(), log=log)
                     saved = now
                 if stop:
-                    raise DataError(f"{name}, step {i + 1}: {'; '.join(signs)}. Its weights are in {self.folder}/checkpoints")
+                    raise DataError(f"{name}, step {i + 1}: {'; '.join(signs)}. It is saved; the same command goes on from there")
                 if self.interrupted:
                     raise KeyboardInterrupt
             self.in_loop = False
@@ -239,7 +245,7 @@ def run_all(run):
     readers = [reader("identifiers", labelled["train"], labelled["valid"], config.identifiers),
                reader("judge", labelled["judge_train"], labelled["judge_valid"], config.identifiers)]
     # 3. Targets: what the identifiers read in every human response; and what the context alone tells of that, to a reader of
-    #    empty responses. No policy can know more: it is a ceiling, and makes the expected reward.
+    #    empty responses. No policy can know more: it estimates a ceiling, and makes the expected reward.
     levels = run.stage("label", lambda *_: {part: predict_levels(readers[0], pairs[part]) for part in ("train", "valid")})
     empty = {part: pairs[part].but([[1]] * len(pairs[part]), levels.get(part)) for part in ("train", "valid", "test")}
     foresight = reader("context", empty["train"], empty["valid"], config.context)
@@ -423,7 +429,7 @@ def load_run(folder):
     try:
         raw, sections = json.loads((folder / "config.json").read_text()), [k for k, v in asdict(Config()).items() if isinstance(v, dict)]
         values = [(s, k, ("off", "on")[v] if isinstance(v, bool) else v) for s in sections for k, v in raw[s].items() if k != "corpus"]
-        config = make_config(settings=["{}.{}={}".format(*value) for value in values])
+        config = make_config(seed=raw["seed"], settings=["{}.{}={}".format(*value) for value in values])
         tokenizer, run = Tokenizer(folder / "tokenizer.model"), Run(folder, config)
         models = {name: from_pretrained(folder / name, tokenizer.vocab_size).to(run.device).eval() for name in ("sft", "emprl")}
         readers = [Identifiers(models["sft"].config, config.identifiers.shared).to(run.device).eval() for _ in range(2)]
@@ -449,7 +455,7 @@ def chat(folder):
     getattr(sys.stdin, "reconfigure", lambda **_: None)(errors="replace")
     for line in sys.stdin:
         history = (*history, data.clean(line)[-2000:]) if data.clean(line) else ()
-        if any(map(data.CRISIS.search, history)):
+        if data.CRISIS.search(data.clean(line)):
             say(data.HELP)
             history = ()
         pairs = Pairs([data.Dialogue(history, "")], tokenizer, c.max_source, c.max_target, run.device)
@@ -475,8 +481,7 @@ def main(arguments=None):
         if a.command != "run" and (a.set or a.t5 or bool(a.data) != (a.command == "evaluate")):
             raise DataError("evaluate takes --run and --data FILE, chat takes --run; neither takes --set or --t5: the run has its own")
         if a.command == "run":
-            run = Run(folder, make_config(a.preset, a.seed, a.data, a.t5, a.set))
-            signal.signal(signal.SIGINT, run.on_interrupt)
+            signal.signal(signal.SIGINT, (run := Run(folder, make_config(a.preset, a.seed, a.data, a.t5, a.set))).on_interrupt)
             run_all(run)
         else:
             evaluate_file(folder, a.data) if a.command == "evaluate" else chat(folder)
@@ -484,14 +489,12 @@ def main(arguments=None):
     except (DataError, CheckpointError, OSError, MemoryError, RuntimeError) as error:
         words = f"{error.filename or folder}: {error.strerror}; make room or name another path" if isinstance(error, OSError) else error
         if isinstance(error, (MemoryError, RuntimeError)):
-            if not re.search("out of memory|can't allocate", str(error) or "out of memory"):
+            if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
                 raise
-            words = "out of memory; lower the stage's micro_batch (the gradient stays the same), ppo.batch_size or eval.batch_size"
-        print(f"emprl.py: {words}", file=sys.stderr)
-        return 2
+            words = "out of memory; lower the stage's micro_batch (the gradient stays the same but for dropout), ppo.batch_size or eval.batch_size"
+        return print(f"emprl.py: {words}", file=sys.stderr) or 2
     except KeyboardInterrupt:
-        print(f"\nstopped; go on with: python emprl.py {shlex.join(arguments or sys.argv[1:])}", file=sys.stderr)
-        return 130
+        return print(f"\nstopped; go on with: python emprl.py {shlex.join(arguments or sys.argv[1:])}", file=sys.stderr) or 130
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -72,8 +72,7 @@ class Identifiers(nn.Module):
         return logits.float().log_softmax(-1)
 
 def class_weights(levels, exponent):
-    """(N, M) levels -> (M, L) loss weights (1 / share)^exponent, scaled so that their mean over the examples is 1 for each
-    mechanism. An absent level counts as if it occurred once."""
+    """(N, M) levels -> (M, L) loss weights (1 / share)^exponent, of mean 1 over a mechanism's examples; of a level never seen: N^exponent."""
     counts = torch.stack([(levels == k).sum(0) for k in range(LEVELS)], 1).float()           # (M, L)
     weights = (len(levels) / counts.clamp(min=1)) ** exponent
     return weights / ((weights * counts).sum(1, keepdim=True) / len(levels))
@@ -119,7 +118,7 @@ def identifier_scores(identifiers, pairs):
 def empathy_reward(log_probs, target, difference="cross_entropy", mechanisms="er,ip,ex"):
     """r = prod_m sum_l P_m(l) exp(-difference_m(l)), in (0, 1]. With certain target levels it is EmpRL's exp(-sum_m difference_m).
     log_probs: (B, M, L) of the generated response's levels. target: (B, M), the human response's levels, or (B, M, L), P of
-    each level: then r is the expected reward over human responses, the same on average with far less noise.
+    each level: then r is the expected reward over human responses, with far less noise (if P is right, and the M levels independent).
     "cross_entropy": -log p_m(target), so that r is the product of the targets' probabilities (the paper's).
     "ordinal": E_p |level - target|, which also says how far off a wrong level is.
     mechanisms: which of the three count, with commas; "": none, r = 1. Returns (B,). Raises ValueError on another difference."""

@@ -184,7 +184,7 @@ def rollout(policy, reference, reward, source, index, sampling):
     mask = response_mask(g.ids, policy.t5.config.eos_token_id)                  # 2. what counts of them
     values = policy.values(g.states) * mask                                     # 3. what the value head expected
     ref_log_probs, scores = torch.zeros_like(g.log_probs), torch.zeros(len(source), device=source.device)
-    for rows in mask.sum(1).argsort().split(64):                                # like lengths together: less padding
+    for rows in mask.sum(1).argsort().cpu().split(64):                                # like lengths together: less padding
         ids, seen = (x[rows, :int(mask[rows].sum(1).max())] for x in (g.ids, mask))
         support = g.support[rows, :ids.shape[1]]
         ref_log_probs[rows, :ids.shape[1]] = score(reference, source[rows], ids, seen, support, sampling.temperature)[0]   # 4. the reference
@@ -259,7 +259,7 @@ class PPOTrainer:
             else:
                 measured["grad_norm"] = norm = optimizer_step(self.optimizer, c.max_grad_norm)
                 measured["skipped"] = float(not math.isfinite(norm))
-                steps += 1
+                steps += math.isfinite(norm)
             if stop:
                 break
         seen = {name: [m[name] for m in log if name in m] for name in itertools.chain(*log)}    # no grad_norm without a step

@@ -20,7 +20,7 @@ import ppo
 import publish
 
 ROOT = Path(emprl.__file__).parent
-SHORT = ["ppo.steps=20", "ppo.batch_size=256", "ppo.eval_every=20", "eval.contexts=300"]
+SHORT = ["ppo.steps=12", "ppo.warmup=2", "ppo.batch_size=256", "ppo.eval_every=12", "eval.contexts=200", "eval.valid_contexts=32"]
 GROUP = 4
 
 

@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -27,10 +27,11 @@ import ppo
 import t5_small
 
 
-def run(folder, *settings, before=lambda: None, wait=None):
-    """`python emprl.py --preset smoke` without plots, in a process of its own that saves at every step. before() is called there first; after
-    `wait` seconds it is killed. Returns (exit code or -9, what it wrote to stderr)."""
+def run(folder, *settings, before=lambda: None):
+    """`python emprl.py --preset smoke` without plots, in a process of its own that saves at every step. before() is called there first.
+    Returns (exit code, what it wrote to stderr); the exit code is -9 if it was killed."""
     errors = Path(f"{folder}.stderr")
+    sys.stdout.flush()
     if (pid := os.fork()) == 0:
         with open(os.devnull, "w") as nothing, open(errors, "w") as file, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(file):
             code = 3
@@ -41,9 +42,6 @@ def run(folder, *settings, before=lambda: None, wait=None):
             finally:
                 file.flush()
                 os._exit(code)
-    if wait is not None:
-        time.sleep(wait)
-        os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), errors.read_text()
 
 
@@ -58,22 +56,39 @@ def differences(a, b):
     return found
 
 
+STEPS = {"pretrain": 4, "sft": 12, "identifiers": 8, "judge": 8, "label": 1, "context": 4, "ppo": 4, "evaluate sft": 1, "evaluate emprl": 1}
+
+
+def at(stage, step, happens):
+    """happens() when a stage's step begins."""
+    old = emprl.Run.seed
+
+    def seed(self, name, i=0):
+        old(self, name, i)
+        if (name, i) == (stage, step):
+            happens()
+    emprl.Run.seed = seed
+
+
+def kill_soon(delay):
+    """SIGKILL after some seconds, whatever the process is then about to do."""
+    threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
 def kills(count, folder, seed=0):
-    """Runs are killed at random moments, and started again, until each one ends; then compared with one never killed.
-    Returns (number of kills, Counter of the stage they came in, names of what differed)."""
-    rng, killed, stages, different = random.Random(seed), 0, Counter(), []
-    started = time.time()
+    """A run is killed at a random moment of each stage in turn, always started again by the same command, and then compared with
+    one that was never killed; and so on until `count` kills. Returns (Counter of kills by stage, names of what differed)."""
+    rng, killed, different = random.Random(seed), Counter(), []
     assert run(folder / "whole")[0] == 0
-    whole = time.time() - started
-    while killed < count:
-        here = folder / "killed"
-        while run(here, wait=rng.uniform(0.25, 0.8) * whole)[0] != 0:
-            killed += 1
-            checkpoints = sorted((here / "checkpoints").glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
-            stages[checkpoints[-1].stem if checkpoints else "start"] += 1
-        different += differences(here, folder / "whole")
-        shutil.rmtree(here)
-    return killed, stages, different
+    while killed.total() < count:
+        for stage, steps in STEPS.items():
+            step, delay = rng.randrange(steps), rng.uniform(0, 0.08)
+            code, _ = run(folder / "killed", before=lambda: at(stage, step, lambda: kill_soon(delay)))
+            killed[stage] += code == -signal.SIGKILL
+        assert run(folder / "killed")[0] == 0
+        different += differences(folder / "killed", folder / "whole")
+        shutil.rmtree(folder / "killed")
+    return killed, different
 
 
 # ---- faults: each is put into a run, which must end as said; then, without it, the same command must finish as if nothing had been
@@ -109,17 +124,6 @@ def no_memory(*_):
 
 def out_of_memory():
     ppo.generate = no_memory
-
-
-def at(stage, step, happens):
-    """happens() when a stage's step begins."""
-    old = emprl.Run.seed
-
-    def seed(self, name, i=0):
-        old(self, name, i)
-        if (name, i) == (stage, step) and self.in_loop:
-            happens()
-    emprl.Run.seed = seed
 
 
 def disk_full():
@@ -200,8 +204,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 30
     with tempfile.TemporaryDirectory() as folder:
-        killed, stages, different = kills(count, Path(folder))
-        print(f"kills: {killed} in {dict(stages)}; {len(different)} files or tensors differ from a run that was never killed {different[:5]}")
+        killed, different = kills(count, Path(folder))
+        print(f"kills: {killed.total()} ({dict(killed)}); {len(different)} files or tensors differ from a run that was never killed")
         number, wrong = inject(Path(folder), Path(folder) / "whole")
         print(f"faults: {number} injected, {number - len(wrong)} recovered")
         print(*wrong, sep="\n")

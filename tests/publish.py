@@ -21,15 +21,18 @@ def table(metrics):
 
 
 def seeds():
-    """One row for each committed toy run: the oracle's Emp-F1, the share of the gap to the ceiling, and what it cost."""
-    rows = []
+    """One row for each committed toy run: the oracle's Emp-F1, the share of the gap to the ceiling, and what it cost; their means."""
+    rows, shares = [], []
     for path in sorted((ROOT / "tests" / "results").glob("toy-seed*.json")):
         m = json.loads(path.read_text())
         before, after, best = m["sft"], m["emprl"], m["ceiling"]["best"]["oracle_emp_f1"]
         old, new = before["oracle_emp_f1"], after["oracle_emp_f1"]
+        shares.append((new - old) / (best - old))
         rows.append([m["seed"], old, new, best, "{relative:+.1%} ({low:+.1%} to {high:+.1%})".format(**m["gain"]["oracle_emp_f1"]),
-                     f"{(new - old) / (best - old):.0%}", *(after[k] / before[k] for k in ("perplexity", "dist2", "unique")), after["reward"],
+                     f"{shares[-1]:.0%}", *(after[k] / before[k] for k in ("perplexity", "dist2", "unique")), after["reward"],
                      after["held_out_reward"]])
+    mean = [sum(column) / len(rows) for column in zip(*([x for x in row[1:] if isinstance(x, float)] for row in rows))]
+    rows.append(["mean", *mean[:3], "", f"{sum(shares) / len(shares):.0%}", *mean[3:]])
     return emprl.table(["seed", "MLE", "EmpRL", "ceiling", "gain, 95 % interval", "of the gap", "perplexity, times", "dist2, times",
                         "unique, times", "learnt reward", "oracle's"], rows)
 

@@ -108,15 +108,18 @@ def test_the_test_that_the_teacher_names_catches_the_bug(number, monkeypatch):
     file, right, wrong = plant_bug.BUGS[number]
     row = next(line for line in (TESTS / "coursework" / "teacher.md").read_text().splitlines() if line.startswith(f"| {number} |"))
     module, named, test_file = importlib.import_module(file[:-3]), re.findall(r"(test_\w+)`", row), re.search(r"`(test_\w+\.py)::", row)[1]
-    assert named and graders_pass(test_file, named), "the correct program passes"
-    mutant = dict(vars(module))
-    exec(compile((plant_bug.ROOT / file).read_text().replace(right, wrong), file, "exec"), mutant)
-    for name, value in mutant.items():
-        if getattr(value, "__module__", "") == module.__name__ and callable(value):
-            for user in (module, importlib.import_module(test_file[:-3])):
-                if hasattr(user, name):
-                    monkeypatch.setattr(user, name, value)
-    assert not graders_pass(test_file, named), f"bug {number} is not caught by {named}"
+    assert named
+    for instead in (right, wrong):                            # the same program, made anew, passes: it is the bug that is caught
+        mutant = dict(vars(module))
+        exec(compile((plant_bug.ROOT / file).read_text().replace(right, instead), file, "exec"), mutant)
+        for name, value in mutant.items():
+            if getattr(value, "__module__", "") == module.__name__ and callable(value):
+                for user in (module, importlib.import_module(test_file[:-3])):
+                    if hasattr(user, name):
+                        monkeypatch.setattr(user, name, value)
+        for test in named:
+            assert graders_pass(test_file, [test]) == (instead == right), f"bug {number}: {test}"
+        monkeypatch.undo()
 
 
 def test_planting_copies_the_project_with_one_change(tmp_path):

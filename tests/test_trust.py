@@ -38,8 +38,8 @@ def whole(folder):
 # ---- interrupted
 
 def test_killed_at_thirty_moments_nothing_is_lost(folder):
-    killed, stages, different = faults.kills(30, folder)
-    assert killed >= 30 and len(stages) >= 3, stages
+    killed, different = faults.kills(30, folder)
+    assert killed.total() >= 30 and min(killed.values()) > 0 and len(killed) == len(faults.STEPS), f"in every stage: {killed}"
     assert not different, different
 
 
@@ -174,7 +174,8 @@ def test_every_option_refuses_values_it_can_not_have():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--set", "sampling.min_length=70"], "min_length"), (["--set", "ppo.minibatch_size=500"], "minibatch_size"), (["--seed", "-1"], "--seed"),
+    (["--set", "sampling.min_length=70"], "min_length"), (["--set", "t5.relative_attention_max_distance=12"], "max_distance"),
+    (["--set", "t5.eos_token_id=5"], "eos_token_id"), (["--set", "ppo.kl_horizon=0"], "kl_horizon"), (["--set", "ppo.minibatch_size=500"], "minibatch_size"), (["--seed", "-1"], "--seed"),
     (["--data", "missing.jsonl"], "missing.jsonl"), (["--preset", "real", "--data", "config.py"], "download DIR"),
     (["evaluate"], "evaluate takes --run and --data"), (["chat", "--data", "x"], "chat takes --run"), (["--data", "."], "toy and smoke need none"),
     (["chat", "--set", "ppo.lr=1"], "--set"), (["evaluate", "--t5", "x"], "--t5")])
@@ -185,7 +186,7 @@ def test_contradictions_are_refused(arguments, words, capsys, tmp_path, monkeypa
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
-@pytest.mark.parametrize("arguments, words", [(["--sed", "1"], "unrecognized"), (["--seed", "x"], "invalid int"), (["rn"], "invalid choice"),
+@pytest.mark.parametrize("arguments, words", [(["--sed=1"], "unrecognized"), (["--seed", "x"], "invalid int"), (["rn"], "invalid choice"),
                                               (["--preset", "huge"], "invalid choice"), (["--data"], "expected one argument")])
 def test_a_wrong_command_line_is_one_line(arguments, words, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -221,7 +222,7 @@ def test_chat_survives_what_people_type(whole, capsys, monkeypatch):
     assert len(chat(whole, b"", capsys, monkeypatch)) == 1, "the end of the file at once"
 
 
-@pytest.mark.parametrize("text", ["I want to die", "i am going to kill myself", "Suicidal thoughts again", "I don't want to live anymore",
+@pytest.mark.parametrize("text", ["I want to die", "I am going to die tonight, by my own hand", "i am going to kill myself", "Suicidal thoughts again", "I don't want to live anymore",
                                   "I have been cutting myself", "they would be better off without me", "I wish I was dead", "self-harm",
                                   "I took an overdose", "there is no reason to live", "I want to end it all", "I dont want to be alive"])
 def test_signs_of_crisis_get_a_pointer_to_people(text, whole, capsys, monkeypatch):
@@ -229,7 +230,7 @@ def test_signs_of_crisis_get_a_pointer_to_people(text, whole, capsys, monkeypatc
     assert out[3] == data.HELP and len(out) == 1 + 2 + 1 + 2, "no generated line answers it, and it is not kept in the context"
 
 
-@pytest.mark.parametrize("text", ["My dog died", "I could die laughing", "The exam killed me", "My phone is dead", "I live alone", "He is going to dye it"])
+@pytest.mark.parametrize("text", ["My dog died", "I could die laughing", "The exam killed me", "My phone is dead", "My dog is going to die", "I live alone", "He is going to dye it"])
 def test_ordinary_sorrow_is_answered(text):
     assert not data.CRISIS.search(text)
 
@@ -250,9 +251,8 @@ def test_the_test_part_influences_nothing_before_the_evaluation(whole, tmp_path,
     emprl.run_all(emprl.Run(tmp_path, emprl.make_config("smoke")))
     assert (tmp_path / "samples.md").read_text() != (whole / "samples.md").read_text(), "the test part is another one"
     assert (tmp_path / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
-    for name in emprl.ORDER[1:4] + ["judge", "label", "ppo"]:
-        paths = [x / "checkpoints" / f"{name}.pt" for x in (tmp_path, whole)]
-        one, two = ({**t5_small.load_state(path), "seconds": 0} for path in paths if path.exists())
+    for name in ("sft", "identifiers", "judge", "label", "context", "ppo"):
+        one, two = ({**t5_small.load_state(x / "checkpoints" / f"{name}.pt"), "seconds": 0} for x in (tmp_path, whole))
         assert json.dumps(one, default=lambda x: x.tolist()) == json.dumps(two, default=lambda x: x.tolist()), name
 
 
@@ -263,11 +263,9 @@ def test_no_option_names_the_test_part():
 
 def test_the_judge_never_sees_what_the_reward_was_trained_on():
     for parts in (data.embedded_corpus(0, 5, 5, 5, 300).labelled,
-                  data.split_labelled([data.Dialogue(("a",), "b", "", (0, 0, 0), f"{i % 80}/{i}") for i in range(400)], 0)):
-        reward = {(d.context, d.id) for part in ("train", "valid") for d in parts[part]}
-        judge = {(d.context, d.id) for part in ("judge_train", "judge_valid") for d in parts[part]}
-        assert reward and judge and not reward & judge
-        assert not (reward | judge) & {(d.context, d.id) for d in parts["test"]}
+                  data.split_labelled([data.Dialogue((f"speaker {i % 80}",), "b", "", (0, 0, 0), f"{i % 80}/{i}") for i in range(400)], 0)):
+        seen = [{d.context for name in names for d in parts[name]} for names in (("train", "valid"), ("judge_train", "judge_valid"), ("test",))]
+        assert all(seen) and not seen[0] & seen[1] and not (seen[0] | seen[1]) & seen[2]
 
 
 def test_the_run_folder_says_what_it_came_from(whole):

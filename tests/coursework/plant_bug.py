@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUGS = {       # number: (file, right, wrong)
-    1: ("ppo.py", '''    values = policy.values(g.states) * mask''', '''    mask[:, 0] &= mask.sum(1) == 1
-    values = policy.values(g.states) * mask'''),
+    1: ("ppo.py", '''    return Rollout(source,''', '''    mask[:, 0] &= mask.sum(1) == 1
+    return Rollout(source,'''),
     2: ("t5_small.py", "torch.multinomial(log_probs.exp(), 1)", "torch.multinomial((log_probs / 0.7).softmax(-1), 1)"),
     3: ("ppo.py", "torch.max((values - returns) ** 2, (clipped - returns) ** 2)",
         "torch.max((values - old_values) ** 2, (clipped - old_values) ** 2)"),

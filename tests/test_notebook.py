@@ -1,5 +1,6 @@
 """train.ipynb: every cell runs, in its reduced setting and without Jupyter, and the committed outputs are whole."""
 import json
+import re
 
 import pytest
 
@@ -16,6 +17,15 @@ def test_every_cell_runs_without_a_warning(capsys):
 
 def test_committed_outputs_are_of_these_cells():
     assert CONTENT["metadata"]["executed_source"] == notebook.source_hash(CONTENT), "run: python tests/notebook.py --write"
+
+
+def test_figures_of_the_real_data_are_those_of_the_results():
+    text = next("".join(cell["source"]) for cell in CONTENT["cells"] if "## 13. Real data" in "".join(cell["source"]))
+    m = json.loads((notebook.ROOT / "tests" / "results" / "real-seed0.json").read_text())
+    known = [m[policy][key] for policy in ("sft", "emprl") for key in ("emp_f1", "judge_emp_f1", "perplexity", "reward")]
+    known += [m["identifiers"][mechanism]["macro_f1"] for mechanism in ("er", "ip", "ex")]
+    found = re.findall(r"\d+\.\d{3}", text)
+    assert set(found) <= {f"{x:.3f}" for x in known} and len(found) == 11, "correct the text of section 13"
 
 
 def test_committed_outputs_are_of_one_run_from_top_to_bottom():

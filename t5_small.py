@@ -6,7 +6,7 @@ Transformer" (arXiv 1910.10683); v1.1 (gated GELU, untied head): Shazeer 2020 (a
 Legend of the shape comments: B batch, S source length, T response length, D model width, H heads, V vocabulary.
 This file knows nothing of text: ids in, ids out. Everywhere id 0 is padding and also starts the decoder.
 """
-import copy, io, json, math, os, zipfile
+import copy, errno, json, math, os, zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -320,11 +320,12 @@ def span_corrupt(ids, spans, sentinels, eos_id=1):
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 def save_atomically(state, path):
     """torch.save to a temporary file beside path, then rename: nobody ever sees half a file, a full disk leaves the old one."""
-    temporary, content = Path(f"{path}.tmp"), io.BytesIO()
-    torch.save(state, content)
+    temporary = Path(f"{path}.tmp")
     try:
-        temporary.write_bytes(content.getbuffer())
+        torch.save(state, temporary)
         os.replace(temporary, path)
+    except RuntimeError as error:                             # what torch makes of a write that failed
+        raise OSError(errno.ENOSPC, "could not be written, is the disk full?", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -370,10 +371,8 @@ def from_pretrained(folder, vocab_size=0):
             state = load_state(path)
     except ImportError:
         raise CheckpointError(f"{path}: reading it needs `pip install safetensors`") from None
-    except CheckpointError:
-        raise
     except Exception as error:                                # OSError, json's and safetensors' own kinds
-        raise CheckpointError(f"{path}: {error}; give the folder of a T5 checkpoint") from None
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: {error}; give the folder of a T5 checkpoint") from None
     if "scale_decoder_outputs" in raw:                        # ... which also writes a tied head only once
         state.setdefault("lm_head.weight", state.get("shared.weight"))
     named = {official_name(name): (name, p.shape) for name, p in model.state_dict().items()}

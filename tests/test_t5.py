@@ -203,13 +203,12 @@ def test_save_atomically_leaves_no_half_file(tmp_path, monkeypatch):
     path = tmp_path / "state.pt"
     t5_small.save_atomically({"x": torch.tensor([1.0])}, path)
 
-    def disk_full(file, content):
-        with open(file, "wb") as half:
-            half.write(content[:4])
-        raise OSError("no space left")
+    def disk_full(state, file):
+        Path(file).write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
 
-    monkeypatch.setattr(Path, "write_bytes", disk_full)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError, match="is the disk full"):
         t5_small.save_atomically({"x": torch.tensor([2.0])}, path)
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"], "a temporary file was left behind"
     assert t5_small.load_state(path)["x"].item() == 1.0, "the old file was harmed"

@@ -453,9 +453,9 @@ def chat(folder):
     say("A research model, not a counsellor. An empty line starts a new conversation; Ctrl-D ends.")
     history, c = (), run.config.data
     getattr(sys.stdin, "reconfigure", lambda **_: None)(errors="replace")
-    for line in sys.stdin:
-        history = (*history, data.clean(line)[-2000:]) if data.clean(line) else ()
-        if data.CRISIS.search(data.clean(line)):
+    for line in map(data.clean, sys.stdin):
+        history = (*history, line[-2000:]) if line else ()
+        if data.CRISIS.search(line):
             say(data.HELP)
             history = ()
         pairs = Pairs([data.Dialogue(history, "")], tokenizer, c.max_source, c.max_target, run.device)

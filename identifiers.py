@@ -72,7 +72,7 @@ class Identifiers(nn.Module):
         return logits.float().log_softmax(-1)
 
 def class_weights(levels, exponent):
-    """(N, M) levels -> (M, L) loss weights (1 / share)^exponent, of mean 1 over a mechanism's examples; of a level never seen: N^exponent."""
+    """(N, M) levels -> (M, L) loss weights (1 / share)^exponent, of mean 1 over a mechanism's examples; an absent level counts as one."""
     counts = torch.stack([(levels == k).sum(0) for k in range(LEVELS)], 1).float()           # (M, L)
     weights = (len(levels) / counts.clamp(min=1)) ** exponent
     return weights / ((weights * counts).sum(1, keepdim=True) / len(levels))

@@ -4,7 +4,6 @@ Kills smoke runs with SIGKILL at random moments until each one ends, injects fau
 survived with nothing lost. test_trust.py runs the same. Needs fork, so not Windows.
 """
 import contextlib
-import io
 import json
 import os
 import random
@@ -93,20 +92,17 @@ def kills(count, folder, seed=0):
 
 # ---- faults: each is put into a run, which must end as said; then, without it, the same command must finish as if nothing had been
 
-def always(function, value):
-    """A function of which every result is spoilt."""
-    return lambda *a, **k: function(*a, **k) * value
-
-
 def sometimes(function, value, calls):
     """A function of which the results of some calls (counted from 0) are spoilt."""
     count = iter(range(10 ** 9))
     return lambda *a, **k: function(*a, **k) * (value if next(count) in calls else 1.0)
 
 
-def spoil_reward(value, calls=None):
-    old = emprl.empathy_reward
-    identifiers.empathy_reward = always(old, value) if calls is None else sometimes(old, value, calls)
+EVERY = range(10 ** 9)
+
+
+def spoil_reward(value, calls):
+    identifiers.empathy_reward = sometimes(identifiers.empathy_reward, value, calls)
 
 
 def spoil_loss(value, calls):
@@ -140,10 +136,10 @@ FAULTS = {   # name: (what to do before the run, settings, exit code, words of t
        for stage, step in (("pretrain", 1), ("sft", 7), ("judge", 2), ("ppo", 3))},
     "one reward is NaN": (lambda: spoil_reward(float("nan"), {0}), [], 0, "", True),
     "one reward is infinite": (lambda: spoil_reward(float("inf"), {1}), [], 0, "", True),
-    "every reward is NaN": (lambda: spoil_reward(float("nan")), ["ppo.steps=12"], 2, "10 steps in a row", True),
+    "every reward is NaN": (lambda: spoil_reward(float("nan"), EVERY), ["ppo.steps=12"], 2, "10 steps in a row", True),
     "one loss is NaN": (lambda: spoil_loss(float("nan"), {5}), [], 0, "", True),
     "one loss is infinite": (lambda: spoil_loss(float("inf"), {6}), [], 0, "", True),
-    "every loss is NaN": (lambda: spoil_loss(float("nan"), range(10 ** 9)), [], 2, "lower sft.lr", True),
+    "every loss is NaN": (lambda: spoil_loss(float("nan"), EVERY), [], 2, "lower sft.lr", True),
     "the learning rate is absurd": (lambda: None, ["sft.lr=1e9", "sft.steps=40"], 2, "lower sft.lr", True),
     "the GPU's memory is full": (out_of_memory, [], 2, "micro_batch", False),
     **{f"Ctrl-C in {stage}": (lambda stage=stage, step=step: at(stage, step, interrupt), [], 130, "go on with", False)

@@ -104,7 +104,7 @@ def test_a_bug_has_its_place_and_the_copy_is_python(number):
 
 @pytest.mark.parametrize("number", plant_bug.BUGS)
 def test_the_test_that_the_teacher_names_catches_the_bug(number, monkeypatch):
-    """The mutant's functions take the place of the module's: the named tests pass before, and one fails then."""
+    """The mutant's functions take the place of the module's: with the bug every named test fails, without it none."""
     file, right, wrong = plant_bug.BUGS[number]
     row = next(line for line in (TESTS / "coursework" / "teacher.md").read_text().splitlines() if line.startswith(f"| {number} |"))
     module, named, test_file = importlib.import_module(file[:-3]), re.findall(r"(test_\w+)`", row), re.search(r"`(test_\w+\.py)::", row)[1]

@@ -2,8 +2,7 @@
 
 Sources: Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (GAE, arXiv 1506.02438), Ziegler et al. 2019 (KL control,
 arXiv 1909.08593). B batch, S source length, T response length, D model width, V vocabulary. An action is one token, an episode one
-response; all per token is (B, T), masked on t1 .. </s>. The reward (context ids, response ids, index) -> (B,) is handed in.
-"""
+response; all per token is (B, T), masked on t1 .. </s>. The reward (context ids, response ids, index) -> (B,) is handed in."""
 import copy, itertools, math
 from collections import Counter
 from dataclasses import dataclass
@@ -58,7 +57,9 @@ def token_log_probs(logits, ids, support=None, temperature=1.0):
     if support is not None:
         logits = logits.masked_fill(~support, -1e9)              # not -inf: 0 * inf is nan in the entropy
     log_probs = logits.log_softmax(-1)
-    return log_probs.gather(-1, ids[..., None])[..., 0], -(log_probs.exp() * log_probs).sum(-1)
+    with torch.no_grad():                                        # softmax, not exp: on a CPU exp(-1e9) takes ten times as long
+        entropy = -(logits.softmax(-1) * log_probs).sum(-1)
+    return log_probs.gather(-1, ids[..., None])[..., 0], entropy
 
 def kl_estimate(log_probs, ref_log_probs, kind="k1"):
     """Estimates of KL(policy || reference) from the policy's own samples (Schulman, "Approximating KL").
@@ -87,9 +88,8 @@ def token_rewards(scores, log_probs, ref_log_probs, mask, kl_coef):
     return rewards
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalised advantage estimation: A_t = delta_t + gamma lambda A_{t+1}, with
-    delta_t = r_t + gamma V_{t+1} - V_t and V = 0 after the last token.
-    All (B, T). Returns advantages and returns (A + V), both 0 on padding."""
+    """Generalised advantage estimation: A_t = delta_t + gamma lambda A_{t+1}, with delta_t = r_t + gamma V_{t+1} - V_t and V = 0
+    after the last token. All (B, T). Returns advantages and returns (A + V), both 0 on padding."""
     values, advantages = values * mask, torch.zeros_like(rewards)
     following_value = following_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
@@ -129,7 +129,6 @@ class RunningMoments:
     """Mean and variance of all scores seen so far, batch by batch (Chan et al. 1979)."""
     def __init__(self):
         self.count, self.mean, self.m2 = 0, 0.0, 0.0             # m2: sum of squared differences from the mean
-
     def update(self, scores):
         n, mean = len(scores), scores.mean().item()
         delta, total = mean - self.mean, self.count + n
@@ -151,7 +150,6 @@ class Policy(nn.Module):
         self.t5, self.value_head = t5, nn.Linear(t5.config.d_model, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-
     def values(self, states):
         return self.value_head(states.float())[..., 0]           # (..., D) -> (...)
 
@@ -213,7 +211,6 @@ class PPOTrainer:
         self.reward, self.batch_at, self.validate, self.sampling, self.config = reward, batch_at, validate, sampling, config
         self.optimizer = make_optimizer(self.policy, unit=("relative_bias", "value_head"))
         self.kl_coef, self.moments = config.kl_coef, RunningMoments()
-
     def step(self, i):
         c, (source, index) = self.config, self.batch_at(i)
         r = rollout(self.policy, self.reference, self.reward, source, index, self.sampling)
@@ -238,7 +235,6 @@ class PPOTrainer:
         if (i + 1) % c.eval_every == 0 or i + 1 == c.steps:
             record.update(self.validate(self.policy.t5))
         return record
-
     def update(self, r, advantages, returns):
         """ppo_epochs passes over one rollout. Returns the means of what was measured at each optimizer step;
         `first_ratio_error` is max |ratio - 1| before the first one, which tells that sampling and scoring agree."""
@@ -265,7 +261,6 @@ class PPOTrainer:
         seen = {name: [m[name] for m in log if name in m] for name in itertools.chain(*log)}    # no grad_norm without a step
         means = {name: sum(xs) / len(xs) for name, xs in seen.items()}
         return {**means, "first_ratio_error": max(ratio_errors), "optimizer_steps": steps}
-
     def loss(self, r, rows, advantages, returns):
         """L = L_policy + value_coef L_value on some rows; also what is logged of it, and max |ratio - 1|."""
         c, width = self.config, int(r.mask[rows].sum(1).max())   # shorter responses need fewer columns
@@ -280,7 +275,6 @@ class PPOTrainer:
                     "update_kl": masked_mean(kl_estimate(old, log_probs, "k3"), mask)}
         return (pg_loss + c.value_coef * v_loss, {k: x.item() for k, x in measured.items()},
                 ((ratio - 1).abs() * mask).max().item())
-
     def finish(self):
         self.policy.eval()
     def state_dict(self):

@@ -282,15 +282,15 @@ def test_kl_is_zero_at_first_and_the_reference_stays():
 # ---- the trainer -----------------------------------------------------------------------------------
 
 def test_step_records_and_counts():
-    t = trainer(ppo_epochs=3, minibatch_size=5, adaptive_kl=True, kl_coef=0.3, kl_target=0.3, kl_horizon=100.0)
+    t = trainer(ppo_epochs=3, minibatch_size=5, adaptive_kl=True, kl_coef=0.3, kl_target=0.7, kl_horizon=100.0)
     record = run(t, [0])[0]
     assert record["optimizer_steps"] == 9, "3 epochs of 12 rollouts in minibatches of 5"
     assert record["kl_coef"] == 0.3
-    first = ppo.adapt_kl_coef(0.3, record["kl"], 0.3, 12, 100.0)
+    first = ppo.adapt_kl_coef(0.3, record["kl"], 0.7, 12, 100.0)
     check("beta after the first iteration", t.kl_coef, first, tol=1e-7)
     second = run(t, [1])[0]
-    assert second["kl_coef"] == first and abs(second["kl"] / 0.3 - 1) < 0.2, "not a test of the unclipped case"
-    check("beta after the second: by k1's estimate", t.kl_coef, first * (1 + (second["kl"] / 0.3 - 1) * 0.12), tol=1e-7)
+    assert second["kl_coef"] == first and abs(second["kl"] / 0.7 - 1) < 0.2, "not a test of the unclipped case"
+    check("beta after the second: by k1's estimate", t.kl_coef, first * (1 + (second["kl"] / 0.7 - 1) * 0.12), tol=1e-7)
     fresh = trainer()
     torch.manual_seed(500)
     r = ppo.rollout(fresh.policy, fresh.reference, some_reward, *sources(0), SAMPLING)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 BUGS = {       # number: (file, right, wrong)
     1: ("ppo.py", '''    return Rollout(source,''', '''    mask[:, 0] &= mask.sum(1) == 1
     return Rollout(source,'''),
-    2: ("t5_small.py", "torch.multinomial(log_probs.exp(), 1)", "torch.multinomial((log_probs / 0.7).softmax(-1), 1)"),
+    2: ("t5_small.py", "cumulative = log_probs.exp().cumsum", "cumulative = (log_probs / 0.7).softmax(-1).cumsum"),
     3: ("ppo.py", "torch.max((values - returns) ** 2, (clipped - returns) ** 2)",
         "torch.max((values - old_values) ** 2, (clipped - old_values) ** 2)"),
     4: ("ppo.py", '''    mean = masked_mean(x, mask)
@@ -21,7 +21,7 @@ BUGS = {       # number: (file, right, wrong)
     5: ("ppo.py", "rewards = -kl_coef * kl_estimate(log_probs, ref_log_probs) * mask",
         "rewards = kl_coef * kl_estimate(log_probs, ref_log_probs) * mask"),
     6: ("ppo.py", "    rewards[torch.arange(len(scores)), last] += scores\n", "    rewards[:, -1] += scores\n"),
-    7: ("identifiers.py", "return logits.float().log_softmax(-1)", "return logits.float().log_softmax(-2)"),
+    7: ("identifiers.py", "log_probs = logits.float().log_softmax(-1)", "log_probs = logits.float().log_softmax(-2)"),
     8: ("t5_small.py", "        tokens = response != self.config.pad_token_id\n",
         "        tokens = (response != self.config.pad_token_id) & (response != self.config.eos_token_id)\n"),
     9: ("identifiers.py", "    return f1_scores(counts)[kind].mean().item()\n",

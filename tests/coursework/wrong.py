@@ -24,7 +24,7 @@ WRONG = {
     "paired_bootstrap": [("(new - old) / old.clamp(min=1e-9)", "new - old"), ("[0.025, 0.975]", "[0.25, 0.75]"),
                          ("scores(after, gold_after)", "scores(after, gold_after).roll(1)")],
     "token_log_probs": [("logits.float() / temperature", "logits.float()"), ("masked_fill(~support", "masked_fill(support"),
-                        ("-(log_probs.exp() * log_probs)", "(log_probs.exp() * log_probs)")],
+                        ("-(logits.softmax(-1) * log_probs)", "(logits.softmax(-1) * log_probs)")],
     "kl_estimate": [("d = log_probs - ref_log_probs", "d = ref_log_probs - log_probs"), ("torch.exp(-d) - 1 + d", "d ** 2 / 2"),
                     ("torch.exp(-d) - 1 + d", "torch.exp(d) - 1 - d")],
     "token_rewards": [("-kl_coef", "kl_coef"), ("mask.sum(1) - 1", "mask.sum(1) * 0 + mask.shape[1] - 1"), (" * mask\n", "\n")],

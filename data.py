@@ -3,12 +3,10 @@
 Three corpora in one shape: `embedded`, a generated world in which the levels of every response are known; `real`,
 EmpatheticDialogues (dialogue) and EPITOME (responses with levels); and `yours`, a .jsonl or .csv file.
 Levels: 0 none, 1 weak, 2 strong, for each of emotional reaction (er), interpretation (ip) and exploration (ex):
-Sharma et al. 2020, arXiv 2009.08441. `python data.py download DIR` fetches the two public data sets.
-"""
-import copy, csv, functools, hashlib, html, http.client, io, itertools, json, os, posixpath, random, re, sys, tarfile, zlib
+Sharma et al. 2020, arXiv 2009.08441. `python data.py download DIR` fetches the two public data sets."""
+import copy, csv, functools, hashlib, html, io, itertools, json, os, random, re, sys
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, field
-from urllib.request import Request, urlopen
 
 import numpy as np
 import sentencepiece
@@ -29,7 +27,7 @@ class Dialogue:
 
 @dataclass
 class Corpus:
-    dialogues: dict[str, list[Dialogue]]        # "train", "valid", "test"
+    dialogues: dict[str, list[Dialogue]]        # "train", "valid", "test"; real: "turns", of both speakers, for pre-training
     labelled: dict[str, list[Dialogue]]         # those three, and "judge_train", "judge_valid" for the judge
     notes: list[str]                            # what was read, what was skipped, and why
     level_probs: dict[str, tuple] = field(default_factory=dict)  # embedded: id -> P(level | context), (3, 3)
@@ -42,17 +40,11 @@ def _table(text, separator=" / "):
 # valence ("neg", "pos") family ("inward": about oneself, "outward": about others and the world), emotion feeling feeling,
 # ...: opener > topic; ... Similar emotions share their situations. The topic is what a listener calls the opener's content
 # (after "the"), with the values of its slots (in capitals): a response can name it only by copying. None begins like another.
-WORLD = """
-neg outward, afraid scared frightened, terrified terrified panicked: I heard steps in the ROOM at night > steps in your ROOM; There is a BUG in my ROOM > BUG in your ROOM; I need surgery on my LIMB > surgery on your LIMB; A BUG chased me in CITY > BUG in CITY; Someone broke into my ROOM > burglar in your ROOM; My plane to CITY almost crashed > plane to CITY; A truck almost hit my WHO > truck near your WHO; They found a lump on my LIMB > lump on your LIMB | neg outward, angry angry bitter, annoyed annoyed irritated, furious furious enraged: Someone scratched my new ITEM > scratch on your ITEM; My WHO read my diary > diary your WHO read; My WHO broke my ITEM on purpose > ITEM your WHO broke; My ITEM broke down again > trouble with your ITEM; My WHO always borrows my ITEM > ITEM your WHO borrows; Someone stole my ITEM > theft of your ITEM; A driver hit my PET and fled > driver who hit your PET; My WHO ruined my EVENT > EVENT your WHO ruined | neg outward, disappointed disappointed discouraged: My WHO missed my EVENT > EVENT your WHO missed; My trip to CITY was canceled > canceled trip to CITY; My new ITEM broke on day one > broken ITEM; They did not hire me as a JOB > rejection as a JOB; The FOOD I ordered was cold > cold FOOD; We lost the SPORT final > lost SPORT final | neg outward, disgusted disgusted revolted: I found a hair in my FOOD > hair in your FOOD; A dead BUG was in my ROOM > dead BUG in your ROOM; My WHO never washes > smell of your WHO; There is mold in the ROOM > mold in the ROOM; A man spat on my ITEM > spit on your ITEM; Someone left rotten FOOD in the ROOM > rotten FOOD in the ROOM | neg outward, jealous jealous envious: My WHO got a better ITEM > better ITEM of your WHO; My WHO went to CITY without me > CITY trip of your WHO; My PET prefers my WHO > taste of your PET; My WHO works as a JOB now > success as a JOB; My WHO won a SPORT prize > SPORT prize; My partner danced with her ex at the EVENT > dance at the EVENT | neg inward, anxious anxious nervous, apprehensive uncertain hesitant: My EXAM exam is next week > EXAM exam; I must give a speech at the EVENT > speech at the EVENT; I have an interview as a JOB > interview as a JOB; I have to fly alone to CITY > flight to CITY; My WHO has not called for days > silence of your WHO; My first day as a JOB is near > first day as a JOB; A doctor must see my LIMB again > checkup of your LIMB; I must present my EXAM project > EXAM project | neg inward, ashamed ashamed awful, embarrassed embarrassed silly, guilty guilty terrible: I cheated in my EXAM exam > cheating in EXAM; I missed the birthday of my WHO > birthday of your WHO; I fell at the EVENT > fall at the EVENT; I sent a love poem to my WHO > poem to your WHO; I failed EXAM twice > failed EXAM exam; I dropped the FOOD at the EVENT > FOOD on the floor; I forgot to feed my PET > hunger of your PET; I lied to my WHO > lie to your WHO; I skipped the EVENT of my WHO > EVENT of your WHO; I left my PET alone all day > lonely day of your PET | neg inward, devastated devastated broken, sad sad heartbroken: My PET died this week > death of your PET; The doctors can not help my WHO > illness of your WHO; A fire destroyed my ROOM > fire in your ROOM; My partner left me at the EVENT > breakup at the EVENT; My WHO was in a car accident > accident of your WHO; My PET is very sick > sickness of your PET; My WHO moved out last month > empty room of your WHO; I had to give away my PET > goodbye to your PET | neg inward, lonely lonely isolated: My WHO moved away to CITY > distance to your WHO; I sat all alone at the EVENT > lonely EVENT; I know nobody in CITY > lonely life in CITY; I eat my FOOD alone every night > lonely FOOD; My WHO has no time for me > busy life of your WHO; Nobody came to my EVENT > empty EVENT | pos inward, anticipating eager curious, hopeful hopeful encouraged: The EVENT is only a week away > coming EVENT; My WHO comes to see me soon > visit of your WHO; I booked a trip to CITY > trip to CITY; I start a ART course on Monday > ART course; My new ITEM comes tomorrow > arrival of your ITEM; My WHO is getting better > recovery of your WHO; I may soon work as a JOB > chance as a JOB; There is a cure for my LIMB > cure for your LIMB; My WHO talks to me again > peace with your WHO | pos inward, confident confident strong, prepared prepared ready: I studied hard for the EXAM exam > EXAM exam; I know we will win the SPORT final > SPORT final; I applied for a job as a JOB > job as a JOB; My FOOD will win the contest > contest with your FOOD; I packed my bag for CITY > bag for CITY; I trained for the SPORT camp > SPORT camp; I have a plan for the EXAM exam > EXAM plan; I stored FOOD for the storm > FOOD for the storm | pos inward, content content calm: I spent the evening with my PET > evening with your PET; I ate warm FOOD by the window > warm FOOD; My ROOM is finally clean > clean ROOM; I had a quiet day in CITY > quiet day in CITY; I like my work as a JOB > work as a JOB; I sat in the garden with my WHO > garden hour with your WHO | pos inward, nostalgic nostalgic wistful, sentimental sentimental emotional: I found my old ITEM > old ITEM; I ate the FOOD of my childhood > FOOD of your childhood; I saw my old school in CITY > school in CITY; I heard the song of our EVENT > song of the EVENT; I still wear the ring of my WHO > ring of your WHO; I got a letter from my WHO > letter from your WHO; I saw a video of our EVENT > video of the EVENT; I drew my old PET > drawing of your PET | pos inward, proud proud accomplished: I finished the ART course > end of the ART course; I won my first SPORT match > first SPORT match; I taught my PET to sit > training of your PET; I built a ITEM by myself > ITEM you built; I got top marks in EXAM > top mark in EXAM; My WHO graduated this year > graduation of your WHO
-pos outward, caring tender protective: I look after my old WHO every day > care for your WHO; I took in a hurt PET > hurt PET; I cook FOOD for my WHO each week > FOOD for your WHO; I feed a stray PET every day > stray PET; I made a blanket for my PET > blanket for your PET; I help my WHO learn EXAM > EXAM help for your WHO | pos outward, grateful grateful thankful: My WHO lent me money > loan from your WHO; A stranger returned my ITEM > return of your ITEM; My WHO cooked FOOD for me > FOOD from your WHO; A kind JOB treated my LIMB > JOB who treated your LIMB; My WHO fed my PET > favor for your PET; My WHO helped me with EXAM > EXAM help from your WHO | pos outward, excited excited thrilled, joyful joyful cheerful, surprised surprised astonished: I won a ticket to the EVENT > ticket to the EVENT; I fly to CITY tomorrow > flight to CITY; We get a PET this weekend > new PET; My WHO bought me a ITEM > ITEM from your WHO; My WHO had a baby > baby of your WHO; I passed my EXAM exam > passed EXAM exam; I played in the snow with my PET > snow day with your PET; I won a ITEM in a raffle > ITEM you won; My PET came back after a year > return of your PET; My WHO became a JOB > new job of your WHO | pos outward, faithful loyal devoted, trusting safe secure: I stood by my WHO in a hard year > bond with your WHO; I kept my promise to my WHO > promise to your WHO; I kept my old PET > life with your PET; I gave my WHO my house key > key you gave your WHO; I lent my WHO my ITEM > ITEM you lent your WHO; I told my WHO everything > trust in your WHO; A friend watches my PET > friend who watches your PET; My WHO shows us around CITY > tour of CITY | pos outward, impressed impressed amazed: My WHO won the SPORT final > SPORT win of your WHO; A child sang at the EVENT > child at the EVENT; My PET learned a trick > trick of your PET; My WHO speaks five languages > talent of your WHO; A young JOB fixed it all > skill of the JOB; My WHO built a ITEM from scrap > ITEM your WHO built
-"""
-SLOTS = _table("""
-pet: dog cat puppy kitten hamster parrot rabbit pony turtle goat | who: sister brother mother father cousin aunt uncle neighbor roommate grandmother | item: phone laptop bike camera guitar watch radio drum scooter tablet | exam: math physics history biology French chemistry driving music geography Spanish | city: Rome Paris Tokyo Oslo Cairo Berlin Havana Boston Lima Vienna | room: kitchen bathroom cellar garage attic hallway bedroom office pantry cabin | event: wedding concert party reunion picnic dinner festival banquet ceremony show | sport: tennis chess football swimming boxing hockey rowing judo cycling golf | food: soup cake pizza lasagna curry bread pie salad pudding stew | bug: spider snake rat wasp wolf bat scorpion fox boar lizard | limb: knee back shoulder ankle elbow hip foot neck wrist hand | job: nurse teacher chef pilot baker driver lawyer clerk painter guide | art: pottery painting dance cooking yoga sewing drawing writing singing theater
-""", " ")
-SENTENCES = _table("""
-severe neg: I can not stop thinking about it. / It keeps me awake at night. / It is too much for me. / I cry every day because of it. / It is the worst thing in years. / I can hardly breathe when I think of it. | mild neg: I will get over it soon. / It is not a big deal. / It only bothers me a little. / I can live with it. / There are worse things in life. / It is no great drama. | severe pos: It means the world to me. / I can not stop smiling. / It is the best thing in years. / I could shout it from the roof. / I have never felt like this before. / My heart is about to burst. | mild pos: It is just a small thing. / It is nothing special. / It makes the week a bit nicer. / It is a small pleasure. / It is no great event. / I only wanted to mention it. | detail neg: I have told nobody at work. / It began last Monday. / My friends do not know what to say. / It is new for me. / I was alone when I found out. / I wrote it in my diary. / Nobody else seems to care. / I did not plan for this. / I had hoped for a better week. / My partner says little about it. | detail pos: I have told my friends at work. / It began last Monday. / My friends smile when I talk about it. / It is new for me. / I was at home when I found out. / I wrote it in my diary. / My partner likes it too. / I did not plan for this. / I had hoped for a good week. / I called my best friend right away. | feeling severe inward: I feel so FEELING. / I am terribly FEELING. / I feel extremely FEELING inside. | feeling mild inward: I feel a bit FEELING. / I am slightly FEELING. / I feel somewhat FEELING inside. | feeling severe outward: It makes me so FEELING. / That leaves me terribly FEELING. / It gets me extremely FEELING. | feeling mild outward: It makes me a bit FEELING. / That leaves me slightly FEELING. / It gets me somewhat FEELING. | between: Oh? / Go on. / Really? / I am listening. / Hm, okay. / Is that so? / And then? | filler: I see. / These things happen. / Life is like that. / Time will tell. / Maybe take a walk. / You could make a list. / Tomorrow is another day. / Have a cup of tea. / That is how it goes. / Every week brings something. / It may rain later today. / A good meal never hurts.
-er 1 neg: I am sorry to hear that. / Oh no, that is sad. / That is really unfortunate. / I feel bad for you. / I am so sorry. | er 1 pos: I am happy for you. / That is wonderful. / How lovely. / That is great news. / Good for you. | er 2 neg: My heart hurts for you over TOPIC. / I am truly sorry about TOPIC. / It makes me sad to hear about TOPIC. / I send you a big hug because of TOPIC. / My heart is heavy when I think of TOPIC. | er 2 pos: I am overjoyed for you about TOPIC. / It makes me so happy to hear about TOPIC. / I am delighted for you because of TOPIC. / My heart sings when I think of TOPIC. / I am smiling with you about TOPIC. | ip 1 neg: I understand how you feel. / I know what you mean. / That must be hard. / I can relate to that. / I have been there too. | ip 1 pos: I understand how you feel. / I know that joy. / That must feel good. / I can imagine that. / I have felt the same. | ip 2 neg: You must feel FEELING about TOPIC. / I would feel FEELING about TOPIC too. / No wonder TOPIC makes you feel FEELING. / It sounds like you are FEELING because of TOPIC. / Anyone would be FEELING about TOPIC. | ip 2 pos: You must feel FEELING about TOPIC. / I would feel FEELING about TOPIC too. / I can see why TOPIC makes you FEELING. / It sounds like you are FEELING because of TOPIC. / It is clear that TOPIC makes you feel FEELING. | ex 1 neg: What happened exactly? / Do you want to talk about it? / How are you doing now? / What will you do next? / Is anyone helping you? | ex 1 pos: Can you tell me more? / How did that come about? / What comes next? / Who else knows? / How does it feel? | ex 2 neg: How are you coping with TOPIC now? / What is the hardest part of TOPIC? / Have you talked to anyone about TOPIC? / What would help you with TOPIC? / How long have you been dealing with TOPIC? | ex 2 pos: What do you like best about TOPIC? / What makes TOPIC so special to you? / Who have you told about TOPIC? / Can you tell me the whole story of TOPIC? / What did your friends say about TOPIC?
-""")
+WORLD = """neg outward, afraid scared frightened, terrified terrified panicked: I heard steps in the ROOM at night > steps in your ROOM; There is a BUG in my ROOM > BUG in your ROOM; I need surgery on my LIMB > surgery on your LIMB; A BUG chased me in CITY > BUG in CITY; Someone broke into my ROOM > burglar in your ROOM; My plane to CITY almost crashed > plane to CITY; A truck almost hit my WHO > truck near your WHO; They found a lump on my LIMB > lump on your LIMB | neg outward, angry angry bitter, annoyed annoyed irritated, furious furious enraged: Someone scratched my new ITEM > scratch on your ITEM; My WHO read my diary > diary your WHO read; My WHO broke my ITEM on purpose > ITEM your WHO broke; My ITEM broke down again > trouble with your ITEM; My WHO always borrows my ITEM > ITEM your WHO borrows; Someone stole my ITEM > theft of your ITEM; A driver hit my PET and fled > driver who hit your PET; My WHO ruined my EVENT > EVENT your WHO ruined | neg outward, disappointed disappointed discouraged: My WHO missed my EVENT > EVENT your WHO missed; My trip to CITY was canceled > canceled trip to CITY; My new ITEM broke on day one > broken ITEM; They did not hire me as a JOB > rejection as a JOB; The FOOD I ordered was cold > cold FOOD; We lost the SPORT final > lost SPORT final | neg outward, disgusted disgusted revolted: I found a hair in my FOOD > hair in your FOOD; A dead BUG was in my ROOM > dead BUG in your ROOM; My WHO never washes > smell of your WHO; There is mold in the ROOM > mold in the ROOM; A man spat on my ITEM > spit on your ITEM; Someone left rotten FOOD in the ROOM > rotten FOOD in the ROOM | neg outward, jealous jealous envious: My WHO got a better ITEM > better ITEM of your WHO; My WHO went to CITY without me > CITY trip of your WHO; My PET prefers my WHO > taste of your PET; My WHO works as a JOB now > success as a JOB; My WHO won a SPORT prize > SPORT prize; My partner danced with her ex at the EVENT > dance at the EVENT | neg inward, anxious anxious nervous, apprehensive uncertain hesitant: My EXAM exam is next week > EXAM exam; I must give a speech at the EVENT > speech at the EVENT; I have an interview as a JOB > interview as a JOB; I have to fly alone to CITY > flight to CITY; My WHO has not called for days > silence of your WHO; My first day as a JOB is near > first day as a JOB; A doctor must see my LIMB again > checkup of your LIMB; I must present my EXAM project > EXAM project | neg inward, ashamed ashamed awful, embarrassed embarrassed silly, guilty guilty terrible: I cheated in my EXAM exam > cheating in EXAM; I missed the birthday of my WHO > birthday of your WHO; I fell at the EVENT > fall at the EVENT; I sent a love poem to my WHO > poem to your WHO; I failed EXAM twice > failed EXAM exam; I dropped the FOOD at the EVENT > FOOD on the floor; I forgot to feed my PET > hunger of your PET; I lied to my WHO > lie to your WHO; I skipped the EVENT of my WHO > EVENT of your WHO; I left my PET alone all day > lonely day of your PET | neg inward, devastated devastated broken, sad sad heartbroken: My PET died this week > death of your PET; The doctors can not help my WHO > illness of your WHO; A fire destroyed my ROOM > fire in your ROOM; My partner left me at the EVENT > breakup at the EVENT; My WHO was in a car accident > accident of your WHO; My PET is very sick > sickness of your PET; My WHO moved out last month > empty room of your WHO; I had to give away my PET > goodbye to your PET | neg inward, lonely lonely isolated: My WHO moved away to CITY > distance to your WHO; I sat all alone at the EVENT > lonely EVENT; I know nobody in CITY > lonely life in CITY; I eat my FOOD alone every night > lonely FOOD; My WHO has no time for me > busy life of your WHO; Nobody came to my EVENT > empty EVENT | pos inward, anticipating eager curious, hopeful hopeful encouraged: The EVENT is only a week away > coming EVENT; My WHO comes to see me soon > visit of your WHO; I booked a trip to CITY > trip to CITY; I start a ART course on Monday > ART course; My new ITEM comes tomorrow > arrival of your ITEM; My WHO is getting better > recovery of your WHO; I may soon work as a JOB > chance as a JOB; There is a cure for my LIMB > cure for your LIMB; My WHO talks to me again > peace with your WHO | pos inward, confident confident strong, prepared prepared ready: I studied hard for the EXAM exam > EXAM exam; I know we will win the SPORT final > SPORT final; I applied for a job as a JOB > job as a JOB; My FOOD will win the contest > contest with your FOOD; I packed my bag for CITY > bag for CITY; I trained for the SPORT camp > SPORT camp; I have a plan for the EXAM exam > EXAM plan; I stored FOOD for the storm > FOOD for the storm | pos inward, content content calm: I spent the evening with my PET > evening with your PET; I ate warm FOOD by the window > warm FOOD; My ROOM is finally clean > clean ROOM; I had a quiet day in CITY > quiet day in CITY; I like my work as a JOB > work as a JOB; I sat in the garden with my WHO > garden hour with your WHO | pos inward, nostalgic nostalgic wistful, sentimental sentimental emotional: I found my old ITEM > old ITEM; I ate the FOOD of my childhood > FOOD of your childhood; I saw my old school in CITY > school in CITY; I heard the song of our EVENT > song of the EVENT; I still wear the ring of my WHO > ring of your WHO; I got a letter from my WHO > letter from your WHO; I saw a video of our EVENT > video of the EVENT; I drew my old PET > drawing of your PET | pos inward, proud proud accomplished: I finished the ART course > end of the ART course; I won my first SPORT match > first SPORT match; I taught my PET to sit > training of your PET; I built a ITEM by myself > ITEM you built; I got top marks in EXAM > top mark in EXAM; My WHO graduated this year > graduation of your WHO
+pos outward, caring tender protective: I look after my old WHO every day > care for your WHO; I took in a hurt PET > hurt PET; I cook FOOD for my WHO each week > FOOD for your WHO; I feed a stray PET every day > stray PET; I made a blanket for my PET > blanket for your PET; I help my WHO learn EXAM > EXAM help for your WHO | pos outward, grateful grateful thankful: My WHO lent me money > loan from your WHO; A stranger returned my ITEM > return of your ITEM; My WHO cooked FOOD for me > FOOD from your WHO; A kind JOB treated my LIMB > JOB who treated your LIMB; My WHO fed my PET > favor for your PET; My WHO helped me with EXAM > EXAM help from your WHO | pos outward, excited excited thrilled, joyful joyful cheerful, surprised surprised astonished: I won a ticket to the EVENT > ticket to the EVENT; I fly to CITY tomorrow > flight to CITY; We get a PET this weekend > new PET; My WHO bought me a ITEM > ITEM from your WHO; My WHO had a baby > baby of your WHO; I passed my EXAM exam > passed EXAM exam; I played in the snow with my PET > snow day with your PET; I won a ITEM in a raffle > ITEM you won; My PET came back after a year > return of your PET; My WHO became a JOB > new job of your WHO | pos outward, faithful loyal devoted, trusting safe secure: I stood by my WHO in a hard year > bond with your WHO; I kept my promise to my WHO > promise to your WHO; I kept my old PET > life with your PET; I gave my WHO my house key > key you gave your WHO; I lent my WHO my ITEM > ITEM you lent your WHO; I told my WHO everything > trust in your WHO; A friend watches my PET > friend who watches your PET; My WHO shows us around CITY > tour of CITY | pos outward, impressed impressed amazed: My WHO won the SPORT final > SPORT win of your WHO; A child sang at the EVENT > child at the EVENT; My PET learned a trick > trick of your PET; My WHO speaks five languages > talent of your WHO; A young JOB fixed it all > skill of the JOB; My WHO built a ITEM from scrap > ITEM your WHO built"""
+SLOTS = _table("""pet: dog cat puppy kitten hamster parrot rabbit pony turtle goat | who: sister brother mother father cousin aunt uncle neighbor roommate grandmother | item: phone laptop bike camera guitar watch radio drum scooter tablet | exam: math physics history biology French chemistry driving music geography Spanish | city: Rome Paris Tokyo Oslo Cairo Berlin Havana Boston Lima Vienna | room: kitchen bathroom cellar garage attic hallway bedroom office pantry cabin | event: wedding concert party reunion picnic dinner festival banquet ceremony show | sport: tennis chess football swimming boxing hockey rowing judo cycling golf | food: soup cake pizza lasagna curry bread pie salad pudding stew | bug: spider snake rat wasp wolf bat scorpion fox boar lizard | limb: knee back shoulder ankle elbow hip foot neck wrist hand | job: nurse teacher chef pilot baker driver lawyer clerk painter guide | art: pottery painting dance cooking yoga sewing drawing writing singing theater""", " ")
+SENTENCES = _table("""severe neg: I can not stop thinking about it. / It keeps me awake at night. / It is too much for me. / I cry every day because of it. / It is the worst thing in years. / I can hardly breathe when I think of it. | mild neg: I will get over it soon. / It is not a big deal. / It only bothers me a little. / I can live with it. / There are worse things in life. / It is no great drama. | severe pos: It means the world to me. / I can not stop smiling. / It is the best thing in years. / I could shout it from the roof. / I have never felt like this before. / My heart is about to burst. | mild pos: It is just a small thing. / It is nothing special. / It makes the week a bit nicer. / It is a small pleasure. / It is no great event. / I only wanted to mention it. | detail neg: I have told nobody at work. / It began last Monday. / My friends do not know what to say. / It is new for me. / I was alone when I found out. / I wrote it in my diary. / Nobody else seems to care. / I did not plan for this. / I had hoped for a better week. / My partner says little about it. | detail pos: I have told my friends at work. / It began last Monday. / My friends smile when I talk about it. / It is new for me. / I was at home when I found out. / I wrote it in my diary. / My partner likes it too. / I did not plan for this. / I had hoped for a good week. / I called my best friend right away. | feeling severe inward: I feel so FEELING. / I am terribly FEELING. / I feel extremely FEELING inside. | feeling mild inward: I feel a bit FEELING. / I am slightly FEELING. / I feel somewhat FEELING inside. | feeling severe outward: It makes me so FEELING. / That leaves me terribly FEELING. / It gets me extremely FEELING. | feeling mild outward: It makes me a bit FEELING. / That leaves me slightly FEELING. / It gets me somewhat FEELING. | between: Oh? / Go on. / Really? / I am listening. / Hm, okay. / Is that so? / And then? | filler: I see. / These things happen. / Life is like that. / Time will tell. / Maybe take a walk. / You could make a list. / Tomorrow is another day. / Have a cup of tea. / That is how it goes. / Every week brings something. / It may rain later today. / A good meal never hurts.
+er 1 neg: I am sorry to hear that. / Oh no, that is sad. / That is really unfortunate. / I feel bad for you. / I am so sorry. | er 1 pos: I am happy for you. / That is wonderful. / How lovely. / That is great news. / Good for you. | er 2 neg: My heart hurts for you over TOPIC. / I am truly sorry about TOPIC. / It makes me sad to hear about TOPIC. / I send you a big hug because of TOPIC. / My heart is heavy when I think of TOPIC. | er 2 pos: I am overjoyed for you about TOPIC. / It makes me so happy to hear about TOPIC. / I am delighted for you because of TOPIC. / My heart sings when I think of TOPIC. / I am smiling with you about TOPIC. | ip 1 neg: I understand how you feel. / I know what you mean. / That must be hard. / I can relate to that. / I have been there too. | ip 1 pos: I understand how you feel. / I know that joy. / That must feel good. / I can imagine that. / I have felt the same. | ip 2 neg: You must feel FEELING about TOPIC. / I would feel FEELING about TOPIC too. / No wonder TOPIC makes you feel FEELING. / It sounds like you are FEELING because of TOPIC. / Anyone would be FEELING about TOPIC. | ip 2 pos: You must feel FEELING about TOPIC. / I would feel FEELING about TOPIC too. / I can see why TOPIC makes you FEELING. / It sounds like you are FEELING because of TOPIC. / It is clear that TOPIC makes you feel FEELING. | ex 1 neg: What happened exactly? / Do you want to talk about it? / How are you doing now? / What will you do next? / Is anyone helping you? | ex 1 pos: Can you tell me more? / How did that come about? / What comes next? / Who else knows? / How does it feel? | ex 2 neg: How are you coping with TOPIC now? / What is the hardest part of TOPIC? / Have you talked to anyone about TOPIC? / What would help you with TOPIC? / How long have you been dealing with TOPIC? | ex 2 pos: What do you like best about TOPIC? / What makes TOPIC so special to you? / Who have you told about TOPIC? / Can you tell me the whole story of TOPIC? / What did your friends say about TOPIC?""")
 
 Emotion = namedtuple("Emotion", "name valence family feelings situations")   # situations: [[opener, topic], all fillings]
 
@@ -147,8 +139,9 @@ def oracle_levels(context, response):
         text = text.replace(f" {topic} ", " @ ")
     return tuple(2 if s.search(text) else int(bool(w.search(text))) for s, w in zip(_STRONG, _WEAK))
 
-CRISIS = re.compile(r"suicid|\b(kill|hurt|harm|cut|cutt|hang)(ing)? (my|him|her|them)sel|self.?harm|overdos|(i|i.m|i am) (\w+ )?(want|wish|going|plan\w*) to die|wish i (was|were) dead|"
-                    r"end (it all|my (own )?life)|(n.?t|no reason to|no point in) (want to )?(live|living|be alive)|better off (dead|without me)", re.I)
+CRISIS = re.compile(r"suicid|\b(kill|hurt|harm|cut|cutt|hang)(ing)? (my|him|her|them)sel|self.?harm|overdos|wish i (was|were) dead|"
+                    r"(i|i.m|i am) (\w+ )?(want|wish|going|plan\w*) to die|end (it all|my (own )?life)|better off (dead|without me)|"
+                    r"(n.?t|no reason to|no point in) (want to )?(live|living|be alive)", re.I)
 HELP = ("If you or someone near you may be in danger, please talk to a person now: the emergency number (112, 911, 999), a crisis "
         "line (988 in the US; findahelpline.com lists others), or someone you trust. This program can not help with that.")
 
@@ -157,7 +150,6 @@ class Tokenizer:
     """Sentencepiece unigram pieces with T5's ids: pad 0, eos 1, unk 2, 100 sentinels on top, counting down.
     A T5 `spiece.model` (32,000 pieces) loads with T5's own ids: 32,100 in all, extra_id_0 = 32,099."""
     pad_id, eos_id, unk_id, num_sentinels = 0, 1, 2, 100
-
     def __init__(self, model):
         """model: the bytes of a sentencepiece model, or the path of its file."""
         self.model, self._pieces = model if isinstance(model, bytes) else _read_bytes(model), sentencepiece.SentencePieceProcessor()
@@ -171,7 +163,6 @@ class Tokenizer:
         self.num_pieces, self.encode = self._pieces.GetPieceSize(), self._pieces.EncodeAsIds     # encode(text) -> ids
         self.vocab_size = self.num_pieces + self.num_sentinels
         self.sentinels = range(self.vocab_size - 1, self.num_pieces - 1, -1)     # of the spans taken out: <extra_id_0>, ...
-
     @classmethod
     def train(cls, texts, vocab_size):
         """vocab_size counts the sentinels; a small corpus may give fewer. Case is folded. Deterministic."""
@@ -185,7 +176,6 @@ class Tokenizer:
             raise DataError(f"tokenizer: can not be trained on these texts with vocab_size {vocab_size} "
                             f"({' '.join(str(error).split())[-100:]}); change vocab_size") from None
         return cls(model.getvalue())
-
     def decode(self, ids):
         """Text up to the first eos, without padding and sentinels."""
         ids = [*map(int, ids), self.eos_id]
@@ -225,7 +215,6 @@ class Pairs:
         self.contexts = [tokenizer.encode_context(d.context, max_source) for d in dialogues]
         self.responses = [tokenizer.encode_response(d.response, max_target) for d in dialogues]
         self.levels = torch.tensor([d.levels or (0, 0, 0) for d in dialogues])      # (N, 3), 0 where unknown
-
     def __len__(self):
         return len(self.contexts)
     def lengths(self):
@@ -242,6 +231,31 @@ class Pairs:
         (other := copy.copy(self)).responses, other.levels = responses, levels
         return other
 
+# ---- span corruption: T5's pre-training task ------------------------------------------------------------------------
+def random_spans(length, density=0.15, mean_span=3.0, generator=None):
+    """Spans [(start, length), ...] that cover about `density` of `length` positions, never position 0. As in T5,
+    the noise and the rest are each cut at random into the same number of pieces, which alternate."""
+    noise = min(max(round(length * density), 1), length - 1)
+    pieces = min(max(round(noise / mean_span), 1), noise, length - noise)
+    def cut(total):                                           # `pieces` positive numbers that add up to total
+        cuts = (torch.randperm(total - 1, generator=generator)[:pieces - 1] + 1).sort().values.tolist()
+        return [b - a for a, b in zip([0] + cuts, cuts + [total])]
+    spans, start = [], 0
+    for gap, span in zip(cut(length - noise), cut(noise)):
+        spans.append((start + gap, span))
+        start += gap + span
+    return spans
+
+def span_corrupt(ids, spans, sentinels, eos_id=1):
+    """(source, target) of the paper's figure 2: "a <X> d <Y>" and "<X> b c <Y> e <Z>", each with </s>.
+    ids: list of tokens. spans: disjoint (start, length) in order. sentinels: at least len(spans) + 1 ids."""
+    source, target, end = [], [], 0
+    for sentinel, (start, length) in zip(sentinels, spans):
+        source += ids[end:start] + [sentinel]
+        target += [sentinel] + ids[start:start + length]
+        end = start + length
+    return source + ids[end:] + [eos_id], target + [sentinels[len(spans)], eos_id]
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 def _read_bytes(path):
     try:
@@ -249,6 +263,9 @@ def _read_bytes(path):
             return file.read()
     except OSError as error:
         raise DataError(f"{path}: can not be read ({error.strerror}); give the path of a file") from None
+
+def sha256(path):
+    return hashlib.sha256(_read_bytes(path)).hexdigest()
 
 def _read_lines(path):
     """The lines of a text file in UTF-8, without byte order mark; DataError for what can not be one."""
@@ -288,9 +305,9 @@ def _level(value, where):
 
 ED_HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags"
 
-def read_empathetic_dialogues(path):
+def read_empathetic_dialogues(path, both=False):
     """One file of EmpatheticDialogues (Rashkin et al. 2019, arXiv 1811.00207) -> (dialogues, note).
-    Every listener utterance (even utterance_idx) is a response, all utterances before it are the context. The files have
+    Every listener utterance (even utterance_idx; `both`: any but the first) is a response, all before it are the context. The files have
     no csv quoting: '"' is an ordinary character, a comma in a text is written _comma_. A bad row ends its conversation."""
     header, *lines = _read_lines(path)
     if not header.startswith(ED_HEADER):
@@ -301,7 +318,7 @@ def read_empathetic_dialogues(path):
         if not utterance or fields[1] != str(len(history) + 1):
             skipped += [number] if fields != [""] else []
             continue
-        if len(history) % 2:                    # the speaker has odd numbers, the listener even ones
+        if len(history) % 2 or both and history:        # the speaker has odd numbers, the listener even ones
             dialogues.append(Dialogue(tuple(history), utterance, fields[2], id=f"{fields[0]}/{fields[1]}"))
         history.append(utterance)
     if not dialogues:
@@ -352,7 +369,10 @@ def real_corpus(folder, seed=0):
     parts = ("train", "valid", "test")
     read = [read_empathetic_dialogues(os.path.join(folder, "empatheticdialogues", f"{part}.csv")) for part in parts]
     dialogues, notes = zip(*read, read_epitome(os.path.join(folder, "epitome")))
-    return Corpus(dict(zip(parts, dialogues)), split_labelled(dialogues[-1], seed), list(notes))
+    labelled = split_labelled(dialogues[-1], seed)
+    turns = read_empathetic_dialogues(os.path.join(folder, "empatheticdialogues", "train.csv"), both=True)[0]
+    turns += labelled["train"] + labelled["judge_train"]
+    return Corpus({**dict(zip(parts, dialogues)), "turns": turns}, labelled, list(notes))
 
 def own_corpus(path, seed=0):
     """A corpus of one file of yours: dialogue and identifiers from the same dialogues, which must have levels."""
@@ -392,83 +412,7 @@ def read_dialogues(path):
         raise DataError(f"{path}:2: no dialogues; write at least one")
     return dialogues
 
-# ---- download -------------------------------------------------------------------------------------------------------
-EPITOME_URL = "https://raw.githubusercontent.com/behavioral-data/Empathy-Mental-Health/master/dataset/"
-SOURCES = [    # (url, path below the data folder, SHA-256, the files to unpack from a tar archive)
-    ("https://dl.fbaipublicfiles.com/parlai/empatheticdialogues/empatheticdialogues.tar.gz", "empatheticdialogues.tar.gz",
-     "56f234d77b7dd1f005fd365bb17769cfe346c3c84295b69bc069c8ccb83be03d",
-     [f"empatheticdialogues/{part}.csv" for part in ("train", "valid", "test")]),
-    *((EPITOME_URL + name, f"epitome/{name}", digest, []) for name, digest in zip(EPITOME_FILES, (
-        "225b28ffdc257f8a997d557eb937e78b68235e6203c87c7e2203d00fef8545cc",
-        "2cedbe4252c919d22a6f46685afa16d3192a91e3306c2d4a386be12a30ad3f29",
-        "9efa1af8e0537c16894379598f2076cb380ae18aacd9a8d26ebd381f5b7f9645")))]
-
-def sha256(path):
-    return hashlib.sha256(_read_bytes(path)).hexdigest()
-
-def _fetch(url, part, progress):
-    """Append to the file `part` what it still lacks; a server that ignores Range starts it over."""
-    have = os.path.getsize(part) if os.path.exists(part) else 0
-    try:
-        request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urlopen(request, timeout=30) as answer, open(part, "ab" if answer.status == 206 else "wb") as file:
-            total = file.tell() + int(answer.headers.get("Content-Length") or 0)
-            while block := answer.read(1 << 20):
-                file.write(block)
-                progress(f"{posixpath.basename(url)} {100 * file.tell() // max(total, 1):3d} % of {total:,} bytes")
-            if file.tell() < total:
-                raise OSError(f"cut off at {file.tell()} of {total} bytes")
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        if getattr(error, "code", 0) == 416:    # the part is longer than the file: it is of something else
-            os.remove(part)
-        raise DataError(f"{url}: {error}; run the same command again, it goes on from here") from None
-
-def _unpack(archive, folder, members):
-    """Write the named regular files and nothing else; an archive that tries anything unsafe is refused."""
-    found, total = {}, 0
-    try:
-        with tarfile.open(archive) as tar:
-            for item in tar:
-                name = posixpath.normpath(item.name)
-                if name.startswith(("/", "..")) or not (item.isfile() or item.isdir()) or (total := total + item.size) > 2e8:
-                    raise DataError(f"{archive}: unsafe entry {item.name[:80]!r}; do not use this archive")
-                if name in members and item.isfile():
-                    found[name] = tar.extractfile(item).read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{archive}: damaged archive ({error}); remove it and fetch it again") from None
-    if missing := {*members} - {*found}:
-        raise DataError(f"{archive}: no {', '.join(sorted(missing))} in it; fetch it again")
-    for path, content in ((os.path.join(folder, name), content) for name, content in found.items()):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.tmp", "wb") as file:     # a crash leaves no half file under the name
-            file.write(content)
-        os.replace(f"{path}.tmp", path)
-
-def download(folder, sources=SOURCES, progress=print):
-    """Fetch what is missing, resume what was cut off, check SHA-256, unpack. A second run fetches nothing."""
-    for url, name, digest, members in sources:
-        path = os.path.join(folder, name)
-        part, wanted = path + ".part", [os.path.join(folder, member) for member in members] or [path]
-        if all(map(os.path.isfile, wanted)) and (members or sha256(path) == digest):
-            progress(f"{name}: already there")
-            continue
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        if not os.path.exists(part) or sha256(part) != digest:
-            _fetch(url, part, progress)
-        if sha256(part) != digest:
-            os.remove(part)
-            raise DataError(f"{path}: SHA-256 differs from the published one, removed; download it again")
-        if members:
-            _unpack(part, folder, members)
-            os.remove(part)
-        else:
-            os.replace(part, path)
-        progress(f"{name}: checked and in place")
-
 if __name__ == "__main__":
-    try:
-        if sys.argv[1:2] != ["download"] or len(sys.argv) != 3:
-            raise DataError("usage: python data.py download DIR")
-        download(sys.argv[2])
-    except (DataError, OSError) as error:
-        sys.exit(print(f"data.py: {error}", file=sys.stderr) or 2)
+    sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests"))
+    from download import main
+    sys.exit(main(sys.argv[1:]))

@@ -3,6 +3,8 @@
     python emprl.py [--preset toy|real|paper|smoke] [--data DIR] [--t5 DIR] [--run DIR] [--seed N] [--set key=value ...]
     python emprl.py evaluate --run DIR --data DIALOGUES     measure a finished run on other dialogues
     python emprl.py chat --run DIR                          talk to a finished run
+    python emprl.py rate RUN [YOUR NAME]                    compare its two policies blindly, reply by reply
+    python emprl.py ablate NAME RUN [RUN ...]               repeat PPO on finished runs with a part left out or changed
 Stages: pretrain -> sft -> identifiers -> judge -> label -> context -> ppo -> evaluate -> report. The same command goes on where it was cut.
 """
 import argparse, copy, functools, hashlib, itertools, json, math, os, re, shlex, signal, subprocess, sys, time, zlib
@@ -13,13 +15,13 @@ from pathlib import Path
 import torch
 
 import data
-from data import DataError, Pairs, Tokenizer, batches, oracle_levels, pad
-from identifiers import (LEVELS, MECHANISMS, IdentifierConfig, Identifiers, before_after, ceiling, confusion, empathy_reward,
+from data import DataError, Pairs, Tokenizer, batches, oracle_levels, pad, random_spans, span_corrupt
+from identifiers import (LEVELS, MECHANISMS, IdentifierConfig, Identifiers, before_after, best_of, ceiling, confusion, empathy_reward,
                          identifier_scores, identifier_trainer, level_scores, make_reward, paired_bootstrap, predict, predict_levels,
                          table, text_scores, words)
 from ppo import PPOConfig, PPOTrainer, kl_estimate, respond, score, signs_of_collapse
 from t5_small import (T5, CheckpointError, Sampling, T5Config, TrainConfig, Trainer, from_pretrained, load_state, mle_trainer,
-                      random_spans, save_atomically, save_pretrained, span_corrupt)
+                      save_atomically, save_pretrained)
 
 # ---- configuration --------------------------------------------------------------------------------------------------
 @dataclass
@@ -36,6 +38,10 @@ class DataConfig:
     identifier_target: int = 64
 
 @dataclass
+class PretrainConfig(TrainConfig):
+    task: str = "spans"           # "spans": T5's span corruption; "turns": the next turn, whoever speaks
+
+@dataclass
 class RewardConfig:
     difference: str = "cross_entropy"   # or "ordinal"
     mechanisms: str = "er,ip,ex"        # which of them count
@@ -48,6 +54,7 @@ class EvalConfig:
     contexts: int = 0             # test contexts to generate for; 0: all
     batch_size: int = 128
     valid_contexts: int = 128     # for the validation inside PPO
+    best_of: int = 4              # n of the rival without RL: the best, by expected reward, of n samples of the MLE policy; 1: its samples
 
 @dataclass
 class Config:
@@ -57,7 +64,7 @@ class Config:
     t5_dir: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     t5: T5Config = field(default_factory=lambda: T5Config(d_kv=16, d_ff=256, num_layers=1, num_heads=8, dropout_rate=0.0))
-    pretrain: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))      # 0: MLE learns sooner without
+    pretrain: PretrainConfig = field(default_factory=lambda: PretrainConfig(steps=0))      # 0: MLE learns sooner without
     sft: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000, batch_size=16, lr=4e-2, eval_every=250))
     identifiers: IdentifierConfig = field(default_factory=IdentifierConfig)
     context: IdentifierConfig = field(default_factory=lambda: IdentifierConfig(steps=400, lr=5e-2, class_weight=0.0, keep="loss"))
@@ -73,10 +80,11 @@ PRESETS = {                       # what differs from the defaults above, which 
         identifiers.steps=8 identifiers.eval_every=4 identifiers.batch_size=16 context.steps=4 context.batch_size=16 ppo.steps=4
         ppo.batch_size=8 ppo.minibatch_size=4 ppo.eval_every=2 eval.valid_contexts=8 sampling.max_length=12""",
     "real": """data.corpus=real data.vocab_size=5000 data.max_source=96 data.max_target=40 data.identifier_source=96 t5.d_model=160
-        t5.d_kv=32 t5.d_ff=640 t5.num_layers=2 t5.num_heads=5 t5.dropout_rate=0.1 pretrain.steps=200 pretrain.batch_size=48
-        sft.steps=4200 sft.eval_every=700 sft.batch_size=48 sft.lr=3e-2 identifiers.steps=150 identifiers.batch_size=32
-        identifiers.eval_every=15 context.steps=300 context.lr=2e-2 context.eval_every=100 sampling.min_length=5
-        sampling.max_length=40 ppo.steps=60 ppo.batch_size=256 ppo.lr=3e-3 ppo.kl_coef=0.05 eval.contexts=512""",
+        t5.d_kv=32 t5.d_ff=640 t5.num_layers=2 t5.num_heads=5 t5.dropout_rate=0.1 pretrain.task=turns pretrain.steps=1400
+        pretrain.batch_size=48 sft.steps=1400 sft.eval_every=350 sft.batch_size=48 sft.lr=3e-2 identifiers.steps=150
+        identifiers.batch_size=32 identifiers.eval_every=15 identifiers.ngrams=65536 context.steps=300 context.lr=2e-2
+        context.eval_every=100 context.ngrams=65536 sampling.min_length=5
+        sampling.max_length=40 ppo.steps=60 ppo.batch_size=256 ppo.lr=3e-3 ppo.kl_coef=0.05 eval.contexts=512 eval.best_of=8""",
     "paper": """data.corpus=real data.max_source=200 data.max_target=50 data.identifier_source=128 data.identifier_target=96
         pretrain.steps=0 sft.steps=12900 sft.batch_size=8 sft.lr=1e-4 sft.rms_scaled=off sft.warmup=1 sft.eval_every=2000
         identifiers.lr=2e-5 context.lr=2e-5 identifiers.rms_scaled=off context.rms_scaled=off identifiers.shared=off
@@ -87,10 +95,10 @@ PRESETS = {                       # what differs from the defaults above, which 
 }
 RANGES = {"dropout_rate": (0, 0.99), "temperature": (0.01, 100), "top_p": (0.01, 1), "gamma": (0, 1), "lam": (0, 1),
           "relative_attention_num_buckets": (4, 1000),           # any other: from 0, integers from 1
-          **dict.fromkeys(("steps", "warmup", "top_k", "micro_batch", "contexts"), (0, 1e9)),
+          **dict.fromkeys(("steps", "warmup", "top_k", "micro_batch", "contexts", "ngrams"), (0, 1e9)),
           "pad_token_id": (0, 0), "eos_token_id": (1, 1), "decoder_start_token_id": (0, 0), "kl_target": (1e-3, 1e9), "kl_horizon": (1, 1e9)}
-CHOICES = {"difference": ("cross_entropy", "ordinal"), "keep": ("macro_f1", "loss"), "feed_forward_proj": ("relu", "gated-gelu"),
-           "mechanisms": ("er,ip,ex", "er,ip", "er,ex", "ip,ex", "er", "ip", "ex")}
+CHOICES = {"difference": ("cross_entropy", "ordinal"), "keep": ("macro_f1", "loss"), "task": ("spans", "turns"),
+           "feed_forward_proj": ("relu", "gated-gelu"), "mechanisms": ("er,ip,ex", "er,ip", "er,ex", "ip,ex", "er", "ip", "ex")}
 ORDER = ["t5", "pretrain", "sft", "identifiers", "context", "reward", "sampling", "ppo"]     # a stage depends on its section and all before
 say = functools.partial(print, flush=True)
 
@@ -115,16 +123,18 @@ def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
         if value not in CHOICES.get(name, [value]) or kind in (int, float) and not low <= getattr(target, name) <= high:
             raise DataError(f"--set {setting}: {' or '.join(CHOICES.get(name, [f'from {low} to {high:g}']))}")
     s, p, t = config.sampling, config.ppo, config.t5
-    for wrong, words in ((seed < 0, "--seed is below 0"), (s.min_length > s.max_length, "sampling.min_length is above sampling.max_length"),
-                         (p.minibatch_size > p.batch_size, "ppo.minibatch_size is above ppo.batch_size"),
-                         (2 * t.relative_attention_max_distance <= t.relative_attention_num_buckets, "t5: max_distance must be above num_buckets / 2")):
+    for wrong, words in (
+            (seed < 0, "--seed is below 0; change it"),
+            (s.min_length > s.max_length, "sampling.min_length is above sampling.max_length; change it by --set"),
+            (p.minibatch_size > p.batch_size, "ppo.minibatch_size is above ppo.batch_size; change it by --set"),
+            (2 * t.relative_attention_max_distance <= t.relative_attention_num_buckets,
+             "t5: max_distance must be above num_buckets / 2; change it by --set"),
+            (data_dir and not os.path.exists(data_dir) or (config.data.corpus == "real") != os.path.isdir(config.data_dir),
+             f"--data {config.data_dir or 'DIR'}: --preset real and paper need the folder that `python data.py download DIR` fills; "
+             "toy and smoke need none, or a .jsonl or .csv file of yours"),
+            (preset == "paper" and not t5_dir, "--preset paper needs --t5 DIR: an official checkpoint's config.json, weights and spiece.model")):
         if wrong:
-            raise DataError(f"{words}; change it by --seed or --set")
-    if data_dir and not os.path.exists(data_dir) or (config.data.corpus == "real") != os.path.isdir(config.data_dir):
-        raise DataError(f"--data {config.data_dir or 'DIR'}: --preset real and paper need the folder that `python data.py download DIR` "
-                        "fills; toy and smoke need none, or a .jsonl or .csv file of yours")
-    if preset == "paper" and not t5_dir:
-        raise DataError("--preset paper needs --t5 DIR: an official checkpoint's config.json, weights and spiece.model")
+            raise DataError(words)
     return config
 
 # ---- the run folder -------------------------------------------------------------------------------------------------
@@ -135,7 +145,6 @@ class Run:
         self.folder, self.config, self.seconds, self.log = Path(folder), config, {}, {}    # log: stage -> a record a step
         self.device, self.in_loop, self.interrupted = "cuda" if torch.cuda.is_available() else "cpu", False, False
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-
     def write(self, name, text):                                 # a file of the run folder, atomically
         (self.folder / f"{name}.tmp").write_bytes(text if isinstance(text, bytes) else text.encode())
         os.replace(self.folder / f"{name}.tmp", self.folder / name)
@@ -149,7 +158,6 @@ class Run:
         self.interrupted = True
         if not self.in_loop:
             raise KeyboardInterrupt
-
     def stage(self, name, compute):
         """compute(state, save) -> the stage's final state, unless that is there for the same configuration.
         `state` is what an interrupted call left by save(**state), or {}."""
@@ -173,7 +181,6 @@ class Run:
         self.write_log(name, state.get("log", []))
         self.seconds[name] = round(state["seconds"], 1)
         return state
-
     def train(self, name, make_trainer, steps, model):
         """All steps of make_trainer()'s trainer, resumed where it was cut; leaves the result in `model`."""
         def compute(state, save):
@@ -190,10 +197,9 @@ class Run:
                 if signs or now - shown > 5 or i in (first, steps - 1):
                     shown, speed = now, (i + 1 - first) / (now - started)
                     minutes, seconds = divmod(int((steps - i - 1) / speed), 60)
+                    shown_keys = ("loss", "valid", "reward", "kl", "length", "entropy", *["skipped"] * bool(record.get("skipped")))
                     say(f"{name:<12}{i + 1:>5}/{steps}  {speed:5.2f} steps/s  {minutes}:{seconds:02d} left",
-                        *(f" {k} {v:.4g}" for k, v in record.items()
-                          if k in ("loss", "valid", "reward", "kl", "length", "entropy") or k == "skipped" and v),
-                        *(f"\n    warning: {words}" for words in signs))
+                        *(f" {k} {record[k]:.4g}" for k in shown_keys if k in record), *(f"\n    warning: {words}" for words in signs))
                 if len(log) > 9 and all(r.get("skipped") == 1 for r in log[-10:]):
                     raise DataError(f"{name}, step {i + 1}: 10 steps in a row had no finite loss and gradient and were skipped; lower "
                                     f"{name}.lr. What was saved before them is in {self.folder}/checkpoints")
@@ -229,15 +235,15 @@ def run_all(run):
     for note in (*corpus.notes, f"{tokenizer.vocab_size} tokens, {sum(p.numel() for p in t5.parameters()) / 1e6:.2f} M parameters"):
         say("data       ", note)
     run.seconds["data"] = round(time.time() - started, 1)
-    # 1. The initial policy: span corruption on the training texts, then maximum likelihood on the pairs.
-    run.train("pretrain", lambda: pretrain_trainer(config, t5, tokenizer, pairs["train"]), config.pretrain.steps, t5)
+    # 1. The initial policy: pre-training on the training texts, then maximum likelihood on the pairs.
+    run.train("pretrain", lambda: pretrain_trainer(config, t5, tokenizer, pairs.get("turns", pairs["train"])), config.pretrain.steps, t5)
     rows_at = batches(pairs["train"].lengths(), config.sft.batch_size, config.seed)
     run.train("sft", lambda: mle_trainer(t5, pairs["train"], pairs["valid"], rows_at, config.sft), config.sft.steps, t5)
     save_pretrained(t5, run.folder / "sft")
     # 2. The identifiers that give the reward, and the judge: another seed on other data, never used as reward.
     def reader(stage, train, valid, settings):
         run.seed(stage)
-        model = Identifiers(t5.config, config.identifiers.shared).to(run.device)
+        model = Identifiers(t5.config, config.identifiers.shared, settings.ngrams).to(run.device)
         model.start_from(t5)
         rows_at = batches(train.lengths(), settings.batch_size, zlib.crc32(stage.encode()) + config.seed)
         run.train(stage, lambda: identifier_trainer(model, train, valid, rows_at, settings), settings.steps, model)
@@ -254,14 +260,13 @@ def run_all(run):
     policy, train = copy.deepcopy(t5), pairs["train"]
     rows_at = batches([0] * len(train), config.ppo.batch_size, config.seed)             # long and short ones mixed
     test, probe = (Evaluation(run, tokenizer, readers, t5, pairs[part], corpus.level_probs) for part in ("test", "probe"))
-    run.train("ppo", lambda: PPOTrainer(
-        policy, make_reward(readers[0], targets, **config.reward.options()), lambda i: (train.batch(rows_at(i))[0], torch.tensor(rows_at(i))),
-        probe.validate, config.sampling, config.ppo), config.ppo.steps, policy)
+    reward, batch_at = make_reward(readers[0], targets, **config.reward.options()), lambda i: (train.batch(rows_at(i))[0], torch.tensor(rows_at(i)))
+    run.train("ppo", lambda: PPOTrainer(policy, reward, batch_at, probe.validate, config.sampling, config.ppo), config.ppo.steps, policy)
     save_pretrained(policy, run.folder / "emprl")
     # 5. Before and after, on the same test contexts; then tables, plots and samples.
     started = time.time()
     metrics = {name: identifier_scores(reader, labelled["test"]) for name, reader in zip(("identifiers", "judge"), readers)}
-    metrics |= test.compare({"sft": t5, "emprl": policy}, train, levels["train"], predict_levels(foresight, empty["test"]))
+    metrics |= test.compare({"sft": t5, "emprl": policy}, train, levels["train"], predict(foresight, empty["test"]).exp())
     run.seconds["evaluate"] = round(time.time() - started, 1)
     metrics |= {"config": asdict(config), "seed": config.seed, "seconds": run.seconds}
     run.write("metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -284,9 +289,11 @@ def start(run, corpus):
     return tokenizer, t5.to(run.device).eval()
 
 def pretrain_trainer(config, t5, tokenizer, pairs):
-    """Span corruption on context and response of every training pair; nothing to validate, the last weights stay."""
+    """Span corruption on context and response of every pair, or the pairs as they are; nothing to validate, the last weights stay."""
     texts = [(c + r)[-128:] for c, r in zip(pairs.contexts, pairs.responses)]
     def loss_sum(rows):
+        if config.pretrain.task == "turns":
+            return t5.loss_sum(*pairs.batch(rows))
         corrupted = [span_corrupt(texts[i], random_spans(len(texts[i])), tokenizer.sentinels) for i in rows]
         return t5.loss_sum(*(pad(side).to(pairs.device) for side in zip(*corrupted)))
     return Trainer(t5, loss_sum, batches(pairs.lengths(), config.pretrain.batch_size, config.seed), lambda: 0.0, config.pretrain)
@@ -298,7 +305,6 @@ class Evaluation:
         self.run, self.tokenizer, self.readers, self.reference = run, tokenizer, readers, reference
         self.pairs, self.level_probs, self.results = pairs, level_probs, {}
         self.gold = self.levels(pairs.responses)
-
     def levels(self, responses):
         """{prefix of the reader's figures: (N, M) levels} of a response (ids) to each context."""
         tables = {who: predict_levels(reader, self.pairs.but(responses)) for who, reader in zip(("", "judge_"), self.readers)}
@@ -306,35 +312,33 @@ class Evaluation:
             tables["oracle_"] = torch.tensor([oracle_levels(d.context, self.tokenizer.decode(r))
                                               for d, r in zip(self.pairs.dialogues, responses)])
         return tables
-
     def scores(self, tables):
         return {who + key: x for who in tables for key, x in level_scores(tables[who], self.gold[who]).items()}
-
     @torch.no_grad()
-    def measure(self, name, t5, sampling):
-        """All figures of one policy; its texts, levels and rewards are kept in self.results[name]."""
-        self.run.seed("evaluate " + name)
-        config, pairs, kl, nll, tokens = self.run.config, self.pairs, 0.0, 0.0, 0
-        answered = pairs.but(respond(t5, pairs, sampling, config.eval.batch_size))
+    def measure(self, name, t5, sampling, expected=None):
+        """All figures of one policy, or with `expected` (see best_of) of its best of eval.best_of samples, the first of which is its
+        only one without. Perplexities are the policy's either way. Texts, levels and rewards are kept in self.results[name]."""
+        self.run.seed("evaluate " + ("sft" if name == "best_of_n" else name))
+        config, pairs, options, kl, nll, tokens = self.run.config, self.pairs, self.run.config.reward.options(), 0.0, 0.0, 0
+        tries = [pairs.but(respond(t5, pairs, sampling, config.eval.batch_size)) for _ in range(config.eval.best_of if expected is not None else 1)]
+        answered = tries[0] if expected is None else best_of(self.readers[0], tries, expected, **options)
         texts, tables = [self.tokenizer.decode(r) for r in answered.responses], self.levels(answered.responses)
-        reward, rewards = make_reward(self.readers[0], self.gold[""], **config.reward.options()), torch.zeros(len(pairs))
+        rewards = empathy_reward(predict(self.readers[0], answered), self.gold[""], **options)
         for rows in answered.chunks(config.eval.batch_size):
             context, ids = answered.batch(rows)
             mask, everything = ids != 0, torch.ones(*ids.shape, 1, dtype=torch.bool, device=ids.device)
             both = [score(model, context, ids, mask, everything, 1.0)[0] for model in (t5, self.reference)]
             kl += (kl_estimate(*both) * mask).sum().item()
-            rewards[rows] = reward(context, ids, torch.tensor(rows)).cpu()
             loss, n = t5.loss_sum(*pairs.batch(rows))
             nll, tokens = nll + loss.item(), tokens + n
         truth = [*tables][-1]                                                  # the oracle, or else the judge
         certain = torch.eye(LEVELS)[tables[truth]].clamp(min=1e-4).log()       # as of a reader without doubt
-        held_out = empathy_reward(certain, self.gold[truth], **config.reward.options())
+        held_out = empathy_reward(certain, self.gold[truth], **options)
         per_word = nll / sum(len(words(d.response)) + 1 for d in pairs.dialogues)    # + 1: the end is predicted too
         self.results[name] = {"texts": texts, "levels": tables, "rewards": rewards.tolist()}
         return {**self.scores(tables), "reward": rewards.mean().item(), "held_out_reward": held_out.mean().item(),
                 "perplexity": math.exp(nll / tokens), "perplexity_per_word": math.exp(per_word), "kl": kl / len(pairs),
                 **text_scores(texts, [d.response for d in pairs.dialogues])}
-
     def describe(self, name, i):
         r = self.results[name]
         return f"{r['texts'][i]}   {r['levels'][''][i].tolist()} for {self.gold[''][i].tolist()}, reward {r['rewards'][i]:.2f}"
@@ -344,14 +348,14 @@ class Evaluation:
         for i, d in enumerate(self.pairs.dialogues[:3]):
             say(f"    {d.context[-1]}\n    -> {self.describe('valid', i)}")
         return {f"valid_{key}": scores[key] for key in ("reward", "held_out_reward", "emp_f1", "kl", "perplexity", "unique")}
-
     def compare(self, policies, train=None, train_levels=None, foreseen=None):
         """metrics.json's figures: floors, ceilings, both policies sampled and greedy, gains with intervals."""
-        s, n, metrics = self.run.config.sampling, len(self.pairs), {"ceiling": {}}
+        s, n, human = self.run.config.sampling, len(self.pairs), [d.response for d in self.pairs.dialogues]
+        metrics = {"ceiling": {}, "target": text_scores(human, human)}
         if self.level_probs:
             metrics["ceiling"] = ceiling([self.level_probs[d.id] for d in self.pairs.dialogues], self.gold["oracle_"])
         if train is not None:
-            metrics["ceiling"]["context"] = self.scores({who: foreseen for who in self.gold})
+            metrics["ceiling"]["context"] = self.scores({who: foreseen.argmax(-1) for who in self.gold})
             rows = torch.randint(len(train), (n,), generator=torch.Generator().manual_seed(0)).tolist()
             majority = train_levels.mode(0).values.expand(n, -1)
             metrics["floors"] = {"majority": self.scores({who: majority for who in self.gold}),
@@ -360,13 +364,16 @@ class Evaluation:
         for name, t5 in policies.items():
             metrics[name] = self.measure(name, t5, s)
             metrics[name + "_greedy"] = self.measure(name + "_greedy", t5, greedy)
+        if foreseen is not None:
+            k = self.run.config.eval.best_of                     # its KL is at most log k - (k - 1) / k (Beirami et al. 2024)
+            metrics["best_of_n"] = self.measure("best_of_n", policies["sft"], s, foreseen) | {"kl": math.log(k) - (k - 1) / k}
         metrics["gain"] = {who + "emp_f1": paired_bootstrap(*(self.results[p]["levels"][who] for p in policies), gold, gold)
                            for who, gold in self.gold.items()}
         return metrics
 
 # ---- report ---------------------------------------------------------------------------------------------------------
 def report(run, metrics, evaluation):
-    """report.md, samples.md and plots/*.png."""
+    """report.md, samples.md, responses.jsonl (all texts, and the levels that each reader sees in them) and plots/*.png."""
     draw_plots(run, metrics, evaluation)
     scores = [(m, s) for m in MECHANISMS for s in ("accuracy", "macro_f1", "weighted_f1")]
     identifiers = table(["identifiers, test part", *map(" ".join, scores)],
@@ -375,10 +382,17 @@ def report(run, metrics, evaluation):
     run.write("report.md", f"# EmpRL, preset {run.config.preset}, seed {run.config.seed}\n\n{before_after(metrics)}\n\n"
               f"{identifiers}\n\n{plots}\n\nSeconds: {run.seconds}. Responses to read: [samples.md](samples.md).\n")
     lines = ["# Samples", "[ER, IP, EX] of a response, for those of the target, as the reward's identifiers read them."]
-    for i, d in enumerate(evaluation.pairs.dialogues[:24]):
+    records, results, dialogues = [], evaluation.results, evaluation.pairs.dialogues
+    for i, d in enumerate(dialogues[:24]):
         lines.append(f"**{i + 1}. {d.emotion}** {' / '.join(d.context)}\n\n* target: {d.response}\n"
-                     + "\n".join(f"* {name}: {evaluation.describe(name, i)}" for name in evaluation.results))
+                     + "\n".join(f"* {name}: {evaluation.describe(name, i)}" for name in results))
+    for i, d in enumerate(dialogues):
+        levels = {who.strip("_") or "identifiers": {"target": gold[i].tolist()} | {name: r["levels"][who][i].tolist() for name, r in results.items()}
+                  for who, gold in evaluation.gold.items()}
+        records.append({"id": d.id, "context": d.context, "target": d.response,
+                        "responses": {name: r["texts"][i] for name, r in results.items()}, "levels": levels})
     run.write("samples.md", "\n\n".join(lines) + "\n")
+    run.write("responses.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     say(f"\n{before_after(metrics)}\n\n{identifiers}\n\nreport {run.folder}/report.md, samples {run.folder}/samples.md")
 
 def draw_plots(run, metrics, evaluation):
@@ -398,10 +412,8 @@ def draw_plots(run, metrics, evaluation):
             axis.plot(*zip(*[(r["step"] + 1, r[key]) for r in run.log[stage] if key in r]), label=label)
         axis.legend()
     def bars(axis):
-        for k, name in enumerate(("sft", "emprl")):
-            axis.bar([i + 0.4 * k for i in range(3)], [metrics[name][f"emp_f1_{m}"] for m in MECHANISMS], 0.38, label=name)
-        axis.set_xticks([0.2, 1.2, 2.2], ["ER", "IP", "EX"])
-        axis.legend(loc="lower right")
+        bar = {f"{m.upper()}\n{name}": metrics[name][f"emp_f1_{m}"] for m in MECHANISMS for name in ("sft", "emprl")}
+        axis.bar([*bar], [*bar.values()], color=["C0", "C1"] * 3)
     def heat(axis, name, m):
         counts = confusion(evaluation.results[name]["levels"][""][:, m], evaluation.gold[""][:, m])
         share = counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -416,77 +428,41 @@ def draw_plots(run, metrics, evaluation):
         ("reward", "0..1", {"reward": "training"}), ("KL to the MLE policy", "nats a response", {"kl": "k1", "kl_k3": "k3"}),
         ("KL coefficient", "", {"kl_coef": "beta"}), ("response length", "tokens", {"length": "mean"}))])
     figure("emp_f1", [("Emp-F1 before and after", "mechanism", "weighted F1", bars)])
-    figure("levels", [(f"{p}: {m.upper()}", "generated level", "target level", heat, p, i) for p in ("sft", "emprl") for i, m in enumerate(MECHANISMS)])
+    figure("levels", [(f"{p}: {m.upper()}", "generated level", "target level", heat, p, i)
+                      for p in ("sft", "emprl") for i, m in enumerate(MECHANISMS)])
     learnt = {"valid_reward": "learnt reward", "valid_held_out_reward": "oracle" if evaluation.level_probs else "judge"}
     figure("learnt_vs_truth", [("validation", x, "reward (0..1)", curves, "ppo", learnt)])
 
 # ---- the command line -----------------------------------------------------------------------------------------------
-def load_run(folder):
-    """A finished run -> (Run, Tokenizer, readers, {"sft": T5, "emprl": T5}). Raises DataError where there is none."""
-    folder = Path(folder)
-    if not (folder / "metrics.json").exists():
-        raise DataError(f"--run {folder}: no finished run there; make one with `python emprl.py --run {folder}`")
-    try:
-        raw, sections = json.loads((folder / "config.json").read_text()), [k for k, v in asdict(Config()).items() if isinstance(v, dict)]
-        values = [(s, k, ("off", "on")[v] if isinstance(v, bool) else v) for s in sections for k, v in raw[s].items() if k != "corpus"]
-        config = make_config(seed=raw["seed"], settings=["{}.{}={}".format(*value) for value in values])
-        tokenizer, run = Tokenizer(folder / "tokenizer.model"), Run(folder, config)
-        models = {name: from_pretrained(folder / name, tokenizer.vocab_size).to(run.device).eval() for name in ("sft", "emprl")}
-        readers = [Identifiers(models["sft"].config, config.identifiers.shared).to(run.device).eval() for _ in range(2)]
-        for reader, stage in zip(readers, ("identifiers", "judge")):
-            reader.load_state_dict(load_state(folder / "checkpoints" / f"{stage}.pt")["weights"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError(f"--run {folder}: a file of it is damaged or of another run ({' '.join(str(error).split())[:200]}); make it again") from None
-    return run, tokenizer, readers, models
-
-def evaluate_file(folder, file):
-    """`evaluate`: before and after on any dialogue file; prints the table and writes it into the run folder."""
-    run, tokenizer, readers, models = load_run(folder)
-    pairs = Pairs(data.read_dialogues(file), tokenizer, run.config.data.max_source, run.config.data.max_target, run.device)
-    metrics = Evaluation(run, tokenizer, readers, models["sft"], pairs, {}).compare(models)
-    run.write(f"evaluate-{Path(file).stem}.json", json.dumps(metrics, indent=2) + "\n")
-    say(f"{before_after(metrics)}\n\nwritten to {run.folder}/evaluate-{Path(file).stem}.json")
-
-def chat(folder):
-    """`chat`: you write, both policies answer, with the levels that the identifiers read in each answer."""
-    run, tokenizer, readers, models = load_run(folder)
-    say("A research model, not a counsellor. An empty line starts a new conversation; Ctrl-D ends.")
-    history, c = (), run.config.data
-    getattr(sys.stdin, "reconfigure", lambda **_: None)(errors="replace")
-    for line in map(data.clean, sys.stdin):
-        history = (*history, line[-2000:]) if line else ()
-        if data.CRISIS.search(line):
-            say(data.HELP)
-            history = ()
-        pairs = Pairs([data.Dialogue(history, "")], tokenizer, c.max_source, c.max_target, run.device)
-        for name, t5 in models.items() if history else ():
-            answered = pairs.but(respond(t5, pairs, run.config.sampling))
-            reply = tokenizer.decode(answered.responses[0])
-            say(f"{name:<6} {reply}   {dict(zip(MECHANISMS, predict_levels(readers[0], answered)[0].tolist()))}")
-        history = (*history, reply) if history else ()
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", default="run", choices=("run", "evaluate", "chat"))
+    parser.add_argument("command", nargs="?", default="run", choices=("run", "evaluate", "chat", "rate", "ablate"))
+    parser.add_argument("what", nargs="*", help="of rate: RUN [YOUR NAME]; of ablate: NAME [RUN ...]")
     parser.add_argument("--preset", default="toy", choices=PRESETS)
     parser.add_argument("--data", default="", help="folder of the real corpora, or your .jsonl/.csv of dialogues")
     parser.add_argument("--t5", default="", help="folder of an official T5 checkpoint with its spiece.model")
     parser.add_argument("--run", default="", help="where results go (default: runs/PRESET-seedN)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="e.g. ppo.kl_coef=0 ppo.steps=50")
+    parser.add_argument("--again", action="store_true", help="ablate: measure anew what has been measured")
     parser.error = lambda words: sys.exit(print(f"emprl.py: {words}; see --help", file=sys.stderr) or 2)
     a = parser.parse_args(arguments)
     folder = a.run or f"runs/{a.preset}-seed{a.seed}"
     try:
         if a.command != "run" and (a.set or a.t5 or bool(a.data) != (a.command == "evaluate")):
             raise DataError("evaluate takes --run and --data FILE, chat takes --run; neither takes --set or --t5: the run has its own")
+        number = {"rate": (1, 2), "ablate": range(1, 100)}.get(a.command, (0,))
+        if len(a.what) not in number or a.run and a.what or a.again and a.command != "ablate":
+            raise DataError("only rate takes RUN [YOUR NAME] here, and ablate NAME [RUN ...] [--again]; see --help")
         if a.command == "run":
             signal.signal(signal.SIGINT, (run := Run(folder, make_config(a.preset, a.seed, a.data, a.t5, a.set))).on_interrupt)
             run_all(run)
-        else:
-            evaluate_file(folder, a.data) if a.command == "evaluate" else chat(folder)
+        else:                     # what is done with finished runs is no part of the recipe: it is kept with the tests
+            sys.path.insert(0, str(Path(__file__).parent / "tests"))
+            import finished
+            getattr(finished, a.command)(a, folder)
         return 0
-    except (DataError, CheckpointError, OSError, MemoryError, RuntimeError) as error:
+    except (DataError, CheckpointError, ImportError, OSError, MemoryError, RuntimeError) as error:
         words = f"{error.filename or folder}: {error.strerror}; make room or name another path" if isinstance(error, OSError) else error
         if isinstance(error, (MemoryError, RuntimeError)):
             if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):

@@ -2,14 +2,14 @@
 
 Source: EmpRL (arXiv 2408.02976), after EPITOME's bi-encoder (Sharma et al. 2020, arXiv 2009.08441). Legend: B batch,
 S source (context) length, T response length, D model width, M = 3 mechanisms (emotional reaction ER, interpretation IP,
-exploration EX), L = 3 levels (0 none, 1 weak, 2 strong). This file knows nothing of PPO.
-"""
+exploration EX), L = 3 levels (0 none, 1 weak, 2 strong). This file knows nothing of PPO."""
 import math, re
 from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from t5_small import Attention, Dropout, T5Encoder, TrainConfig, Trainer, autocast, padding_bias
 
@@ -28,9 +28,7 @@ class Identifier(nn.Module):
         self.attention = Attention(replace(config, num_heads=1, d_kv=d))
         nn.init.normal_(self.attention.q.weight, std=1 / d)      # as T5: the usual 1/sqrt(d) is in q's start
         self.dropout = Dropout(config.dropout_rate)
-        self.head = nn.Sequential(nn.Linear(d, d // 2), nn.Tanh(), Dropout(0.1),
-                                  nn.Linear(d // 2, num_mechanisms * LEVELS))
-
+        self.head = nn.Sequential(nn.Linear(d, d // 2), nn.Tanh(), Dropout(0.1), nn.Linear(d // 2, num_mechanisms * LEVELS))
     def forward(self, context, response):
         """(B, S) and (B, T) ids, right-padded with 0 -> (B, num_mechanisms, L) logits."""
         c, r = self.context_encoder.encode(context), self.response_encoder.encode(response)  # (B, S, D), (B, T, D)
@@ -51,25 +49,55 @@ class IdentifierConfig(TrainConfig):
     shared: bool = True           # one pair of encoders with three heads; off: the original's three pairs
     class_weight: float = 0.5     # exponent of 1 / (share of the level) in the loss: 0 off, 1 fully balanced
     keep: str = "macro_f1"        # what the best state is chosen by: "macro_f1", or "loss" where probabilities count
+    ngrams: int = 0               # weights a level of an n-gram expert beside the network; 0: none
+
+class NGrams(nn.Module):
+    """Logistic regression on the 1- and 2-grams g of both sides' ids, hashed to `size` weights a level (fastText, Joulin et al.
+    2017): logits = b + sum over the sides of scale sum_g w[side, g] / sqrt(number of g), with scale 0.3 for the context, 1 for the response."""
+    def __init__(self, size):
+        super().__init__()
+        self.size, outputs = size, len(MECHANISMS) * LEVELS
+        self.weight, self.bias = nn.Parameter(torch.zeros(1 + size, outputs)), nn.Parameter(torch.zeros(outputs))
+    def forward(self, *sides):
+        """(B, S), (B, T) ids -> (B, M, L) log-probabilities."""
+        logits = self.bias
+        for side, (ids, scale) in enumerate(zip(sides, (0.3, 1.0))):
+            two = (ids[:, :-1] + 1) * 1_000_003 + ids[:, 1:]
+            grams = torch.cat([ids, two.masked_fill(ids[:, 1:] == 0, 0)], 1)
+            grams = torch.where(grams == 0, 0, 1 + (grams * 2_654_435_761 + side) % self.size)          # 0: padding
+            count = (grams != 0).sum(1, keepdim=True)
+            logits = logits + scale * F.embedding_bag(grams, self.weight, mode="sum", padding_idx=0) / count.sqrt()
+        return logits.unflatten(-1, (-1, LEVELS)).log_softmax(-1)
+    def fit(self, train, weights, penalty=2e-4):
+        """The minimum of the weighted cross-entropy + penalty |w|^2 on all of `train`: a convex problem, so no validation."""
+        optimizer = torch.optim.LBFGS(self.requires_grad_().parameters(), max_iter=100, line_search_fn="strong_wolfe")
+        batch, levels = train.batch(range(len(train))), train.levels.to(self.bias.device)
+        def loss():
+            optimizer.zero_grad()
+            total = identification_loss(self(*batch), levels, weights) / len(levels) + penalty * self.weight.pow(2).sum()
+            total.backward()
+            return total
+        optimizer.step(loss)
+        self.requires_grad_(False)
 
 class Identifiers(nn.Module):
-    """All three mechanisms: one Identifier with three heads (shared), or three of one head each."""
-    def __init__(self, config, shared=True):
+    """All three mechanisms: one Identifier with three heads (shared), or three of one head each. With `ngrams` the geometric
+    mean of the network's probabilities and an n-gram expert's; the network is trained as if alone."""
+    def __init__(self, config, shared=True, ngrams=0):
         super().__init__()
-        self.config = config
+        self.config, self.ngrams = config, NGrams(ngrams) if ngrams else None
         self.towers = nn.ModuleList([Identifier(config, 3)] if shared else [Identifier(config) for _ in MECHANISMS])
-
     def start_from(self, t5):
         """Copy a trained T5's embedding and encoder into every encoder."""
         for tower in self.towers:
             for encoder in (tower.context_encoder, tower.response_encoder):
                 encoder.load_state_dict(t5.state_dict(), strict=False)
-
     def forward(self, context, response):
         """(B, S), (B, T) ids -> (B, M, L) log-probabilities of the levels."""
         with autocast(context.device):
             logits = torch.cat([tower(context, response) for tower in self.towers], 1)
-        return logits.float().log_softmax(-1)
+        log_probs = logits.float().log_softmax(-1)
+        return log_probs if self.training or not self.ngrams else ((log_probs + self.ngrams(context, response)) / 2).log_softmax(-1)
 
 def class_weights(levels, exponent):
     """(N, M) levels -> (M, L) loss weights (1 / share)^exponent, of mean 1 over a mechanism's examples; an absent level counts as one."""
@@ -79,14 +107,14 @@ def class_weights(levels, exponent):
 
 def identification_loss(log_probs, levels, weights):
     """Weighted cross-entropy summed over a batch: (B, M, L), (B, M), (M, L) -> scalar."""
-    picked = log_probs.gather(-1, levels[..., None])[..., 0]     # (B, M)
-    weight = weights.expand(len(levels), -1, -1).gather(-1, levels[..., None])[..., 0]
-    return -(weight * picked).sum()
+    return -(F.one_hot(levels, LEVELS) * weights * log_probs).sum()
 
 def identifier_trainer(model, train, valid, rows_at, config):
     """A Trainer on labelled pairs: class-weighted cross-entropy; keeps what does best on `valid`.
     train, valid: anything with `len`, `.levels` (N, M) and `.batch(rows) -> (context ids, response ids)`."""
     weights = class_weights(train.levels, config.class_weight)
+    if model.ngrams:
+        model.ngrams.fit(train, class_weights(train.levels, 2 * config.class_weight).to(train.device))
     def loss_sum(rows):
         log_probs = model(*train.batch(rows))
         return identification_loss(log_probs, train.levels[rows].to(log_probs.device), weights.to(log_probs.device)), len(rows)
@@ -140,6 +168,12 @@ def make_reward(identifiers, targets, **options):
         return empathy_reward(identifiers(context, response), targets[index].to(context.device), **options)
     return reward
 
+def best_of(identifiers, tries, expected, **options):
+    """Of several tries (Pairs with the same contexts) for each context the response that promises most reward, where `expected`
+    (N, M, L) is P(level | context): the rival of RL that trains nothing. Returns Pairs."""
+    promised = torch.stack([empathy_reward(predict(identifiers, one), expected, **options) for one in tries])     # (tries, N)
+    return tries[0].but([tries[k].responses[i] for i, k in enumerate(promised.argmax(0).tolist())])
+
 # ---- metrics of levels ----------------------------------------------------------------------------------------------
 def confusion(predicted, gold):
     """(N,), (N,) levels -> (L, L) counts, row = gold, column = predicted."""
@@ -174,8 +208,7 @@ def mutual_information(predicted, gold):
 def level_scores(predicted, gold):
     """Every figure that compares two (N, M) level tables; exact_match is the share with all three levels right."""
     return {"emp_f1": emp_f1(predicted, gold), "emp_macro_f1": emp_f1(predicted, gold, "macro_f1"),
-            "mutual_information": mutual_information(predicted, gold),
-            "exact_match": (predicted == gold).all(1).double().mean().item(),
+            "mutual_information": mutual_information(predicted, gold), "exact_match": (predicted == gold).all(1).double().mean().item(),
             **{f"emp_f1_{m}": emp_f1(predicted[:, [i]], gold[:, [i]]) for i, m in enumerate(MECHANISMS)}}
 
 def ceiling(probs, gold, draws=50):
@@ -242,12 +275,12 @@ def table(header, rows):
 
 def before_after(metrics):
     """The table of every figure before and after, floors and ceiling below."""
-    rows, columns = [], ("sft", "emprl", "sft_greedy", "emprl_greedy")
+    rows, columns = [], [c for c in ("sft", "best_of_n", "emprl", "sft_greedy", "emprl_greedy") if c in metrics]
     for key in metrics["emprl"]:
         gain = metrics["gain"].get(key)
         rows.append([key, *(metrics[c][key] for c in columns),
                      "{relative:+.1%} ({low:+.1%} to {high:+.1%})".format(**gain) if gain else ""])
     for kind in ("floors", "ceiling"):
-        rows += [[f"{kind}: {name}, {key}", value, "", "", "", ""] for name, scores in metrics.get(kind, {}).items()
+        rows += [[f"{kind}: {name}, {key}", value, *[""] * len(columns)] for name, scores in metrics.get(kind, {}).items()
                  for key, value in scores.items() if key.endswith("emp_f1")]
     return table(["", *columns, "gain, 95 % interval"], rows)

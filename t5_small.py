@@ -1,4 +1,4 @@
-"""T5 from scratch: the model, generation, span corruption, official checkpoints, and the training step.
+"""T5 from scratch: the model, generation, official checkpoints, and the training step.
 
 Source: Raffel et al. 2020 (arXiv 1910.10683); v1.1 (gated GELU, untied head): Shazeer 2020 (arXiv 2002.05202). B batch, S source
 length, T response length, D model width, H heads, V vocabulary. Ids in, ids out: id 0 is padding and also starts the decoder."""
@@ -337,31 +337,6 @@ def generate(model, source, sampling, banned=(0, 2)):
     for kept in vars(out).values() if ended.any() else ():
         kept[ended] = 0
     return out
-
-# ---- span corruption: T5's pre-training task ------------------------------------------------------------------------
-def random_spans(length, density=0.15, mean_span=3.0, generator=None):
-    """Spans [(start, length), ...] that cover about `density` of `length` positions, never position 0. As in T5,
-    the noise and the rest are each cut at random into the same number of pieces, which alternate."""
-    noise = min(max(round(length * density), 1), length - 1)
-    pieces = min(max(round(noise / mean_span), 1), noise, length - noise)
-    def cut(total):                                           # `pieces` positive numbers that add up to total
-        cuts = (torch.randperm(total - 1, generator=generator)[:pieces - 1] + 1).sort().values.tolist()
-        return [b - a for a, b in zip([0] + cuts, cuts + [total])]
-    spans, start = [], 0
-    for gap, span in zip(cut(length - noise), cut(noise)):
-        spans.append((start + gap, span))
-        start += gap + span
-    return spans
-
-def span_corrupt(ids, spans, sentinels, eos_id=1):
-    """(source, target) of the paper's figure 2: "a <X> d <Y>" and "<X> b c <Y> e <Z>", each with </s>.
-    ids: list of tokens. spans: disjoint (start, length) in order. sentinels: at least len(spans) + 1 ids."""
-    source, target, end = [], [], 0
-    for sentinel, (start, length) in zip(sentinels, spans):
-        source += ids[end:start] + [sentinel]
-        target += [sentinel] + ids[start:start + length]
-        end = start + length
-    return source + ids[end:] + [eos_id], target + [sentinels[len(spans)], eos_id]
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 def save_atomically(state, path):

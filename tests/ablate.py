@@ -1,32 +1,33 @@
-"""Ablations and sweeps: python tests/ablate.py NAME RUN0 RUN1 RUN2
+"""Ablations and sweeps: python emprl.py ablate NAME RUN [RUN ...]
 
-Each variant of NAME repeats PPO and the evaluation from the MLE policy and the identifiers of finished runs of different
-seeds, shortened (see SHORT) so that a laptop does a variant in about a minute. What has been measured is in
-tests/results/ablate-NAME.json and is not measured again; the table of means over the runs is printed and put into
-coursework/open.md. `own` takes no runs: it trains on a file of dialogues as if they were yours.
+Each variant of NAME repeats PPO and the evaluation from the MLE policy and the identifiers of finished runs of one preset and
+different seeds, shortened (see SHORT) so that a laptop does a variant in about a minute. `pretraining`, `data` and `own` take
+no RUN: they train seeds 0 to 2 of a small toy from the start. What has been measured is in tests/results/ablate-NAME.json
+(ablate-NAME-PRESET.json unless toy) and is not measured again, but with --again or when the file is deleted. The table of
+means is printed, and put below the file's name in coursework/open.md or README.md.
 """
-import contextlib
-import json
-import shutil
-import sys
+import contextlib, json, shutil, sys, time
+from collections import namedtuple
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data
-import emprl
-import ppo
-import publish
+import data, emprl, ppo, publish
 
-ROOT = Path(emprl.__file__).parent
+ROOT, RESULTS = publish.ROOT, publish.RESULTS
 SHORT = ["ppo.steps=12", "ppo.warmup=2", "ppo.batch_size=256", "ppo.eval_every=12", "eval.contexts=200", "eval.valid_contexts=32"]
-GROUP = 4
+SEEDS = (0, 1, 2)                     # of what is trained from the start
+GROUP = 4                             # responses a context, of GRPO
+BATCHES, POLICY_LOSS, VALUE_LOSS, WHITEN = emprl.batches, ppo.policy_loss, ppo.value_loss, ppo.whiten
+ROLLOUT, SCORE, TOKEN_REWARDS = ppo.rollout, ppo.score, ppo.token_rewards
 
+# ---- what takes the place of the project's functions
 
 def reinforce(rewards, values, mask, gamma, lam):
     """In gae's place: every token has the response's whole reward, less the batch's mean. No value head."""
     total = rewards.sum(1, keepdim=True)
     return (total - total.mean()) * mask, torch.zeros_like(rewards)
-
 
 def grpo(rewards, values, mask, gamma, lam):
     """In gae's place: every token has the response's whole reward, compared with those of the same context (GROUP of them)."""
@@ -34,112 +35,203 @@ def grpo(rewards, values, mask, gamma, lam):
     advantages = (total - total.mean(1, keepdim=True)) / (total.std(1, keepdim=True) + 1e-6)
     return advantages.view(-1, 1) * mask, torch.zeros_like(rewards)
 
-
 def grouped(lengths, size, seed):
-    """In batches' place: each context GROUP times."""
-    rows_at = BATCHES(lengths, size // GROUP, seed)
-    return lambda step: [row for row in rows_at(step) for _ in range(GROUP)]
+    """In batches' place: PPO's contexts (their lengths are given as 0) GROUP times each."""
+    rows_at = BATCHES(lengths, size if any(lengths) else size // GROUP, seed)
+    return rows_at if any(lengths) else lambda step: [row for row in rows_at(step) for _ in range(GROUP)]
 
+def later(mask):
+    """The original's mask: without the first generated token."""
+    mask = mask.clone()
+    mask[:, 0] = False
+    return mask
 
-BATCHES, GAE = emprl.batches, ppo.gae
-ABLATIONS = {   # name: {variant: settings, and the function that takes gae's place}; the first is the default, [], measured once for all
-    "mechanisms": {"all three": [], "without ER": ["reward.mechanisms=ip,ex"], "without IP": ["reward.mechanisms=er,ex"],
-                   "without EX": ["reward.mechanisms=er,ip"]},
-    "kl": {"beta 0.3": [], "beta 0": ["ppo.kl_coef=0"], "beta 0.1": ["ppo.kl_coef=0.1"], "beta 1": ["ppo.kl_coef=1"]},
-    "algorithm": {"PPO": [], "REINFORCE": ["ppo.value_coef=0", reinforce], "GRPO": ["ppo.value_coef=0", grpo]},
-    "reward": {"expected, cross-entropy": [], "one human's levels": ["reward.expected=off"], "ordinal": ["reward.difference=ordinal"]},
+def rewards_of_later(scores, log_probs, ref_log_probs, mask, kl_coef):
+    """In token_rewards' place: no KL at the first token."""
+    return TOKEN_REWARDS(scores, torch.where(later(mask), log_probs, ref_log_probs), ref_log_probs, mask, kl_coef)
+
+@torch.no_grad()
+def recomputed(policy, reference, reward, source, index, sampling):
+    """In rollout's place: log-probs by a forward pass, not from the sampling."""
+    r = ROLLOUT(policy, reference, reward, source, index, sampling)
+    r.log_probs = ppo.score(policy.t5, r.source, r.ids, r.mask, r.support, sampling.temperature)[0]
+    return r
+
+def unmodified(t5, source, ids, mask, support, temperature, value=None):
+    """In score's place: under the distribution before temperature, top-k and minimum length."""
+    return SCORE(t5, source, ids, mask, torch.ones_like(support), 1.0, value)
+
+NO_FIRST_TOKEN = {"ppo.token_rewards": rewards_of_later, "ppo.whiten": lambda x, mask, **k: WHITEN(x, later(mask), **k),
+                  "ppo.policy_loss": lambda a, b, c, mask, *d: POLICY_LOSS(a, b, c, later(mask), *d),
+                  "ppo.value_loss": lambda a, b, c, mask, *d: VALUE_LOSS(a, b, c, later(mask), *d)}
+
+# ---- the ablations: {variant: settings; what is replaced; the policy that is compared with MLE}
+
+Variant = namedtuple("Variant", "settings replaced after", defaults=("", {}, "emprl"))
+DEFAULT = Variant()                   # measured once for all ablations
+TOP_K = "sampling.top_k=20 sampling.temperature=0.9"
+ABLATIONS = {
+    "mechanisms": {"all three": DEFAULT, **{f"without {m.upper()}": Variant(f"reward.mechanisms={rest}") for m, rest in (
+                       ("er", "ip,ex"), ("ip", "er,ex"), ("ex", "er,ip"))},
+                   **{f"only {m.upper()}": Variant(f"reward.mechanisms={m}") for m in emprl.MECHANISMS}},
+    "reward": {"expected, cross-entropy": DEFAULT, "one human's levels": Variant("reward.expected=off"),
+               "ordinal": Variant("reward.difference=ordinal")},
+    "kl": {**{f"beta {beta}": Variant(f"ppo.kl_coef={beta}") for beta in (0, 0.1, 0.3, 1)},
+           "adaptive, target 1": Variant("ppo.adaptive_kl=on ppo.kl_target=1 ppo.kl_horizon=256")},
+    "algorithm": {"MLE": Variant("ppo.steps=0"), "best of n": Variant("ppo.steps=0", {}, "best_of_n"), "PPO": DEFAULT,
+                  "REINFORCE": Variant("ppo.value_coef=0", {"ppo.gae": reinforce}),
+                  "GRPO": Variant("ppo.value_coef=0", {"ppo.gae": grpo, "emprl.batches": grouped})},
+    "details": {"default": DEFAULT, "advantages not whitened": Variant("ppo.whiten_advantages=off"),
+                "values not clipped": Variant("ppo.value_clip_range=1e9"), "scores not scaled": Variant("ppo.scale_scores=off"),
+                "lambda 0.95": Variant("ppo.lam=0.95"), "4 epochs": Variant("ppo.ppo_epochs=4"),
+                "rewards whitened": Variant("ppo.whiten_rewards=on"),
+                "log-probs recomputed": Variant("", {"ppo.rollout": recomputed}),
+                "first token left out": Variant("", NO_FIRST_TOKEN), "top-k 20, temperature 0.9": Variant(TOP_K),
+                "the same, scored without them": Variant(TOP_K, {"ppo.rollout": recomputed, "ppo.score": unmodified})},
+    "pretraining": {"none": Variant("data.num_train=3000"), "300 steps of spans": Variant("data.num_train=3000 pretrain.steps=300"),
+                    "none, 300 steps of MLE more": Variant("data.num_train=3000 sft.steps=1300")},
+    "data": {f"{n} dialogues": Variant(f"data.num_train={n}") for n in (3000, 6000, 12000)},
+    "own": {"your own data": DEFAULT},
 }
+FROM_THE_START = ("pretraining", "data", "own")
+REWARDS = ("learnt reward", "true reward", "KL", "perplexity, times", "dist2, times", "unique, times")
+COLUMNS = {None: ("er", "ip", "ex", *REWARDS), "kl": ("er", "ip", "ex", "gain, identifiers", "gain, judge", *REWARDS),
+           **dict.fromkeys(("pretraining", "data"), ("MLE's Emp-F1", "MLE's perplexity per word", *REWARDS))}
 
+# ---- measuring
 
-def measure(run, name, variant):
-    """The figures of one variant of an ablation from one finished run."""
-    config = json.loads((Path(run) / "config.json").read_text())
-    settings = [x for x in variant if isinstance(x, str)]
-    replaced = next((x for x in variant if callable(x)), GAE)
-    folder = Path(run) / f"ablate-{name}"
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "checkpoints").mkdir(parents=True)
-    for path in (Path(run) / "checkpoints").glob("*.pt"):
-        if path.stem != "ppo":
-            shutil.copy(path, folder / "checkpoints")
-    ppo.gae, plots, emprl.draw_plots = replaced, emprl.draw_plots, lambda *_: None
+def settings_of(raw):
+    """All options of a config.json as --set has them."""
+    return [f"{section}.{key}={('off', 'on')[x] if isinstance(x, bool) else x}" for section, options in raw.items()
+            if isinstance(options, dict) for key, x in options.items() if key != "corpus"]
+
+def run(folder, config, replaced):
+    """metrics.json of emprl.run_all with some functions replaced, without its output and plots."""
+    replaced = replaced | {"emprl.draw_plots": lambda *_: None}
+    places = [(globals()[module], name, f) for key, f in replaced.items() for module, name in [key.split(".")]]
+    before = [(module, name, getattr(module, name)) for module, name, _ in places]
     try:
-        emprl.batches = (lambda lengths, *a: (grouped if not any(lengths) else BATCHES)(lengths, *a)) if replaced is grpo else BATCHES
+        for place in places:
+            setattr(*place)
         with contextlib.redirect_stdout(None):
-            m = emprl.run_all(emprl.Run(folder, emprl.make_config(config["preset"], config["seed"], config["data_dir"], config["t5_dir"], SHORT + settings)))
+            return emprl.run_all(emprl.Run(folder, config))
     finally:
-        ppo.gae, emprl.draw_plots, emprl.batches = GAE, plots, BATCHES
-    return figures_of(m)
+        for place in before:
+            setattr(*place)
 
+def measure(source, name, variant):
+    """The figures of one variant from a finished run's MLE policy and identifiers."""
+    raw, folder = json.loads((source / "metrics.json").read_text())["config"], source / f"ablate-{name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source / "checkpoints", folder / "checkpoints", ignore=lambda *_: ["ppo.pt"])
+    config = emprl.make_config(raw["preset"], raw["seed"], raw["data_dir"], raw["t5_dir"],
+                               [*settings_of(raw), *SHORT, *variant.settings.split()])
+    return figures_of(run(folder, config, variant.replaced), variant.after)
 
-def own(seed, runs):
-    """1,500 dialogues of the embedded world as a .jsonl, as if they were a reader's own: no oracle, few labels."""
-    folder = runs / f"own-seed{seed}"
+def train(seed, name, variant, again):
+    """The figures of one variant, trained from the start. `own`: 1,500 dialogues of the embedded world, as if they were yours."""
+    folder = ROOT / "runs" / "-".join(["ablate", name, *variant.settings.replace("=", " ").split()[1::2], f"seed{seed}"])
+    if again:
+        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    dialogues = data.embedded_corpus(1000 + seed, 1500, 1, 1, 1).dialogues["train"]
-    (folder / "mine.jsonl").write_text("".join(json.dumps({"context": d.context, "response": d.response, **dict(zip(emprl.MECHANISMS, d.levels))}) + "\n"
-                                               for d in dialogues))
-    with contextlib.redirect_stdout(None):
-        return figures_of(emprl.run_all(emprl.Run(folder / "run", emprl.make_config("toy", seed, folder / "mine.jsonl", settings=SHORT))))
-
-
-def figures_of(m):
-    """What the tables show of a metrics.json: Emp-F1 by the oracle where there is one, else by the judge."""
-    truth = "oracle_" if "oracle_emp_f1" in m["emprl"] else "judge_"
-    before, after = m["sft"], m["emprl"]
-    return {"gain": after[truth + "emp_f1"] - before[truth + "emp_f1"], **{k: after[f"{truth}emp_f1_{k}"] - before[f"{truth}emp_f1_{k}"] for k in emprl.MECHANISMS},
-            "learnt reward": after["reward"], "true reward": after["held_out_reward"], "KL": after["kl"],
-            **{f"{k}, times": after[k] / before[k] for k in ("perplexity", "dist2", "unique")}}
-
-
-def table(figures):
-    """Means over the runs, the gain with its lowest and highest."""
-    rows = []
-    for variant, by_seed in figures.items():
-        runs = list(by_seed.values())
-        gains = [r["gain"] for r in runs]
-        rows.append([variant, f"{sum(gains) / len(runs):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})",
-                     *(sum(r[k] for r in runs) / len(runs) for k in runs[0] if k != "gain")])
-    return emprl.table(["variant", "gain in Emp-F1, lowest and highest", *(k for k in runs[0] if k != "gain")], rows)
-
-
-def published(name):
-    """The table of what has been measured."""
-    return table(json.loads((ROOT / "tests" / "results" / f"ablate-{name}.json").read_text()))
-
-
-def known(variant, name, seed):
-    """The default's figures, if another ablation has them."""
-    if name in ABLATIONS and ABLATIONS[name][variant] == []:
-        for other, variants in ABLATIONS.items():
-            path = ROOT / "tests" / "results" / f"ablate-{other}.json"
-            found = json.loads(path.read_text()).get(next(iter(variants)), {}).get(seed) if path.exists() else None
-            if found:
-                return found
-
-
-def main(name, runs):
-    path = ROOT / "tests" / "results" / f"ablate-{name}.json"
-    figures = json.loads(path.read_text()) if path.exists() else {}
     if name == "own":
-        todo = {"your own data": {str(seed): lambda seed=seed: own(seed, ROOT / "runs") for seed in range(3)}}
-    else:
-        seeds = {run: str(json.loads((Path(run) / "config.json").read_text())["seed"]) for run in runs}
-        todo = {variant: {seeds[run]: lambda run=run, what=what: measure(run, name, what) for run in runs} for variant, what in ABLATIONS[name].items()}
-    for variant, by_seed in todo.items():
-        for seed, compute in by_seed.items():
-            if seed not in figures.setdefault(variant, {}):
-                figures[variant][seed] = known(variant, name, seed) or compute()
-                path.with_suffix(".tmp").write_text(json.dumps(figures, indent=1) + "\n")
-                path.with_suffix(".tmp").replace(path)
-                print(f"{variant}, seed {seed}: gain {figures[variant][seed]['gain']:+.3f}", flush=True)
-    page = ROOT / "tests" / "coursework" / "open.md"
-    start, end = publish.shown(page.read_text(), f"tests/results/{path.name}")
-    page.write_text(page.read_text()[:start] + table(figures) + page.read_text()[end:])
-    print(f"{table(figures)}\nwritten to {path} and {page}")
+        dialogues = data.embedded_corpus(1000 + seed, 1500, 1, 1, 1).dialogues["train"]
+        records = [{"context": d.context, "response": d.response, **dict(zip(emprl.MECHANISMS, d.levels))} for d in dialogues]
+        (folder / "mine.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    file = folder / "mine.jsonl" if name == "own" else ""
+    return figures_of(run(folder, emprl.make_config("toy", seed, file, settings=[*SHORT, *variant.settings.split()]), {}))
 
+def figures_of(m, policy="emprl"):
+    """What is kept of a metrics.json: the gain by the oracle where there is one, else by the judge, and by the others too."""
+    truth, before, after = "oracle_" if "oracle_emp_f1" in m["sft"] else "judge_", m["sft"], m[policy]
+    gain = {key: after[key] - before[key] for key in before if "emp_f1" in key}
+    return {"gain": gain[truth + "emp_f1"], **{k: gain[f"{truth}emp_f1_{k}"] for k in emprl.MECHANISMS}, "gain, identifiers": gain["emp_f1"],
+            "gain, judge": gain["judge_emp_f1"], "learnt reward": after["reward"], "true reward": after["held_out_reward"],
+            "KL": after["kl"], **{f"{k}, times": after[k] / before[k] for k in ("perplexity", "dist2", "unique")},
+            "MLE's Emp-F1": before[truth + "emp_f1"], "MLE's perplexity per word": before["perplexity_per_word"]}
+
+def mean(by_seed, key):
+    return sum(figures[key] for figures in by_seed.values()) / len(by_seed)
+
+def table(figures, name):
+    """Means over the runs, the gain with its lowest and highest."""
+    some = next(iter(next(iter(figures.values())).values()))
+    columns, rows = [k for k in COLUMNS.get(name, COLUMNS[None]) if k in some], []
+    for variant, by_seed in figures.items():
+        gains = [f["gain"] for f in by_seed.values()]
+        gain = f"{mean(by_seed, 'gain'):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})"
+        rows.append([variant, gain, *(mean(by_seed, k) for k in columns)])
+    return emprl.table(["variant", "gain in Emp-F1, lowest and highest", *columns], rows)
+
+def plot(figures, path):
+    """Learnt reward, true reward and perplexity against the KL."""
+    import matplotlib.pyplot as plt
+    plt.switch_backend("Agg")
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    points = sorted((mean(by_seed, "KL"), variant) for variant, by_seed in figures.items())
+    for axis, keys in zip(axes, (("learnt reward", "true reward"), ("perplexity, times",))):
+        for key in keys:
+            axis.plot([kl for kl, _ in points], [mean(figures[variant], key) for _, variant in points], "o-", label=key)
+        for kl, variant in points:
+            axis.annotate(variant, (kl, mean(figures[variant], keys[0])), fontsize=7, rotation=30)
+        axis.set(xlabel="KL to the MLE policy (nats a response)", ylabel=keys[0].split(",")[0])
+        axis.legend()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+def stored(name, path):
+    """{variant: {seed: figures}} of what has been measured; what older code measured does not count."""
+    raw = json.loads(path.read_text()) if path.exists() else {}
+    kept = {v: {seed: f for seed, f in raw[v].items() if "gain, judge" in f} for v in ABLATIONS[name] if v in raw}
+    return {v: by_seed for v, by_seed in kept.items() if by_seed}
+
+def known(path, variant, seed):
+    """The default's figures, if another ablation of the same preset has them."""
+    for other, variants in ABLATIONS.items():
+        figures = stored(other, path.with_name("-".join(["ablate", other, *path.stem.split("-")[2:]]) + ".json"))
+        for v, what in variants.items():
+            if what == variant == DEFAULT and other not in FROM_THE_START and seed in figures.get(v, {}):
+                return figures[v][seed]
+
+def main(name, *runs, again=False):
+    if name not in ABLATIONS:
+        raise data.DataError(f"ablate {name}: no such ablation; choose one of {', '.join(ABLATIONS)}")
+    if bool(runs) == (name in FROM_THE_START):
+        raise data.DataError(f"ablate {name}: {'takes no RUN, it trains its own' if runs else 'give one finished RUN or more'}")
+    configs = {}
+    for folder in map(Path, runs):
+        try:
+            configs[folder] = json.loads((folder / "metrics.json").read_text())["config"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise data.DataError(f"ablate: {folder}: no finished run there; make one with `python emprl.py --run {folder}`") from None
+    presets = {c["preset"] for c in configs.values()} or {"toy"}
+    if len(presets) > 1 or len({c["seed"] for c in configs.values()}) < len(runs):
+        raise data.DataError("ablate: the RUNs must be of one preset and of different seeds; give others")
+    path = RESULTS / f"ablate-{name}{''.join(f'-{p}' for p in presets - {'toy'})}.json"
+    figures = {} if again else stored(name, path)
+    seeds = {str(c["seed"]): folder for folder, c in configs.items()} or dict.fromkeys(map(str, SEEDS))
+    todo = [(v, s) for s in seeds for v in ABLATIONS[name] if s not in figures.get(v, {})]
+    started, slow, done = time.time(), 0, 0
+    try:
+        for done, (v, seed) in enumerate(todo):
+            variant = ABLATIONS[name][v]
+            left = f", {(time.time() - started) / slow * (len(todo) - done) / 60:.0f} min left" if slow else ""
+            emprl.say(f"{done + 1}/{len(todo)}  {v}, seed {seed}{left}")
+            found = None if again or name in FROM_THE_START else known(path, variant, seed)
+            if not found:
+                slow += 1
+                found = measure(seeds[seed], name, variant) if seeds[seed] else train(int(seed), name, variant, again)
+            figures.setdefault(v, {})[seed] = found
+            figures = {v: figures[v] for v in ABLATIONS[name] if v in figures}           # in the order above
+            path.with_suffix(".tmp").write_text(json.dumps(figures, indent=1) + "\n")
+            path.with_suffix(".tmp").replace(path)
+    except KeyboardInterrupt:
+        emprl.say(f"\nkept: {done} of {len(todo)}, in {path}; the same command, without --again, goes on from there")
+        raise
+    if name == "kl":
+        plot(figures, path.with_suffix(".png"))
+    pages = publish.put(f"tests/results/{path.name}", table(figures, name))
+    emprl.say(f"{table(figures, name)}\nwritten to {', '.join(map(str, [path, *pages]))}")
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in [*ABLATIONS, "own"] or not all((Path(run) / "metrics.json").exists() for run in sys.argv[2:]):
-        sys.exit(f"usage: python tests/ablate.py {'|'.join(ABLATIONS)}|own RUN0 [RUN1 ..] (finished runs; none for own)")
-    main(sys.argv[1], sys.argv[2:])
+    sys.exit(emprl.main(["ablate", *sys.argv[1:]]))

@@ -22,6 +22,8 @@ import sentencepiece
 import torch
 
 import data
+from conftest import check
+import download
 from data import DataError, Dialogue, Tokenizer, batches, oracle_levels
 
 REAL = Path(os.environ.get("EMPRL_DATA", Path(data.__file__).resolve().parent.parent / "shared" / "data"))
@@ -553,7 +555,21 @@ def test_real_corpus():
     assert 3015 <= len(labelled) <= 3023 and any("3084 rows" in note for note in corpus.notes)
     assert all(d.levels and d.response and all(d.context) for d in labelled)
     assert not any(c in t for d in labelled for t in (*d.context, d.response) for c in "\u200b\ufffd\n")
-    assert set(corpus.dialogues) == {"train", "valid", "test"} and corpus.level_probs == {} and len(corpus.notes) == 4
+    assert set(corpus.dialogues) == {"train", "valid", "test", "turns"} and corpus.level_probs == {} and len(corpus.notes) == 4
+
+
+@real
+def test_turns_for_pretraining_are_of_the_training_parts_only():
+    """Both speakers' turns of the training conversations and the labelled training pairs; nothing of another part."""
+    corpus = data.real_corpus(REAL)
+    turns, train = corpus.dialogues["turns"], corpus.dialogues["train"]
+    assert {d.id for d in train} < {d.id for d in turns}, "each of them, and the speakers' turns beside"
+    allowed = {d.id.partition("/")[0] for d in train}
+    conversations = [d for d in turns if d.levels is None]
+    assert {d.id.partition("/")[0] for d in conversations} == allowed
+    assert [d for d in turns if d.levels] == corpus.labelled["train"] + corpus.labelled["judge_train"]
+    kept_out = {d.id.partition("/")[0] for part in ("valid", "test") for d in corpus.dialogues[part]}
+    assert not kept_out & allowed and sum(len(d.context) % 2 == 0 for d in conversations) > 20_000
 
 
 # ---- download, from a server on this machine
@@ -608,10 +624,10 @@ def source(server, body=BODY, members=(), digest=None):
 def test_download_then_nothing_to_do(server, tmp_path):
     lines = []
     sources = source(server)
-    data.download(tmp_path / "new", sources, lines.append)
+    download.download(tmp_path / "new", sources, lines.append)
     assert (tmp_path / "new/sub/f.csv").read_bytes() == BODY and os.listdir(tmp_path / "new/sub") == ["f.csv"]
     assert any("100 %" in line for line in lines)
-    data.download(tmp_path / "new", sources, lines.append)
+    download.download(tmp_path / "new", sources, lines.append)
     assert server["log"] == [("/f", None)] and "already there" in lines[-1]
 
 
@@ -620,10 +636,10 @@ def test_download_goes_on_after_a_cut(ranges, server, tmp_path):
     server.update(limit=100_000, ranges=ranges)
     sources = source(server)
     with pytest.raises(DataError, match="cut off at 100000 of 300000|IncompleteRead|same command"):
-        data.download(tmp_path, sources, str)
+        download.download(tmp_path, sources, str)
     assert os.listdir(tmp_path / "sub") == ["f.csv.part"] and (tmp_path / "sub/f.csv.part").stat().st_size == 100_000
     server["limit"] = None
-    data.download(tmp_path, sources, str)
+    download.download(tmp_path, sources, str)
     assert (tmp_path / "sub/f.csv").read_bytes() == BODY
     assert server["log"] == [("/f", None), ("/f", "bytes=100000-")]
 
@@ -631,22 +647,22 @@ def test_download_goes_on_after_a_cut(ranges, server, tmp_path):
 def test_download_follows_a_redirection(server, tmp_path):
     sources = source(server)
     server["moved"]["/f"], server["files"]["/g"] = "/g", BODY
-    data.download(tmp_path, sources, str)
+    download.download(tmp_path, sources, str)
     assert (tmp_path / "sub/f.csv").read_bytes() == BODY and [path for path, _ in server["log"]] == ["/f", "/g"]
 
 
 def test_download_slow_and_stalled(server, tmp_path, monkeypatch):
     """A slow server is waited for, a silent one is given up; what came is kept."""
-    urlopen = data.urlopen
-    monkeypatch.setattr(data, "urlopen", lambda request, timeout: urlopen(request, timeout=0.5))
+    urlopen = download.urlopen
+    monkeypatch.setattr(download, "urlopen", lambda request, timeout: urlopen(request, timeout=0.5))
     server["pause"] = 0.1
-    data.download(tmp_path / "slow", source(server), str)
+    download.download(tmp_path / "slow", source(server), str)
     assert (tmp_path / "slow/sub/f.csv").read_bytes() == BODY
     server["pause"] = 1.0
     with pytest.raises(DataError, match="timed out; run the same command again"):
-        data.download(tmp_path / "stalled", source(server), str)
+        download.download(tmp_path / "stalled", source(server), str)
     server["pause"] = 0
-    data.download(tmp_path / "stalled", source(server), str)
+    download.download(tmp_path / "stalled", source(server), str)
     assert (tmp_path / "stalled/sub/f.csv").read_bytes() == BODY
 
 
@@ -654,7 +670,7 @@ def test_download_finished_part_needs_no_server(server, tmp_path):
     sources = source(server)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/f.csv.part").write_bytes(BODY)
-    data.download(tmp_path, sources, str)
+    download.download(tmp_path, sources, str)
     assert (tmp_path / "sub/f.csv").read_bytes() == BODY and server["log"] == []
 
 
@@ -663,22 +679,22 @@ def test_download_part_of_something_else_starts_over(server, tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/f.csv.part").write_bytes(BODY + b"more")
     with pytest.raises(DataError, match="416"):
-        data.download(tmp_path, sources, str)
-    data.download(tmp_path, sources, str)
+        download.download(tmp_path, sources, str)
+    download.download(tmp_path, sources, str)
     assert (tmp_path / "sub/f.csv").read_bytes() == BODY
 
 
 def test_download_wrong_hash(server, tmp_path):
     with pytest.raises(DataError, match="SHA-256"):
-        data.download(tmp_path, source(server, digest="0" * 64), str)
+        download.download(tmp_path, source(server, digest="0" * 64), str)
     assert os.listdir(tmp_path / "sub") == []
 
 
 def test_download_refused_and_missing(server, tmp_path):
     with pytest.raises(DataError, match="404"):
-        data.download(tmp_path, [(server["url"] + "/none", "f.csv", "0" * 64, [])], str)
+        download.download(tmp_path, [(server["url"] + "/none", "f.csv", "0" * 64, [])], str)
     with pytest.raises(DataError, match="refused"):
-        data.download(tmp_path, [("http://127.0.0.1:1/f", "f.csv", "0" * 64, [])], str)
+        download.download(tmp_path, [("http://127.0.0.1:1/f", "f.csv", "0" * 64, [])], str)
     assert os.listdir(tmp_path) == []
 
 
@@ -699,7 +715,7 @@ def test_download_unpacks_what_is_expected_only(server, tmp_path):
     body = archive(folder, ("./d/a.csv", b"A"), ("d/b.csv", b"B"), ("d/extra.sh", b"X"))
     sources = source(server, body, ["d/a.csv", "d/b.csv"])
     for _ in range(2):
-        data.download(tmp_path, sources, str)
+        download.download(tmp_path, sources, str)
     assert len(server["log"]) == 1 and os.listdir(tmp_path / "sub") == []
     assert sorted(os.listdir(tmp_path / "d")) == ["a.csv", "b.csv"] and (tmp_path / "d/a.csv").read_bytes() == b"A"
 
@@ -716,7 +732,7 @@ def special(name, kind):
     ids=lambda e: e[0] if isinstance(e, tuple) else f"type {e.type.decode()}")
 def test_download_refuses_unsafe_archives(entry, server, tmp_path):
     with pytest.raises(DataError, match="unsafe entry"):
-        data.download(tmp_path / "in", source(server, archive(("d/a.csv", b"A"), entry), ["d/a.csv"]), str)
+        download.download(tmp_path / "in", source(server, archive(("d/a.csv", b"A"), entry), ["d/a.csv"]), str)
     assert not (tmp_path / "in/d").exists() and not list(tmp_path.glob("**/evil.csv"))
 
 
@@ -728,16 +744,52 @@ def test_download_bad_archives(server, tmp_path):
     for i, (body, problem) in enumerate(((huge.tobuf(), "unsafe"), (b"no archive", "damaged"), (cut, "damaged"), (bomb, "unsafe"),
                                          (archive(("d/b.csv", b"B")), "no d/a.csv"))):
         with pytest.raises(DataError, match=problem):
-            data.download(tmp_path / str(i), source(server, body, ["d/a.csv"]), str)
+            download.download(tmp_path / str(i), source(server, body, ["d/a.csv"]), str)
         assert not (tmp_path / str(i) / "d").exists()
 
 
 def test_official_sources():
-    assert [name for _, name, _, _ in data.SOURCES] == [
+    assert [name for _, name, _, _ in download.SOURCES] == [
         "empatheticdialogues.tar.gz", *(f"epitome/{name}" for name in data.EPITOME_FILES)]
-    assert all(url.startswith("https://") and len(digest) == 64 for url, _, digest, _ in data.SOURCES)
+    assert all(url.startswith("https://") and len(digest) == 64 for url, _, digest, _ in download.SOURCES)
 
 
 def test_command_line():
     usage = subprocess.run([sys.executable, data.__file__], capture_output=True, text=True)
     assert usage.returncode == 2 and usage.stderr == "data.py: usage: python data.py download DIR\n"
+
+
+# ---- span corruption -------------------------------------------------------------------------------
+
+def test_span_corruption():
+    """The paper's figure 2: Thank you [for inviting] me to your party [last] week."""
+    thank, you, for_, inviting, me, to, your, party, last, week = range(10, 20)
+    x, y, z = 99, 98, 97
+    source, target = data.span_corrupt(list(range(10, 20)), [(2, 2), (8, 1)], [x, y, z, 96])
+    check("source: Thank you <X> me to your party <Y> week </s>", source,
+          [thank, you, x, me, to, your, party, y, week, 1])
+    check("target: <X> for inviting <Y> last <Z> </s>", target, [x, for_, inviting, y, last, z, 1])
+    source, target = data.span_corrupt([5, 6, 7, 8], [(1, 1), (3, 1)], [x, y, z])
+    check("a span at the end", source, [5, x, 7, y, 1])
+    check("a span at the end", target, [x, 6, y, 8, z, 1])
+    source, target = data.span_corrupt([5, 6], [], [x])
+    check("no span", source, [5, 6, 1])
+    check("no span", target, [x, 1])
+
+
+def test_random_spans():
+    for length in range(2, 201):
+        for seed in range(3):
+            spans = data.random_spans(length, generator=torch.Generator().manual_seed(seed))
+            noise, end = sum(n for _, n in spans), 0
+            assert noise == max(round(0.15 * length), 1), f"{noise} of {length} positions are noise"
+            assert len(spans) == max(round(noise / 3), 1), f"{len(spans)} spans for {noise} positions"
+            for start, n in spans:
+                assert start > end or start > 0 == end, f"spans touch, or start at 0: {spans}"
+                assert n >= 1
+                end = start + n
+            assert end <= length
+    draws = {tuple(data.random_spans(60, generator=torch.Generator().manual_seed(s))) for s in range(20)}
+    assert len(draws) >= 15, "spans are hardly random"
+    half = data.random_spans(100, density=0.5, mean_span=5.0)
+    assert sum(n for _, n in half) == 50 and len(half) == 10

@@ -1,6 +1,8 @@
 """The whole program on the smoke preset: every stage, its files, resuming, the command line."""
+import builtins
 import io
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -52,6 +54,30 @@ def test_metrics_have_every_figure_of_the_issue(finished):
     assert m["config"]["preset"] == "smoke" and m["seed"] == 0 and {"sft", "ppo", "evaluate"} <= set(m["seconds"])
 
 
+def test_responses_have_the_levels_of_every_reader(finished):
+    folder, m = finished
+    records = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
+    assert len(records) == 40 and all(set(r["levels"]) == {"identifiers", "judge", "oracle"} for r in records)
+    systems = {"sft", "best_of_n", "emprl", "sft_greedy", "emprl_greedy"}
+    assert all(set(r["responses"]) == systems and set(table) == {"target", *systems} for r in records for table in r["levels"].values())
+    for reader, prefix in (("identifiers", ""), ("judge", "judge_"), ("oracle", "oracle_")):
+        one, gold = (torch.tensor([r["levels"][reader][name] for r in records]) for name in ("best_of_n", "target"))
+        assert emprl.level_scores(one, gold)["emp_f1"] == m["best_of_n"][f"{prefix}emp_f1"], "the figures can be had from them again"
+    assert m["target"]["length"] > 3 and m["target"]["bleu"] == pytest.approx(100)
+
+
+def test_best_of_one_is_plain_sampling_and_of_many_no_worse(finished):
+    """The first of n samples is MLE's own; perplexities are MLE's either way; n is taken from eval.best_of."""
+    folder, m = finished
+    (Path(folder) / "metrics.json").write_text(json.dumps(m))
+    one = emprl.run_all(emprl.Run(folder, emprl.make_config("smoke", settings=["eval.best_of=1"])))
+    assert one["best_of_n"] == one["sft"] and one["best_of_n"]["kl"] == pytest.approx(0, abs=1e-9)
+    for key in ("perplexity", "perplexity_per_word"):
+        assert m["best_of_n"][key] == pytest.approx(m["sft"][key], rel=1e-4)
+    assert m["best_of_n"]["kl"] == pytest.approx(math.log(4) - 3 / 4)
+    emprl.run_all(emprl.Run(folder, emprl.make_config("smoke")))        # as it was
+
+
 def test_ratio_is_one_at_the_first_minibatch_of_every_iteration(finished):
     records = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
     assert all(r["first_ratio_error"] < 1e-5 for r in records if r["stage"] == "ppo")
@@ -80,7 +106,9 @@ def test_another_configuration_repeats_only_what_depends_on_it(finished, tmp_pat
     (["--set", "ppo.learning_rate=1"], "no such option"), (["--set", "ppo.steps=many"], "not a valid int"),
     (["--set", "ppo"], "no such option"), (["--preset", "real"], "--data DIR"), (["--preset", "paper", "--data", "."], "--t5"),
     (["--preset", "real", "--data", "missing"], "download DIR"), (["evaluate", "--run", "missing", "--data", "x"], "no finished run"),
-    (["chat", "--run", "missing"], "no finished run")])
+    (["chat", "--run", "missing"], "no finished run"), (["rate"], "only rate takes RUN"), (["rate", "a", "b", "c"], "only rate takes"),
+    (["rate", "missing"], "missing/responses.jsonl"), (["rate", "x", "--data", "y"], "takes --run"), (["rate", "x", "--run", "y"], "see --help"),
+    (["run", "x"], "only rate takes RUN"), (["chat", "x"], "only rate takes RUN"), (["--again"], "--again")])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert emprl.main(arguments) == 2
@@ -94,12 +122,30 @@ def test_evaluate_and_chat_commands(finished, tmp_path, capsys, monkeypatch):
     file = tmp_path / "mine.jsonl"
     file.write_text('{"context": ["My dog is sick."], "response": "I am so sorry."}\n' * 3)
     assert emprl.main(["evaluate", "--run", str(folder), "--data", str(file)]) == 0
-    assert "| emp_f1 |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| emp_f1 |" in out and "best_of_n" not in out, "which needs what the context tells, of the run's own data"
     assert 0 <= json.loads((folder / "evaluate-mine.json").read_text())["emprl"]["emp_f1"] <= 1
     monkeypatch.setattr(sys, "stdin", io.StringIO("My dog is sick.\n\nHello\n"))
     assert emprl.main(["chat", "--run", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "not a counsellor" in out and out.count("sft ") == 2 and out.count("emprl ") == 2
+
+
+def test_rate_command(finished, capsys, monkeypatch):
+    folder, _ = finished
+    monkeypatch.setattr(builtins, "input", lambda _: "t")
+    assert emprl.main(["rate", str(folder), "ann"]) == 0
+    assert "raters: 1" in capsys.readouterr().out and len((folder / "ratings-ann.jsonl").read_text().splitlines()) == 30
+    monkeypatch.setattr(builtins, "input", lambda _: "")
+    assert emprl.main(["rate", str(folder)]) == 0 and "raters: 1" in capsys.readouterr().out, "your login name, if you give none"
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as ended:
+        emprl.main(["--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "--again" in out
+    assert all(f"python emprl.py {command}" in out for command in ("evaluate", "chat", "rate", "ablate"))
 
 
 def test_own_data_runs_end_to_end(tmp_path):

@@ -6,30 +6,33 @@ from pathlib import Path
 import pytest
 
 import ablate
+import emprl
 import publish
 
 ROOT = Path(publish.ROOT)
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["toy-seed0", "real-seed0"])
-def test_tables_agree_with_the_committed_results(name):
-    metrics = json.loads((ROOT / "tests" / "results" / f"{name}.json").read_text())
-    start, end = publish.shown(README, f"tests/results/{name}.json")
-    assert README[start:end] == publish.table(metrics), "run: python tests/publish.py RUN NAME"
-    assert "| emp_f1 |" in README[start:end] and README[start:end].count("\n") > 15
+@pytest.mark.parametrize("anchor", ["tests/results/toy-seed0.json", "tests/results/real-seed0.json", "tests/publish.py", "real seeds: levels",
+                                    "real seeds: text", "real seeds: classes"])
+def test_tables_agree_with_the_committed_results(anchor):
+    table = publish.tables()[anchor]
+    assert f"({anchor})" in README
+    if table:                                  # "": the results are too old to make it of
+        start, end = publish.shown(README, anchor)
+        assert README[start:end] == table, "run: python tests/publish.py"
+        assert "| --- |" in table and table.count("\n") >= 3
 
 
-def test_table_of_seeds_agrees():
-    start, end = publish.shown(README, "tests/publish.py")
-    assert README[start:end] == publish.seeds() and README[start:end].count("\n") >= 6, "header, rule, five seeds"
+def test_five_seeds_of_toy_are_published():
+    assert publish.seeds().count("\n") >= 6, "header, rule, five seeds"
 
 
 def test_figures_in_the_text_are_those_of_the_results():
     """Every decimal and percentage in the prose of "Results" is in a table above or below it, or a macro-F1, or a rise in perplexity."""
     section = README[README.index("## Results"):README.index("## The files")]
     prose = "\n".join(line for line in section.splitlines() if not line.startswith("|"))
-    runs = {path.stem: json.loads(path.read_text()) for path in (ROOT / "tests" / "results").glob("*-seed*.json")}
+    runs = dict(enumerate(publish.load("toy") + publish.load("real")))
     known = {0.95, *(m[who][mechanism]["macro_f1"] for m in runs.values() for who in ("identifiers", "judge") for mechanism in ("er", "ip", "ex")),
              *(m["emprl"]["perplexity"] / m["sft"]["perplexity"] - 1 for m in runs.values()), 0.64, 0.53, 0.58}       # the last three: TF-IDF, DESIGN
     tables = {word.strip("()+-,%") for line in section.splitlines() if line.startswith("|") for word in line.split()}
@@ -39,12 +42,102 @@ def test_figures_in_the_text_are_those_of_the_results():
         assert right, f"{text}{percent} is in no results file: correct README's text"
 
 
-@pytest.mark.parametrize("name", [*ablate.ABLATIONS, "own"])
-def test_open_tasks_show_the_committed_results(name):
-    page = (ROOT / "tests" / "coursework" / "open.md").read_text()
-    start, end = publish.shown(page, f"tests/results/ablate-{name}.json")
-    assert page[start:end] == ablate.published(name), f"run: python tests/ablate.py {name}"
-    assert all(len(by_seed) >= 3 for by_seed in json.loads((ROOT / "tests" / "results" / f"ablate-{name}.json").read_text()).values())
+@pytest.mark.parametrize("name", ablate.ABLATIONS)
+def test_pages_show_the_committed_ablations(name):
+    """Each ablation has a place in README or in coursework/open.md; what has been measured is shown there."""
+    anchor, pages = f"tests/results/ablate-{name}.json", [page.read_text() for page in publish.PAGES]
+    page = next(page for page in pages if f"({anchor})" in page)
+    if (ROOT / anchor).exists():
+        figures = json.loads((ROOT / anchor).read_text())
+        start, end = publish.shown(page, anchor)
+        assert page[start:end] == ablate.table(figures, name), f"run: python emprl.py ablate {name}"
+        assert all(len(by_seed) >= 3 for by_seed in figures.values())
+
+
+def responses(number):
+    """`number` records of a run's responses.jsonl; EmpRL's levels are the target's, MLE's are one beside."""
+    levels = {"target": [0, 1, 2], "sft": [1, 1, 2], "best_of_n": [0, 1, 2], "emprl": [0, 1, 2]}
+    return [{"id": f"hit:{i}_conv:{2 * i}/2", "context": [f"context {i}", "secret"], "target": f"human {i}",
+             "responses": {"sft": f"sft {i} | <b>", "best_of_n": f"best {i}", "emprl": f"emprl {i}", "sft_greedy": "greedy"},
+             "levels": {reader: {k: [(x + i) % 3 for x in v] for k, v in levels.items()} for reader in publish.READERS}}
+            for i in range(number)]
+
+
+def test_page_of_test_contexts_has_no_text_of_the_corpus():
+    page = publish.page(responses(100), "real-seed0")
+    assert page.count("`hit:") == page.count("| human |") == 40 and page == publish.page(responses(100), "real-seed0"), "a stated seed"
+    assert not any(words in page for words in ("context 1", "secret", "human 1", "greedy")) and "sft " in page and "\\| \\<b\\>" in page
+    assert page != publish.page(responses(100), "real-seed0", seed=1)
+    first = page.split("`hit:")[1]
+    i = int(first.split("_")[0])
+    assert f"| MLE | sft {i} " in first and f"[{(i + 1) % 3}, {(i + 1) % 3}, {(i + 2) % 3}]" in first, "all levels"
+
+
+def test_committed_page_is_of_forty_contexts_without_their_text():
+    path = ROOT / "tests" / "results" / "real-page.md"
+    if path.exists():
+        assert path.read_text().count("`hit:") == path.read_text().count("| human | (not shown) |") == 40
+
+
+def test_intervals_over_seeds_and_contexts(tmp_path, monkeypatch):
+    """EmpRL right everywhere, MLE right in two mechanisms of three, on every context of every seed: no spread at all. One seed whose
+    MLE is right too: the interval reaches down to the gain of nearly only that one."""
+    monkeypatch.setattr(publish, "RESULTS", tmp_path)
+    assert publish.bootstrap("judge", "emp_f1") is None and publish.real_classes() == "", "nothing is there"
+    for seed in range(3):
+        (tmp_path / f"real-seed{seed}.json").write_text("{}")
+        (tmp_path / f"levels-real-seed{seed}.json").write_text(json.dumps(publish.compact(responses(60))))
+    gain = publish.bootstrap("judge", "emp_f1")
+    assert all(x == pytest.approx(0.5) for x in gain.values()), "from 2/3 to 1"
+    assert publish.bootstrap("identifiers", "emp_macro_f1")["relative"] == pytest.approx(0.5)
+    assert "| ER 0 | 0.333 | 0.000 | 1.000 | 1.000 | 0.333 | 0.000 | 1.000 | 1.000 |" in publish.real_classes()
+    equal = [{**r, "levels": {k: {**v, "sft": v["target"]} for k, v in r["levels"].items()}} for r in responses(60)]
+    (tmp_path / "levels-real-seed2.json").write_text(json.dumps(publish.compact(equal)))
+    gain = publish.bootstrap("judge", "emp_f1")
+    assert gain["relative"] == pytest.approx((3 - 7 / 3) / (7 / 3)) and gain["low"] == pytest.approx(0) and gain["high"] == pytest.approx(0.5)
+    assert publish.bootstrap("judge", "emp_f1") == gain, "seeded"
+
+
+def test_committed_levels_give_the_committed_figures():
+    runs = publish.levels("real")
+    for m, one in zip(publish.load("real"), runs):
+        for reader, prefix in publish.READERS.items():
+            for system in publish.SYSTEMS:
+                found = emprl.level_scores(one[reader][system], one[reader]["target"])
+                assert {k: pytest.approx(m[system][prefix + k]) for k in found} == found, (m["seed"], reader, system)
+
+
+def test_publish_a_run(tmp_path, monkeypatch):
+    """A run's figures, levels and page are copied, and the tables made of them."""
+    run, results, page = tmp_path / "run", tmp_path / "results", tmp_path / "page.md"
+    assert emprl.main(["--preset", "smoke", "--run", str(run)]) == 0
+    results.mkdir()
+    page.write_text("(tests/results/real-seed0.json)\n\n(real seeds: levels)\n\n(real seeds: text)\n\n(real seeds: classes)\n")
+    monkeypatch.setattr(publish, "RESULTS", results)
+    monkeypatch.setattr(publish, "PAGES", (page,))
+    publish.main(run, "toy-seed0")
+    publish.main(run, "real-seed0")
+    assert {p.name for p in results.iterdir()} == {"toy-seed0.json", "real-seed0.json", "levels-real-seed0.json", "real-page.md"}
+    for anchor, table in publish.tables().items():
+        if anchor != "tests/publish.py" and "toy" not in anchor:
+            start, end = publish.shown(page.read_text(), anchor)
+            assert page.read_text()[start:end] == table and table.count("\n") > 2, anchor
+    assert "best of n" in publish.real_levels() and re.search(r"judge, macro \| mean .*% \(", publish.real_levels())
+    test_committed_levels_give_the_committed_figures()
+    (run / "responses.jsonl").write_text('{"levels": {"target": [0, 0, 0]}}\n')
+    with pytest.raises(publish.DataError, match="older version"):
+        publish.main(run, "real-seed0")
+
+
+def test_a_table_is_put_below_its_paragraph(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(publish, "PAGES", (page,))
+    for before, after in (("a (x):\n\n| 1 |\n| 2 |\n\nb (y)\n", "a (x):\n\n| n |\n\nb (y)\n"), ("a (x):\n\nb\n", "a (x):\n\n| n |\n\nb\n"),
+                          ("a (x)", "a (x)\n\n| n |\n"), ("a (x)\n\n| 1 |", "a (x)\n\n| n |\n"), ("a", "a")):
+        page.write_text(before)
+        assert publish.put("x", "| n |") == ([page] if "(x)" in before else []) and page.read_text() == after
+        publish.put("x", "")
+        assert page.read_text() == after, "no table, no change"
 
 
 def test_five_modules_within_the_budget():

@@ -538,42 +538,6 @@ def test_generate_depends_on_the_seed_only():
     assert runs[0] == runs[1] != runs[2]
 
 
-# ---- span corruption -------------------------------------------------------------------------------
-
-def test_span_corruption():
-    """The paper's figure 2: Thank you [for inviting] me to your party [last] week."""
-    thank, you, for_, inviting, me, to, your, party, last, week = range(10, 20)
-    x, y, z = 99, 98, 97
-    source, target = t5_small.span_corrupt(list(range(10, 20)), [(2, 2), (8, 1)], [x, y, z, 96])
-    check("source: Thank you <X> me to your party <Y> week </s>", source,
-          [thank, you, x, me, to, your, party, y, week, 1])
-    check("target: <X> for inviting <Y> last <Z> </s>", target, [x, for_, inviting, y, last, z, 1])
-    source, target = t5_small.span_corrupt([5, 6, 7, 8], [(1, 1), (3, 1)], [x, y, z])
-    check("a span at the end", source, [5, x, 7, y, 1])
-    check("a span at the end", target, [x, 6, y, 8, z, 1])
-    source, target = t5_small.span_corrupt([5, 6], [], [x])
-    check("no span", source, [5, 6, 1])
-    check("no span", target, [x, 1])
-
-
-def test_random_spans():
-    for length in range(2, 201):
-        for seed in range(3):
-            spans = t5_small.random_spans(length, generator=torch.Generator().manual_seed(seed))
-            noise, end = sum(n for _, n in spans), 0
-            assert noise == max(round(0.15 * length), 1), f"{noise} of {length} positions are noise"
-            assert len(spans) == max(round(noise / 3), 1), f"{len(spans)} spans for {noise} positions"
-            for start, n in spans:
-                assert start > end or start > 0 == end, f"spans touch, or start at 0: {spans}"
-                assert n >= 1
-                end = start + n
-            assert end <= length
-    draws = {tuple(t5_small.random_spans(60, generator=torch.Generator().manual_seed(s))) for s in range(20)}
-    assert len(draws) >= 15, "spans are hardly random"
-    half = t5_small.random_spans(100, density=0.5, mean_span=5.0)
-    assert sum(n for _, n in half) == 50 and len(half) == 10
-
-
 # ---- the training step -----------------------------------------------------------------------------
 
 def test_set_lr_scales_by_rms():

@@ -26,7 +26,7 @@ UNITS = {
     }),
     "2 tokens in and out": ("2 hours", "Count positions on paper first: where does a span, a response, a set of tokens begin and end?", {
         "response_mask": Graded(20, "ppo", ["test_response_mask"], "response_mask(tensor([[5, 6, 1, 0], [5, 6, 7, 8]]))"),
-        "span_corrupt": Graded(40, "t5_small", ["test_span_corruption"], "span_corrupt([11, 12, 13, 14, 15], [(1, 2)], [99, 98])"),
+        "span_corrupt": Graded(40, "data", ["test_span_corruption"], "span_corrupt([11, 12, 13, 14, 15], [(1, 2)], [99, 98])"),
         "filter_logits": Graded(60, "t5_small", ["test_filter_logits", "test_filter_logits_ties"],
                                 "filter_logits(tensor([[0.5, 0.3, 0.2]]).log(), top_p=0.6), filter_logits(tensor([[0.5, 0.3, 0.2]]).log(), top_k=1)"),
     }),
@@ -60,7 +60,7 @@ UNITS = {
         "adapt_kl_coef": Graded(30, "ppo", ["test_adapt_kl_coef"], "adapt_kl_coef(0.2, 12.0, 6.0, 32, 1000)"),
     }),
 }
-FILES = {"t5_small": "test_t5.py", "ppo": "test_ppo.py", "identifiers": "test_identifiers.py"}
+FILES = {"data": "test_data.py", "t5_small": "test_t5.py", "ppo": "test_ppo.py", "identifiers": "test_identifiers.py"}
 
 
 def graders():

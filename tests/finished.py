@@ -1,0 +1,74 @@
+"""What is done with a finished run: python emprl.py evaluate | chat | rate | ablate. See python emprl.py --help."""
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import ablate as ablations
+import data
+import rate as rating
+from data import DataError, Pairs, Tokenizer
+from emprl import Config, Evaluation, Run, make_config, say
+from identifiers import MECHANISMS, Identifiers, before_after, predict_levels
+from ppo import respond
+from t5_small import from_pretrained, load_state
+
+
+def load_run(folder):
+    """A finished run -> (Run, Tokenizer, readers, {"sft": T5, "emprl": T5}). Raises DataError where there is none."""
+    folder = Path(folder)
+    if not (folder / "metrics.json").exists():
+        raise DataError(f"--run {folder}: no finished run there; make one with `python emprl.py --run {folder}`")
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+        sections = [k for k, v in asdict(Config()).items() if isinstance(v, dict)]
+        values = [(s, k, ("off", "on")[v] if isinstance(v, bool) else v) for s in sections for k, v in raw[s].items() if k != "corpus"]
+        config = make_config(seed=raw["seed"], settings=["{}.{}={}".format(*value) for value in values])
+        tokenizer, run = Tokenizer(folder / "tokenizer.model"), Run(folder, config)
+        models = {name: from_pretrained(folder / name, tokenizer.vocab_size).to(run.device).eval() for name in ("sft", "emprl")}
+        readers = []
+        for stage in ("identifiers", "judge"):
+            reader = Identifiers(models["sft"].config, config.identifiers.shared, config.identifiers.ngrams).to(run.device)
+            reader.load_state_dict(load_state(folder / "checkpoints" / f"{stage}.pt")["weights"])
+            readers.append(reader.eval())
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise DataError(f"--run {folder}: a file of it is damaged or of another run ({words}); make it again") from None
+    return run, tokenizer, readers, models
+
+
+def evaluate(arguments, folder):
+    """Before and after on any dialogue file; prints the table and writes it into the run folder."""
+    run, tokenizer, readers, models = load_run(folder)
+    pairs = Pairs(data.read_dialogues(arguments.data), tokenizer, run.config.data.max_source, run.config.data.max_target, run.device)
+    metrics = Evaluation(run, tokenizer, readers, models["sft"], pairs, {}).compare(models)
+    name = f"evaluate-{Path(arguments.data).stem}.json"
+    run.write(name, json.dumps(metrics, indent=2) + "\n")
+    say(f"{before_after(metrics)}\n\nwritten to {run.folder}/{name}")
+
+
+def chat(arguments, folder):
+    """You write, both policies answer, with the levels that the identifiers read in each answer."""
+    run, tokenizer, readers, models = load_run(folder)
+    say("A research model, not a counsellor. An empty line starts a new conversation; Ctrl-D ends.")
+    history, c = (), run.config.data
+    getattr(sys.stdin, "reconfigure", lambda **_: None)(errors="replace")
+    for line in map(data.clean, sys.stdin):
+        history = (*history, line[-2000:]) if line else ()
+        if data.CRISIS.search(line):
+            say(data.HELP)
+            history = ()
+        pairs = Pairs([data.Dialogue(history, "")], tokenizer, c.max_source, c.max_target, run.device)
+        for name, t5 in models.items() if history else ():
+            answered = pairs.but(respond(t5, pairs, run.config.sampling))
+            reply = tokenizer.decode(answered.responses[0])
+            say(f"{name:<6} {reply}   {dict(zip(MECHANISMS, predict_levels(readers[0], answered)[0].tolist()))}")
+        history = (*history, reply) if history else ()
+
+
+def rate(arguments, _):
+    rating.main(*arguments.what)
+
+
+def ablate(arguments, _):
+    ablations.main(*arguments.what, again=arguments.again)

@@ -16,11 +16,11 @@ import torch
 
 import data
 from data import DataError, Pairs, Tokenizer, batches, oracle_levels, pad, random_spans, span_corrupt
-from identifiers import (LEVELS, MECHANISMS, IdentifierConfig, Identifiers, before_after, best_of, ceiling, confusion, empathy_reward,
+from identifiers import (LEVELS, MECHANISMS, IdentifierConfig, Identifiers, before_after, best_of, ceiling, confusion, empathy_reward, even,
                          identifier_scores, identifier_trainer, level_scores, make_reward, paired_bootstrap, predict, predict_levels,
                          table, text_scores, words)
 from ppo import PPOConfig, PPOTrainer, kl_estimate, respond, score, signs_of_collapse
-from t5_small import (T5, CheckpointError, Sampling, T5Config, TrainConfig, Trainer, from_pretrained, load_state, mle_trainer,
+from t5_small import (T5, CheckpointError, Sampling, T5Config, TrainConfig, Trainer, from_pretrained, load_state,
                       save_atomically, save_pretrained)
 
 # ---- configuration --------------------------------------------------------------------------------------------------
@@ -46,6 +46,7 @@ class RewardConfig:
     difference: str = "cross_entropy"   # or "ordinal"
     mechanisms: str = "er,ip,ex"        # which of them count
     expected: bool = True               # its mean over what the context tells of the target [off: the one human's levels]
+    balance: float = 0.0                # exponent of 1 / (share of the level) in that mean: above 0 rare levels count for more
     def options(self):
         return {"difference": self.difference, "mechanisms": self.mechanisms}
 
@@ -79,12 +80,12 @@ PRESETS = {                       # what differs from the defaults above, which 
         t5.d_kv=16 t5.d_ff=64 t5.num_heads=2 t5.num_layers=1 t5.num_decoder_layers=1 pretrain.steps=4 sft.steps=12 sft.eval_every=6
         identifiers.steps=8 identifiers.eval_every=4 identifiers.batch_size=16 context.steps=4 context.batch_size=16 ppo.steps=4
         ppo.batch_size=8 ppo.minibatch_size=4 ppo.eval_every=2 eval.valid_contexts=8 sampling.max_length=12""",
-    "real": """data.corpus=real data.vocab_size=5000 data.max_source=96 data.max_target=40 data.identifier_source=96 t5.d_model=160
-        t5.d_kv=32 t5.d_ff=640 t5.num_layers=2 t5.num_heads=5 t5.dropout_rate=0.1 pretrain.task=turns pretrain.steps=1400
-        pretrain.batch_size=48 sft.steps=1400 sft.eval_every=350 sft.batch_size=48 sft.lr=3e-2 identifiers.steps=150
-        identifiers.batch_size=32 identifiers.eval_every=15 identifiers.ngrams=65536 context.steps=300 context.lr=2e-2
-        context.eval_every=100 context.ngrams=65536 sampling.min_length=5
-        sampling.max_length=40 ppo.steps=60 ppo.batch_size=256 ppo.lr=3e-3 ppo.kl_coef=0.05 eval.contexts=512 eval.best_of=8""",
+    "real": """data.corpus=real data.vocab_size=5000 data.max_source=96 data.max_target=40 data.identifier_source=96 data.identifier_target=256
+        t5.d_model=160 t5.d_kv=32 t5.d_ff=640 t5.num_layers=2 t5.num_heads=5 t5.dropout_rate=0.1 pretrain.task=turns pretrain.steps=600
+        pretrain.batch_size=96 pretrain.muon=on sft.steps=1200 sft.eval_every=300 sft.batch_size=96 sft.lr=3e-2 sft.muon=on
+        identifiers.ngrams=65536 identifiers.class_weight=1 context.ngrams=65536 context.penalty=3e-6 reward.balance=0.5
+        sampling.min_length=5 sampling.max_length=40 ppo.steps=60 ppo.batch_size=256 ppo.lr=3e-3 ppo.kl_coef=0.03 ppo.ptx_coef=0.3
+        eval.contexts=1024 eval.best_of=8""",
     "paper": """data.corpus=real data.max_source=200 data.max_target=50 data.identifier_source=128 data.identifier_target=96
         pretrain.steps=0 sft.steps=12900 sft.batch_size=8 sft.lr=1e-4 sft.rms_scaled=off sft.warmup=1 sft.eval_every=2000
         identifiers.lr=2e-5 context.lr=2e-5 identifiers.rms_scaled=off context.rms_scaled=off identifiers.shared=off
@@ -246,7 +247,7 @@ def run_all(run):
         model = Identifiers(t5.config, config.identifiers.shared, settings.ngrams).to(run.device)
         model.start_from(t5)
         rows_at = batches(train.lengths(), settings.batch_size, zlib.crc32(stage.encode()) + config.seed)
-        run.train(stage, lambda: identifier_trainer(model, train, valid, rows_at, settings), settings.steps, model)
+        run.train(stage, lambda: identifier_trainer(model, train, valid, rows_at, settings), 0 if settings.ngrams else settings.steps, model)
         return model.eval().requires_grad_(False)
     readers = [reader("identifiers", labelled["train"], labelled["valid"], config.identifiers),
                reader("judge", labelled["judge_train"], labelled["judge_valid"], config.identifiers)]
@@ -255,18 +256,22 @@ def run_all(run):
     levels = run.stage("label", lambda *_: {part: predict_levels(readers[0], pairs[part]) for part in ("train", "valid")})
     empty = {part: pairs[part].but([[1]] * len(pairs[part]), levels.get(part)) for part in ("train", "valid", "test")}
     foresight = reader("context", empty["train"], empty["valid"], config.context)
-    targets = predict(foresight, empty["train"]).exp() if config.reward.expected else levels["train"]
+    expected = {part: predict(foresight, empty[part]).exp() for part in ("train", "test")}
+    share, balance = expected["train"].mean(0), config.reward.balance
+    targets = even(expected["train"], share, balance) if config.reward.expected else levels["train"]
     # 4. PPO towards the target levels, held near the MLE policy.
     policy, train = copy.deepcopy(t5), pairs["train"]
     rows_at = batches([0] * len(train), config.ppo.batch_size, config.seed)             # long and short ones mixed
     test, probe = (Evaluation(run, tokenizer, readers, t5, pairs[part], corpus.level_probs) for part in ("test", "probe"))
     reward, batch_at = make_reward(readers[0], targets, **config.reward.options()), lambda i: (train.batch(rows_at(i))[0], torch.tensor(rows_at(i)))
-    run.train("ppo", lambda: PPOTrainer(policy, reward, batch_at, probe.validate, config.sampling, config.ppo), config.ppo.steps, policy)
+    human_loss = lambda index: policy.loss_sum(*train.batch(index.tolist()))
+    run.train("ppo", lambda: PPOTrainer(policy, reward, batch_at, probe.validate, config.sampling, config.ppo, human_loss), config.ppo.steps, policy)
     save_pretrained(policy, run.folder / "emprl")
     # 5. Before and after, on the same test contexts; then tables, plots and samples.
     started = time.time()
     metrics = {name: identifier_scores(reader, labelled["test"]) for name, reader in zip(("identifiers", "judge"), readers)}
-    metrics |= test.compare({"sft": t5, "emprl": policy}, train, levels["train"], predict(foresight, empty["test"]).exp())
+    metrics |= test.compare({"sft": t5, "emprl": policy}, train, levels["train"],
+                            {"context": expected["test"], "context_balanced": even(expected["test"], share, 0.5)}, even(expected["test"], share, balance))
     run.seconds["evaluate"] = round(time.time() - started, 1)
     metrics |= {"config": asdict(config), "seed": config.seed, "seconds": run.seconds}
     run.write("metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -297,6 +302,13 @@ def pretrain_trainer(config, t5, tokenizer, pairs):
         corrupted = [span_corrupt(texts[i], random_spans(len(texts[i])), tokenizer.sentinels) for i in rows]
         return t5.loss_sum(*(pad(side).to(pairs.device) for side in zip(*corrupted)))
     return Trainer(t5, loss_sum, batches(pairs.lengths(), config.pretrain.batch_size, config.seed), lambda: 0.0, config.pretrain)
+
+def mle_trainer(t5, train, valid, rows_at, config):
+    """Maximum likelihood on pairs (with `.batch(rows)` and `.chunks(size)`, as data.Pairs); validated by the loss per token."""
+    def validate():
+        losses, counts = zip(*(t5.loss_sum(*valid.batch(rows)) for rows in valid.chunks(64)))
+        return (sum(losses) / sum(counts)).item()
+    return Trainer(t5, lambda rows: t5.loss_sum(*train.batch(rows)), rows_at, validate, config)
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 class Evaluation:
@@ -348,14 +360,14 @@ class Evaluation:
         for i, d in enumerate(self.pairs.dialogues[:3]):
             say(f"    {d.context[-1]}\n    -> {self.describe('valid', i)}")
         return {f"valid_{key}": scores[key] for key in ("reward", "held_out_reward", "emp_f1", "kl", "perplexity", "unique")}
-    def compare(self, policies, train=None, train_levels=None, foreseen=None):
+    def compare(self, policies, train=None, train_levels=None, foreseen=None, promised=None):
         """metrics.json's figures: floors, ceilings, both policies sampled and greedy, gains with intervals."""
         s, n, human = self.run.config.sampling, len(self.pairs), [d.response for d in self.pairs.dialogues]
         metrics = {"ceiling": {}, "target": text_scores(human, human)}
         if self.level_probs:
             metrics["ceiling"] = ceiling([self.level_probs[d.id] for d in self.pairs.dialogues], self.gold["oracle_"])
         if train is not None:
-            metrics["ceiling"]["context"] = self.scores({who: foreseen.argmax(-1) for who in self.gold})
+            metrics["ceiling"] |= {name: self.scores({who: probs.argmax(-1) for who in self.gold}) for name, probs in foreseen.items()}
             rows = torch.randint(len(train), (n,), generator=torch.Generator().manual_seed(0)).tolist()
             majority = train_levels.mode(0).values.expand(n, -1)
             metrics["floors"] = {"majority": self.scores({who: majority for who in self.gold}),
@@ -364,9 +376,9 @@ class Evaluation:
         for name, t5 in policies.items():
             metrics[name] = self.measure(name, t5, s)
             metrics[name + "_greedy"] = self.measure(name + "_greedy", t5, greedy)
-        if foreseen is not None:
+        if promised is not None:
             k = self.run.config.eval.best_of                     # its KL is at most log k - (k - 1) / k (Beirami et al. 2024)
-            metrics["best_of_n"] = self.measure("best_of_n", policies["sft"], s, foreseen) | {"kl": math.log(k) - (k - 1) / k}
+            metrics["best_of_n"] = self.measure("best_of_n", policies["sft"], s, promised) | {"kl": math.log(k) - (k - 1) / k}
         metrics["gain"] = {who + "emp_f1": paired_bootstrap(*(self.results[p]["levels"][who] for p in policies), gold, gold)
                            for who, gold in self.gold.items()}
         return metrics

@@ -49,44 +49,53 @@ class IdentifierConfig(TrainConfig):
     shared: bool = True           # one pair of encoders with three heads; off: the original's three pairs
     class_weight: float = 0.5     # exponent of 1 / (share of the level) in the loss: 0 off, 1 fully balanced
     keep: str = "macro_f1"        # what the best state is chosen by: "macro_f1", or "loss" where probabilities count
-    ngrams: int = 0               # weights a level of an n-gram expert beside the network; 0: none
+    penalty: float = 2e-4         # of NGrams.fit
+    ngrams: int = 0               # weights a level of `NGrams`, which reads better where labels are few; 0: the network
 
 class NGrams(nn.Module):
     """Logistic regression on the 1- and 2-grams g of both sides' ids, hashed to `size` weights a level (fastText, Joulin et al.
-    2017): logits = b + sum over the sides of scale sum_g w[side, g] / sqrt(number of g), with scale 0.3 for the context, 1 for the response."""
+    2017): logits = b + sum over the sides of scale sum_g w[side, g] / sqrt(number of g), with scale 0.3 for the context, 1 for the
+    response. A gram counts once however often it occurs: a long response is no stronger than a short one for repeating itself."""
     def __init__(self, size):
         super().__init__()
         self.size, outputs = size, len(MECHANISMS) * LEVELS
         self.weight, self.bias = nn.Parameter(torch.zeros(1 + size, outputs)), nn.Parameter(torch.zeros(outputs))
+    def grams(self, ids, side):
+        """(B, T) ids -> (B, 2 T - 1) hashes from 1 on, sorted, 0 in the place of padding and repetitions."""
+        two = ((ids[:, :-1] + 1) * 1_000_003 + ids[:, 1:]).masked_fill(ids[:, 1:] == 0, 0)
+        both = torch.cat([ids, two], 1)
+        grams = torch.where(both == 0, 0, 1 + (both * 2_654_435_761 + side) % self.size).sort(1).values
+        return torch.cat([grams[:, :1], grams[:, 1:].masked_fill(grams[:, 1:] == grams[:, :-1], 0)], 1)
+    def log_probs(self, *sides):
+        """The grams of both sides -> (B, M, L) log-probabilities. Those that are 0 are dropped before the look-up, not looked up."""
+        logits = self.bias
+        for grams, scale in zip(sides, (0.3, 1.0)):
+            count = (grams != 0).sum(1)
+            total = F.embedding_bag(grams[grams != 0], self.weight, count.cumsum(0) - count, mode="sum")     # (B, M L)
+            logits = logits + scale * total / count.clamp(min=1).sqrt()[:, None]
+        return logits.unflatten(-1, (-1, LEVELS)).log_softmax(-1)
     def forward(self, *sides):
         """(B, S), (B, T) ids -> (B, M, L) log-probabilities."""
-        logits = self.bias
-        for side, (ids, scale) in enumerate(zip(sides, (0.3, 1.0))):
-            two = (ids[:, :-1] + 1) * 1_000_003 + ids[:, 1:]
-            grams = torch.cat([ids, two.masked_fill(ids[:, 1:] == 0, 0)], 1)
-            grams = torch.where(grams == 0, 0, 1 + (grams * 2_654_435_761 + side) % self.size)          # 0: padding
-            count = (grams != 0).sum(1, keepdim=True)
-            logits = logits + scale * F.embedding_bag(grams, self.weight, mode="sum", padding_idx=0) / count.sqrt()
-        return logits.unflatten(-1, (-1, LEVELS)).log_softmax(-1)
-    def fit(self, train, weights, penalty=2e-4):
+        return self.log_probs(*(self.grams(ids, side) for side, ids in enumerate(sides)))
+    def fit(self, train, weights, penalty):
         """The minimum of the weighted cross-entropy + penalty |w|^2 on all of `train`: a convex problem, so no validation."""
-        optimizer = torch.optim.LBFGS(self.requires_grad_().parameters(), max_iter=100, line_search_fn="strong_wolfe")
-        batch, levels = train.batch(range(len(train))), train.levels.to(self.bias.device)
+        optimizer = torch.optim.LBFGS(self.requires_grad_().parameters(), max_iter=60, line_search_fn="strong_wolfe")
+        sides = [self.grams(ids, side) for side, ids in enumerate(train.batch(range(len(train))))]
+        levels = train.levels.to(self.bias.device)
         def loss():
             optimizer.zero_grad()
-            total = identification_loss(self(*batch), levels, weights) / len(levels) + penalty * self.weight.pow(2).sum()
+            total = identification_loss(self.log_probs(*sides), levels, weights) / len(levels) + penalty * self.weight.pow(2).sum()
             total.backward()
             return total
         optimizer.step(loss)
         self.requires_grad_(False)
 
 class Identifiers(nn.Module):
-    """All three mechanisms: one Identifier with three heads (shared), or three of one head each. With `ngrams` the geometric
-    mean of the network's probabilities and an n-gram expert's; the network is trained as if alone."""
+    """All three mechanisms: one Identifier with three heads (shared), or three of one head each; or, with `ngrams`, NGrams."""
     def __init__(self, config, shared=True, ngrams=0):
         super().__init__()
         self.config, self.ngrams = config, NGrams(ngrams) if ngrams else None
-        self.towers = nn.ModuleList([Identifier(config, 3)] if shared else [Identifier(config) for _ in MECHANISMS])
+        self.towers = nn.ModuleList([] if ngrams else [Identifier(config, 3)] if shared else [Identifier(config) for _ in MECHANISMS])
     def start_from(self, t5):
         """Copy a trained T5's embedding and encoder into every encoder."""
         for tower in self.towers:
@@ -94,16 +103,21 @@ class Identifiers(nn.Module):
                 encoder.load_state_dict(t5.state_dict(), strict=False)
     def forward(self, context, response):
         """(B, S), (B, T) ids -> (B, M, L) log-probabilities of the levels."""
+        if self.ngrams:
+            return self.ngrams(context, response)
         with autocast(context.device):
             logits = torch.cat([tower(context, response) for tower in self.towers], 1)
-        log_probs = logits.float().log_softmax(-1)
-        return log_probs if self.training or not self.ngrams else ((log_probs + self.ngrams(context, response)) / 2).log_softmax(-1)
+        return logits.float().log_softmax(-1)
 
 def class_weights(levels, exponent):
     """(N, M) levels -> (M, L) loss weights (1 / share)^exponent, of mean 1 over a mechanism's examples; an absent level counts as one."""
     counts = torch.stack([(levels == k).sum(0) for k in range(LEVELS)], 1).float()           # (M, L)
     weights = (len(levels) / counts.clamp(min=1)) ** exponent
     return weights / ((weights * counts).sum(1, keepdim=True) / len(levels))
+
+def even(probs, share, exponent):
+    """(N, M, L) probabilities of levels of (M, L) shares -> proportional to probs / share^exponent: above 0, rare levels count for more."""
+    return F.normalize(probs / share ** exponent, p=1, dim=-1)
 
 def identification_loss(log_probs, levels, weights):
     """Weighted cross-entropy summed over a batch: (B, M, L), (B, M), (M, L) -> scalar."""
@@ -114,7 +128,7 @@ def identifier_trainer(model, train, valid, rows_at, config):
     train, valid: anything with `len`, `.levels` (N, M) and `.batch(rows) -> (context ids, response ids)`."""
     weights = class_weights(train.levels, config.class_weight)
     if model.ngrams:
-        model.ngrams.fit(train, class_weights(train.levels, 2 * config.class_weight).to(train.device))
+        model.ngrams.fit(train, weights.to(train.device), config.penalty)
     def loss_sum(rows):
         log_probs = model(*train.batch(rows))
         return identification_loss(log_probs, train.levels[rows].to(log_probs.device), weights.to(log_probs.device)), len(rows)

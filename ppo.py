@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from t5_small import autocast, generate, make_optimizer, optimizer_step, set_lr
+from t5_small import autocast, generate, make_optimizers, optimizer_step, set_lr
 
 @dataclass
 class PPOConfig:
@@ -28,6 +28,7 @@ class PPOConfig:
     clip_range: float = 0.2
     value_clip_range: float = 0.2
     value_coef: float = 0.1
+    ptx_coef: float = 0.0         # of the human responses' negative log-likelihood a token: keeps the language (Ouyang et al. 2022)
     max_grad_norm: float = 1.0    # at every step [only the first one is clipped, by a fault of its library]
     whiten_advantages: bool = True
     whiten_rewards: bool = False  # [on: it rescales the KL penalty together with the reward, batch by batch]
@@ -172,6 +173,7 @@ class Rollout:
     ref_log_probs: torch.Tensor   # (B, T) by the reference
     values: torch.Tensor          # (B, T)
     scores: torch.Tensor          # (B,) the reward, as it came
+    index: torch.Tensor           # (B,) of the training pairs
 
 @torch.no_grad()
 def rollout(policy, reference, reward, source, index, sampling):
@@ -187,7 +189,7 @@ def rollout(policy, reference, reward, source, index, sampling):
         support = g.support[rows, :ids.shape[1]]
         ref_log_probs[rows, :ids.shape[1]] = score(reference, source[rows], ids, seen, support, sampling.temperature)[0]   # 4. the reference
         scores[rows] = reward(source[rows], ids, index[rows]).float()           # 5. what it got
-    return Rollout(source, g.ids, mask, g.support, g.log_probs * mask, ref_log_probs, values, scores)
+    return Rollout(source, g.ids, mask, g.support, g.log_probs * mask, ref_log_probs, values, scores, index)
 
 @torch.no_grad()
 def respond(t5, pairs, sampling, size=128):
@@ -204,12 +206,13 @@ def respond(t5, pairs, sampling, size=128):
 class PPOTrainer:
     """One call of step = one iteration: rollout, rewards, advantages, ppo_epochs passes of minibatches.
     reward(source ids, response ids, index) -> (B,). batch_at(step) -> (source (B, S), index (B,)). validate(t5) -> dict
-    of numbers, logged every eval_every iterations. A step depends on its number, the state and torch's generator only."""
-    def __init__(self, t5, reward, batch_at, validate, sampling, config):
+    of numbers, logged every eval_every iterations. human_loss(index) -> (sum, tokens) is used if ptx_coef > 0. A step depends on its number, the state and torch's generator only."""
+    def __init__(self, t5, reward, batch_at, validate, sampling, config, human_loss=None):
         self.policy = Policy(t5).eval().to(next(t5.parameters()).device)
         self.reference = copy.deepcopy(t5).eval().requires_grad_(False)
         self.reward, self.batch_at, self.validate, self.sampling, self.config = reward, batch_at, validate, sampling, config
-        self.optimizer = make_optimizer(self.policy, unit=("relative_bias", "value_head"))
+        self.human_loss = human_loss
+        self.optimizers = make_optimizers(self.policy, unit=("relative_bias", "value_head"))
         self.kl_coef, self.moments = config.kl_coef, RunningMoments()
     def step(self, i):
         c, (source, index) = self.config, self.batch_at(i)
@@ -224,7 +227,7 @@ class PPOTrainer:
         advantages, returns = gae(rewards, r.values, r.mask, c.gamma, c.lam)                        # 8.
         if c.whiten_advantages:
             advantages = whiten(advantages, r.mask)
-        set_lr(self.optimizer, c.lr * min((i + 1) / max(c.warmup, 1), 1 - i / c.steps), c.rms_scaled)
+        set_lr(self.optimizers, c.lr * min((i + 1) / max(c.warmup, 1), 1 - i / c.steps), c.rms_scaled)
         update = self.update(r, advantages, returns)                                                # 9.
         kl, k3 = ((kl_estimate(r.log_probs, r.ref_log_probs, k) * r.mask).sum(1).mean().item() for k in ("k1", "k3"))
         record = {"reward": r.scores.mean().item(), "kl": kl, "kl_k3": k3, "kl_coef": self.kl_coef,
@@ -251,9 +254,9 @@ class PPOTrainer:
             log.append(measured)
             stop = measured["update_kl"] > c.max_update_kl
             if stop or measured["ratio"] > c.max_ratio:
-                self.optimizer.zero_grad()
+                [x.zero_grad() for x in self.optimizers]
             else:
-                measured["grad_norm"] = norm = optimizer_step(self.optimizer, c.max_grad_norm)
+                measured["grad_norm"] = norm = optimizer_step(self.optimizers, c.max_grad_norm)
                 measured["skipped"] = float(not math.isfinite(norm))
                 steps += math.isfinite(norm)
             if stop:
@@ -262,7 +265,7 @@ class PPOTrainer:
         means = {name: sum(xs) / len(xs) for name, xs in seen.items()}
         return {**means, "first_ratio_error": max(ratio_errors), "optimizer_steps": steps}
     def loss(self, r, rows, advantages, returns):
-        """L = L_policy + value_coef L_value on some rows; also what is logged of it, and max |ratio - 1|."""
+        """L = L_policy + value_coef L_value + ptx_coef L_human on some rows; also what is logged of it, and max |ratio - 1|."""
         c, width = self.config, int(r.mask[rows].sum(1).max())   # shorter responses need fewer columns
         ids, mask, old = r.ids[rows, :width], r.mask[rows, :width], r.log_probs[rows, :width]
         log_probs, entropy, values = score(self.policy.t5, r.source[rows], ids, mask, r.support[rows, :width],
@@ -273,15 +276,19 @@ class PPOTrainer:
         measured = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": masked_mean(entropy, mask),
                     "clip_share": clip_share, "ratio": masked_mean(ratio, mask),
                     "update_kl": masked_mean(kl_estimate(old, log_probs, "k3"), mask)}
-        return (pg_loss + c.value_coef * v_loss, {k: x.item() for k, x in measured.items()},
+        if c.ptx_coef:
+            total, tokens = self.human_loss(r.index[rows])
+            measured["human_loss"] = total / tokens
+        return (pg_loss + c.value_coef * v_loss + c.ptx_coef * measured.get("human_loss", 0), {k: x.item() for k, x in measured.items()},
                 ((ratio - 1).abs() * mask).max().item())
     def finish(self):
         self.policy.eval()
     def state_dict(self):
-        return {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict(),
+        return {"policy": self.policy.state_dict(), "optimizers": [x.state_dict() for x in self.optimizers],
                 "kl_coef": self.kl_coef, "moments": vars(self.moments)}
     def load_state_dict(self, state):
         self.policy.load_state_dict(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
         self.kl_coef = state["kl_coef"]
         vars(self.moments).update(state["moments"])

@@ -416,27 +416,34 @@ def autocast(device):
     """bf16 on a GPU, plain fp32 on a CPU. Never fp16: T5's activations overflow it."""
     return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else nullcontext()
 
-def make_optimizer(model, weight_decay=0.0, unit=("relative_bias",)):
-    """AdamW with a parameter group for each tensor, so that `set_lr` can scale each one's step. Tensors whose name
-    holds a word of `unit` start near 0 but belong to the scale of 1 (attention's logits, a value)."""
-    groups = [{"params": [p], "unit": any(word in name for word in unit)} for name, p in model.named_parameters()]
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
+def make_optimizers(model, weight_decay=0.0, muon=False, unit=("relative_bias",)):
+    """[AdamW] with a parameter group for each tensor, so that `set_lr` can scale each one's step. Tensors whose name
+    holds a word of `unit` start near 0 but belong to the scale of 1 (attention's logits, a value). muon: the layers' matrices by
+    Muon (Jordan et al. 2024), which makes all singular values of a step equal: as good after half the steps, from scratch."""
+    groups = [{"params": [p], "unit": any(word in name for word in unit), "name": name} for name, p in model.named_parameters()]
+    inside = lambda g: muon and g["params"][0].dim() == 2 and not any(k in g["name"] for k in ("shared", "lm_head", *unit))
+    adam = torch.optim.AdamW([g for g in groups if not inside(g)], lr=0.0, weight_decay=weight_decay, fused=True)
+    matrices = [g for g in groups if inside(g)]
+    return [adam] + ([torch.optim.Muon(matrices, 0.0, weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else [])
 
-def set_lr(optimizer, lr, rms_scaled):
+def set_lr(optimizers, lr, rms_scaled):
     """lr for every tensor; rms_scaled: lr * max(RMS(tensor), 1e-3), Adafactor's "relative step".
     T5 starts with embeddings of std 1 beside matrices of std D^-1/2: one absolute step size is too small for
     the first or too large for the second. A relative one fits both (nanoT5's remedy)."""
-    tensors = [group["params"][0].detach() for group in optimizer.param_groups]
-    for group, p, norm in zip(optimizer.param_groups, tensors, torch.stack(torch._foreach_norm(tensors)).tolist()):
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    tensors = [group["params"][0].detach() for group in groups]
+    for group, p, norm in zip(groups, tensors, torch.stack(torch._foreach_norm(tensors)).tolist()):
         relative = rms_scaled and not group["unit"]
         group["lr"] = lr * (max(norm / math.sqrt(p.numel()), 1e-3) if relative else 1.0)
 
-def optimizer_step(optimizer, max_grad_norm):
+def optimizer_step(optimizers, max_grad_norm):
     """Clip the gradient to a norm, step, clear; a gradient that is not finite is dropped. Returns the norm before."""
-    norm = nn.utils.clip_grad_norm_([g["params"][0] for g in optimizer.param_groups], max_grad_norm).item()
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad()
+    tensors = [group["params"][0] for optimizer in optimizers for group in optimizer.param_groups]
+    norm = nn.utils.clip_grad_norm_(tensors, max_grad_norm).item()
+    for optimizer in optimizers:
+        if math.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad()
     return norm
 
 @dataclass
@@ -446,6 +453,7 @@ class TrainConfig:
     micro_batch: int = 0          # rows a forward pass; 0: the whole batch. Fewer need less memory, same gradient
     lr: float = 3e-2              # relative to each tensor's RMS if rms_scaled (original: AdamW 1e-4, absolute)
     rms_scaled: bool = True       # from scratch; off for fine-tuning a pretrained T5
+    muon: bool = False            # see make_optimizers
     warmup: int = 50              # steps of linear warm-up, then linear decay to 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -457,20 +465,20 @@ class Trainer:
     validate() -> number, lower is better. Step i depends on i, the state and torch's generator (seeded for each step) only."""
     def __init__(self, model, loss_sum, rows_at, validate, config):
         self.model, self.loss_sum, self.rows_at, self.validate, self.config = model, loss_sum, rows_at, validate, config
-        self.optimizer = make_optimizer(model, config.weight_decay)
+        self.optimizers = make_optimizers(model, config.weight_decay, config.muon)
         self.best = {"score": math.inf}                          # and the weights, from the first validation on
     def step(self, i):
         """Optimizer step i (from 0). Returns what it measured, as plain numbers."""
         c, rows, model = self.config, self.rows_at(i), self.model.train()
         lr = c.lr * min((i + 1) / max(c.warmup, 1), (c.steps - i) / max(c.steps - c.warmup, 1), 1)
-        set_lr(self.optimizer, lr, c.rms_scaled)
+        set_lr(self.optimizers, lr, c.rms_scaled)
         size, total, count = c.micro_batch or len(rows), 0.0, 0
         for start in range(0, len(rows), size):
             loss, items = self.loss_sum(rows[start:start + size])
             loss.backward()
             total, count = total + loss.item(), count + items
         torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], count)
-        norm = optimizer_step(self.optimizer, c.max_grad_norm)
+        norm = optimizer_step(self.optimizers, c.max_grad_norm)
         record = {"loss": total / count, "lr": lr, "grad_norm": norm, "skipped": float(not math.isfinite(norm))}
         if (i + 1) % c.eval_every == 0 or i + 1 == c.steps:
             model.eval()
@@ -483,15 +491,9 @@ class Trainer:
         """Put the best weights back into the model."""
         self.model.eval().load_state_dict(self.best.get("weights", self.model.state_dict()))
     def state_dict(self):
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "best": self.best}
+        return {"model": self.model.state_dict(), "optimizers": [x.state_dict() for x in self.optimizers], "best": self.best}
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
         self.best = state["best"]
-
-def mle_trainer(t5, train, valid, rows_at, config):
-    """Maximum likelihood on pairs (with `.batch(rows)` and `.chunks(size)`, as data.Pairs); validated by the loss per token."""
-    def validate():
-        losses, counts = zip(*(t5.loss_sum(*valid.batch(rows)) for rows in valid.chunks(64)))
-        return (sum(losses) / sum(counts)).item()
-    return Trainer(t5, lambda rows: t5.loss_sum(*train.batch(rows)), rows_at, validate, config)

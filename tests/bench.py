@@ -29,7 +29,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data, emprl, ppo
 from identifiers import Identifiers, make_reward, table
-from t5_small import T5, Sampling, T5Config, TrainConfig, autocast, generate, mle_trainer
+from emprl import mle_trainer
+from t5_small import T5, Sampling, T5Config, TrainConfig, autocast, generate
 
 RESULTS, DEVICE = Path(__file__).parent / "results" / "bench.json", "cuda" if torch.cuda.is_available() else "cpu"
 CORPUS = "empatheticdialogues/train.csv"

@@ -94,7 +94,7 @@ def real_levels():
     for reader, prefix in reversed(READERS.items()):
         for key, measure in MEASURES.items():
             columns = [[m.get(part, {}).get(name, {}).get(prefix + key) if name else m.get(part, {}).get(prefix + key) for m in runs]
-                       for part, name in (*((s, "") for s in SYSTEMS), ("floors", "majority"), ("floors", "random_copy"), ("ceiling", "context"))]
+                       for part, name in (*((s, "") for s in SYSTEMS), ("floors", "majority"), ("floors", "random_copy"), ("ceiling", "context_balanced"))]
             columns = [c + [sum(c) / len(c) if None not in c else None] for c in columns]
             gain = bootstrap(reader, key) if key in F1 else None
             for who, row in zip([m["seed"] for m in runs] + ["mean"], zip(*columns)):

@@ -59,7 +59,7 @@ def test_official_sizes():
 @pytest.mark.parametrize("kind, arguments", [(T5, ()), (Identifiers, ()), (Identifiers, (False,))])
 def test_bytes_of_weights_gradients_and_optimizer(kind, arguments):
     model = kind(LITTLE, *arguments)
-    optimizer = t5_small.make_optimizer(model)
+    optimizer, = t5_small.make_optimizers(model)
     loss = model.loss_sum(*batch(LITTLE))[0] if isinstance(model, T5) else model(*batch(LITTLE)).sum()
     loss.backward()
     optimizer.step()

@@ -116,6 +116,62 @@ def test_start_from_copies_the_encoder(shared):
 
 # ---- training --------------------------------------------------------------------------------------
 
+# ---- n-grams
+
+def test_ngrams_by_hand():
+    """Response 7 8 7 8 has the grams 7, 8, (7, 8), (8, 7), each counted once: logits = bias + (the sum of their weights) / sqrt(4).
+    The context's grams are others, and count 0.3 times: one of them, 7, / sqrt(1)."""
+    torch.manual_seed(0)
+    model = identifiers.NGrams(1000)
+    with torch.no_grad():
+        model.weight.normal_()
+        model.bias.normal_()
+    response, context = torch.tensor([[7, 8, 7, 8, 0]]), torch.tensor([[7, 0]])
+    of = lambda ids, side: sorted(set(model.grams(torch.tensor([ids]), side)[0].tolist()) - {0})
+    seven, eight, both, turned = of([7], 1), of([8], 1), of([7, 8], 1), of([8, 7], 1)
+    pair, other = set(both) - {*seven, *eight}, set(turned) - {*seven, *eight}
+    assert len(seven) == len(eight) == len(pair) == len(other) == 1 and pair != other, "the order of two tokens counts"
+    rows = [*seven, *eight, *pair, *other]
+    assert of([7, 8, 7, 8], 1) == sorted(rows) and of([7], 0) != seven
+    logits = model.bias + model.weight[rows].sum(0) / 2 + 0.3 * model.weight[of([7], 0)[0]]
+    check("log-probabilities", model(context, response)[0], logits.view(3, 3).log_softmax(-1))
+
+
+def test_ngrams_do_not_see_padding_or_the_batch():
+    torch.manual_seed(0)
+    model = identifiers.NGrams(500)
+    torch.nn.init.normal_(model.weight)
+    together, wider = model(CONTEXT, RESPONSE), model(F.pad(CONTEXT, (0, 4)), F.pad(RESPONSE, (0, 2)))
+    check("more padding", wider, together)
+    check("row by row", torch.cat([model(c[None], r[None]) for c, r in zip(CONTEXT, RESPONSE)]), together)
+
+
+def test_ngrams_are_fitted_to_the_minimum():
+    """The gradient of the weighted cross-entropy + penalty |w|^2, by autograd from the outside, is 0 there; nothing trains on."""
+    torch.manual_seed(0)
+    response, levels = torch.randint(3, 24, (60, 6)), torch.randint(0, 3, (60, 3))
+    levels[:, 0] = (response == 5).any(1) * 2
+    pairs, weights, penalty = Pairs(response[:, :2], response, levels), identifiers.class_weights(levels, 1.0), 1e-2
+    model = identifiers.Identifiers(TINY, ngrams=300)
+    assert len(model.towers) == 0
+    model.ngrams.fit(pairs, weights, penalty)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.requires_grad_()
+    loss = identifiers.identification_loss(model(response[:, :2], response), levels, weights) / 60 + penalty * model.ngrams.weight.pow(2).sum()
+    loss.backward()
+    assert max(p.grad.abs().max() for p in model.parameters()) < 1e-3
+    found = identifiers.predict_levels(model.requires_grad_(False), pairs)
+    assert (found[:, 0] == levels[:, 0]).float().mean() > 0.95, "a word that always means level 2"
+
+
+def test_even_by_hand():
+    """P .6, .3, .1 over shares .8, .1, .1: to the power 1, .75, 3, 1 -> / 4.75; to the power 0 nothing changes."""
+    probs, share = torch.tensor([[[0.6, 0.3, 0.1]]]), torch.tensor([[0.8, 0.1, 0.1]])
+    check("exponent 1", identifiers.even(probs, share, 1.0), [[[0.75 / 4.75, 3 / 4.75, 1 / 4.75]]])
+    check("exponent 0", identifiers.even(probs, share, 0.0), probs)
+    check("exponent 1/2", identifiers.even(probs, share, 0.5), F.normalize(torch.tensor([[[0.6, 0.3, 0.1]]]) / share.sqrt(), p=1, dim=-1))
+
+
 def test_class_weights():
     levels = torch.tensor([[0, 2], [0, 2], [0, 0], [1, 1], [1, 1], [2, 0]])    # shares 3:2:1 and 2:2:2
     check("exponent 1: 1 / share, mean over examples 1", identifiers.class_weights(levels, 1.0),

@@ -337,14 +337,42 @@ def test_rewards_are_whitened_on_request(on, monkeypatch):
 def spied_gradients(monkeypatch, **changes):
     gradients, plain = [], ppo.optimizer_step
 
-    def spy(optimizer, max_grad_norm):
-        gradients.append([g["params"][0].grad.clone() for g in optimizer.param_groups])
-        return plain(optimizer, max_grad_norm)
+    def spy(optimizers, max_grad_norm):
+        gradients.append([g["params"][0].grad.clone() for optimizer in optimizers for g in optimizer.param_groups])
+        return plain(optimizers, max_grad_norm)
 
     monkeypatch.setattr(ppo, "optimizer_step", spy)
     record = run(trainer(ppo_epochs=1, minibatch_size=12, **changes), [0])[0]
     monkeypatch.setattr(ppo, "optimizer_step", plain)
     return gradients[0], record
+
+
+def test_human_responses_are_learnt_on_request(monkeypatch):
+    """ptx_coef g adds g x the gradient of the human responses' mean negative log-likelihood a token, of the rollout's own contexts."""
+    human = torch.tensor([[3, 4, 1], [5, 1, 0], [6, 7, 1]])
+    asked = []
+    def losses(t):
+        def human_loss(index):
+            asked.append(index.tolist())
+            return t.policy.t5.loss_sum(sources(0)[0][: len(index)], human[index % 3])
+        return human_loss
+    gradients, plain = [], ppo.optimizer_step
+    monkeypatch.setattr(ppo, "optimizer_step", lambda o, n: gradients.append({g["name"]: g["params"][0].grad.clone() for g in o[0].param_groups})
+                        or plain(o, n))
+    for coef in (0.0, 0.5):
+        t = trainer(ppo_epochs=1, minibatch_size=12, ptx_coef=coef)
+        t.human_loss = losses(t)
+        fresh = trainer()
+        record = run(t, [0])[0]
+        assert ("human_loss" in record) == (coef > 0)
+    (index,) = asked
+    assert sorted(index) == sorted(sources(0)[1].tolist()), "once, for the pairs of the rollout"
+    total, tokens = fresh.policy.t5.loss_sum(sources(0)[0], human[torch.tensor(index) % 3])
+    check("what is logged", record["human_loss"], total / tokens)
+    (total / tokens).backward()
+    for name, p in fresh.policy.named_parameters():
+        if p.grad is not None:
+            check(name, gradients[1][name] - gradients[0][name], 0.5 * p.grad, tol=1e-4)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 5])

@@ -543,22 +543,22 @@ def test_generate_depends_on_the_seed_only():
 def test_set_lr_scales_by_rms():
     model = torch.nn.ParameterDict({"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(5), "c": torch.full((2, 2), -0.1),
                                     "relative_bias": torch.full((3,), 0.2)})
-    optimizer = t5_small.make_optimizer(model)
-    rates = lambda: [group["lr"] for group in optimizer.param_groups]
+    optimizer = t5_small.make_optimizers(model)
+    rates = lambda: [group["lr"] for group in optimizer[0].param_groups]
     t5_small.set_lr(optimizer, 0.02, rms_scaled=True)
     check("0.02 x RMS of [3, 4] (3.536), of 0s (at least 1e-3), of -0.1s; a position bias's is 1", rates(),
           [0.02 * 12.5 ** 0.5, 0.02 * 1e-3, 0.02 * 0.1, 0.02], tol=1e-7)
     t5_small.set_lr(optimizer, 0.02, rms_scaled=False)
     check("absolute", rates(), [0.02] * 4)
-    optimizer = t5_small.make_optimizer(model, weight_decay=0.1, unit=("b",))
+    optimizer = t5_small.make_optimizers(model, weight_decay=0.1, unit=("b",))
     t5_small.set_lr(optimizer, 0.02, rms_scaled=True)
     check("tensors whose name holds a b", rates(), [0.02 * 12.5 ** 0.5, 0.02, 0.02 * 0.1, 0.02], tol=1e-7)
-    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1] * 4
+    assert [g["weight_decay"] for g in optimizer[0].param_groups] == [0.1] * 4
 
 
 def test_optimizer_step_clips_and_skips():
     p, q = (torch.tensor([10.0], requires_grad=True) for _ in range(2))
-    optimizer = torch.optim.SGD([{"params": [p]}, {"params": [q]}], lr=1.0)
+    optimizer = [torch.optim.SGD([{"params": [x]}], lr=1.0) for x in (p, q)]
     for _ in range(2):                                        # every step is clipped, not only the first
         before = [p.item(), q.item()]
         p.grad, q.grad = torch.tensor([3.0]), torch.tensor([4.0])
@@ -577,6 +577,30 @@ def test_optimizer_step_clips_and_skips():
         assert p.grad is None or p.grad == 0, "a bad gradient was kept for the next step"
 
 
+def test_muon_takes_the_matrices_of_the_layers():
+    """And only those: embeddings, norms and position biases stay with AdamW, and every tensor is in one group once."""
+    model = tiny(tie_word_embeddings=False)
+    adam, muon = t5_small.make_optimizers(model, muon=True)
+    assert {g["name"].split(".")[-2] for g in muon.param_groups} == {"q", "k", "v", "o", "wi", "wo"}
+    assert {g["name"].split(".")[-2] for g in adam.param_groups if g["params"][0].dim() == 2} == {"shared", "lm_head", "relative_bias"}
+    assert sorted(g["name"] for o in (adam, muon) for g in o.param_groups) == sorted(n for n, _ in model.named_parameters())
+    assert len(t5_small.make_optimizers(model)) == 1, "without muon AdamW has them all"
+
+
+def test_a_step_of_muon_has_equal_singular_values():
+    model = tiny()
+    optimizers = t5_small.make_optimizers(model, muon=True)
+    t5_small.set_lr(optimizers, 0.01, rms_scaled=False)
+    weight = model.encoder.blocks[0].self_attn.q.weight
+    before = weight.detach().clone()
+    model.loss_sum(ragged([5, 3, 7]), ragged([4, 4, 2], seed=1))[0].backward()
+    gradient = torch.linalg.svdvals(weight.grad)
+    t5_small.optimizer_step(optimizers, 1.0)
+    values = torch.linalg.svdvals(before - weight.detach()) / (0.01 * 0.2 * max(weight.shape) ** 0.5)
+    assert gradient.max() / gradient.median() > 2, "a gradient like that would show nothing"
+    assert values.max() < 1.3 and values.median() > 0.6, f"{values.tolist()}: all near 1, as five Newton-Schulz steps make them"
+
+
 def copy_trainer(model, steps, batch=8, validate=None, **config):
     """Learn to copy 16 random sequences of 2 to 6 tokens."""
     data = ragged([2 + i % 5 for i in range(16)], high=model.config.vocab_size, seed=9)
@@ -590,9 +614,10 @@ def copy_trainer(model, steps, batch=8, validate=None, **config):
     return Trainer(model, loss_sum, rows_at, validate or mean_loss, TrainConfig(steps=steps, warmup=2, **config))
 
 
-def test_trainer_overfits():
+@pytest.mark.parametrize("muon", [False, True])
+def test_trainer_overfits(muon):
     model = tiny(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_decoder_layers=1, dropout_rate=0.0)
-    trainer = copy_trainer(model, 120, batch=16, lr=3e-2, eval_every=120)
+    trainer = copy_trainer(model, 120, batch=16, lr=3e-2, eval_every=120, muon=muon)
     records = [trainer.step(i) for i in range(120)]
     assert records[0]["loss"] > 2.5 and records[-1]["valid"] < 0.1, f"{records[0]['loss']} -> {records[-1]['valid']}"
 
@@ -601,9 +626,9 @@ def test_trainer_overfits():
 def test_trainer_micro_batch_is_the_same(micro_batch, monkeypatch):
     gradients, step = [], t5_small.optimizer_step
 
-    def spy(optimizer, max_grad_norm):
-        gradients.append([g["params"][0].grad.clone() for g in optimizer.param_groups])
-        return step(optimizer, max_grad_norm)
+    def spy(optimizers, max_grad_norm):
+        gradients.append([g["params"][0].grad.clone() for optimizer in optimizers for g in optimizer.param_groups])
+        return step(optimizers, max_grad_norm)
 
     monkeypatch.setattr(t5_small, "optimizer_step", spy)
     results = []

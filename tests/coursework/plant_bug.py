@@ -21,7 +21,7 @@ BUGS = {       # number: (file, right, wrong)
     5: ("ppo.py", "rewards = -kl_coef * kl_estimate(log_probs, ref_log_probs) * mask",
         "rewards = kl_coef * kl_estimate(log_probs, ref_log_probs) * mask"),
     6: ("ppo.py", "    rewards[torch.arange(len(scores)), last] += scores\n", "    rewards[:, -1] += scores\n"),
-    7: ("identifiers.py", "log_probs = logits.float().log_softmax(-1)", "log_probs = logits.float().log_softmax(-2)"),
+    7: ("identifiers.py", "        return logits.float().log_softmax(-1)", "        return logits.float().log_softmax(-2)"),
     8: ("t5_small.py", "        tokens = response != self.config.pad_token_id\n",
         "        tokens = (response != self.config.pad_token_id) & (response != self.config.eos_token_id)\n"),
     9: ("identifiers.py", "    return f1_scores(counts)[kind].mean().item()\n",

@@ -435,7 +435,7 @@ def draw_plots(run, metrics, evaluation):
         axis.set(xticks=range(LEVELS), yticks=range(LEVELS))
     x = "PPO iteration"
     figure("losses", [(stage, "step", "loss (nats)", curves, stage, {"loss": "training", "valid": valid}) for stage, valid in (
-        ("sft", "validation"), ("identifiers", "-macro-F1, validation"), ("judge", "-macro-F1, validation"))])
+        ("sft", "validation"), ("identifiers", "-macro-F1, validation"), ("judge", "-macro-F1, validation")) if run.log[stage]])
     figure("ppo", [(title, x, unit, curves, "ppo", labels) for title, unit, labels in (
         ("reward", "0..1", {"reward": "training"}), ("KL to the MLE policy", "nats a response", {"kl": "k1", "kl_k3": "k3"}),
         ("KL coefficient", "", {"kl_coef": "beta"}), ("response length", "tokens", {"length": "mean"}))])

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import bench
 import emprl
 from data import DataError
 from identifiers import LEVELS, MECHANISMS, f1_scores
@@ -49,6 +50,11 @@ def put(anchor, table):
 def tables():
     """{anchor: table} of README's results, but for the ablations."""
     found = {f"tests/results/{preset}-seed{m['seed']}.json": table(m) for preset in ("toy", "real") for m in load(preset)}
+    for part, environments in bench.results().items():           # of a part the environment where most was measured
+        rows = max(environments.values(), key=lambda x: sum(map(len, x["rows"].values())))["rows"]
+        found[f"bench: {part}"] = bench.sheet(rows)
+    if (RESULTS / "identifiers.json").exists():
+        found["tests/results/identifiers.json"] = identifiers()
     if load("toy"):
         found["tests/publish.py"] = seeds()
     if load("real"):
@@ -81,6 +87,14 @@ def seeds():
     rows.append(["mean", *mean[:3], "", f"{sum(shares) / len(shares):.0%}", *mean[3:]])
     return emprl.table(["seed", "MLE", "EmpRL", "ceiling", "gain, 95 % interval", "of the gap", "perplexity, times", "dist2, times",
                         "unique, times", "learnt reward", "oracle's"], rows)
+
+
+def identifiers():
+    """EPITOME's test part: mean (standard deviation) over the seeds of tests/identify.py."""
+    means = json.loads((RESULTS / "identifiers.json").read_text())["mean_and_std"]
+    measures = [(m, k) for m in MECHANISMS for k in ("macro_f1", "weighted_f1", "accuracy", "f1_0", "f1_1", "f1_2")]
+    rows = [[f"{m.upper()} {k}", *("{:.3f} ({:.3f})".format(*scores[m][k]) for scores in means.values())] for m, k in measures]
+    return emprl.table(["", *means], rows)
 
 
 def interval(gain):

@@ -339,6 +339,22 @@ def test_dropout():
     assert torch.equal(t5_small.Dropout(0.0)(x), x)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_dropout_of_relu(kind):
+    """One function for both: what is negative or dropped is 0 and has no gradient, the rest is scaled, as with one after the other."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 501).to(kind).requires_grad_()
+    gradient = torch.randn(40, 501).to(kind)
+    y = t5_small.Dropout(0.25)(x, relu=True)
+    kept, scale = y != 0, torch.tensor(256 / 192).to(kind)
+    assert y.dtype == kind and not kept[x <= 0].any()
+    assert abs(kept[x > 0].float().mean() - 0.75) < 0.02
+    check("kept", y[kept], (x * scale)[kept])
+    y.backward(gradient)
+    check("gradient", x.grad, torch.where(kept, gradient * scale, 0.0))
+    check("in evaluation", t5_small.Dropout(0.25).eval()(x, relu=True), torch.relu(x))
+
+
 def test_dropout_is_everywhere_and_only_in_training():
     model, source, response = tiny(dropout_rate=0.2), ragged([5, 4]), ragged([4, 3], seed=1)
     assert model.loss_sum(source, response)[0] == model.loss_sum(source, response)[0]

@@ -1,7 +1,7 @@
 """Plant a silent bug: python tests/coursework/plant_bug.py NUMBER COPY
 
-Copies the project, without its tests, to the new folder COPY and makes one mistake in it that published code has made.
-Everything still runs and the curves look plausible: train there, look, read, find it. teacher.md has the answers.
+Copies the project, without its tests but with the commands that live beside them, to the new folder COPY and makes one
+mistake in it that published code has made. Everything still runs and the curves look plausible: train there, look, read, find it. teacher.md has the answers.
 """
 import shutil
 import sys
@@ -37,6 +37,9 @@ BUGS = {       # number: (file, right, wrong)
 def plant(number, copy):
     """The project in `copy`, with bug `number` (0: none)."""
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "tests", "__pycache__"))
+    (Path(copy) / "tests").mkdir()
+    for name in ("finished", "rate", "ablate", "publish", "download"):
+        shutil.copy(ROOT / "tests" / f"{name}.py", Path(copy) / "tests")
     if number:
         file, right, wrong = BUGS[number]
         text = (Path(copy) / file).read_text()

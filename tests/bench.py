@@ -5,6 +5,7 @@ Measures this project and, where they can be imported, transformers and trl, in 
   sample    30 sampled tokens for 32 sources of 64, and for one: top-k 20, temperature 0.9, with a cache
   ppo       PPO iteration: 32 rollouts of exactly 30 tokens, 4 optimizer steps, random reward. "8 x 4" is trl 0.9.6's
             original setting: minibatch 8, accumulated 4 times, is one optimizer step, as is minibatch 32 at once
+  tricks    the same work with each trick and without it
   parts     where the time goes, also of PPO at the toy preset's sizes; seconds by stage of finished runs (--run)
   padded    training steps on EmpatheticDialogues (--data DIR), batched by length, and the same dialogues mixed
   memory    peak memory, each piece of work in a process of its own (on a CPU: Linux)
@@ -27,7 +28,7 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data, emprl, ppo
+import data, emprl, ppo, t5_small
 from identifiers import Identifiers, make_reward, table
 from emprl import mle_trainer
 from t5_small import T5, Sampling, T5Config, TrainConfig, autocast, generate
@@ -275,6 +276,55 @@ def all_of(kind, a):
     for work, (_, c, n) in ((work, x) for work, x in WORK.items() if x[0] is kind):
         yield work, compare(kind, c, {"": [random_batch(c, n)]}, a.repeats, n * T, passes * forward_flops(c, n, 64, T))
 
+def plain_dropout(self, x, relu=False):
+    return torch.nn.functional.dropout(torch.relu(x) if relu else x, self.p, self.training)
+
+def plain_draw(logits, s):
+    """t5_small.draw on all V columns, by torch.multinomial."""
+    log_probs = t5_small.filter_logits(logits / s.temperature, s.top_k, s.top_p).log_softmax(-1)
+    token = torch.multinomial(log_probs.exp(), 1)
+    return token[:, 0], log_probs.gather(1, token)[:, 0], log_probs > -torch.inf
+
+class PlainDecoder:
+    """t5_small.StepDecoder without its tricks: no keys and values are kept, everything is read again for each token."""
+    def __init__(self, model, source, max_length):
+        self.model, self.source, self.memory, self.tokens = model, source, model.encode(source), []
+    def __call__(self, tokens):
+        self.tokens.append(tokens)
+        return self.model.decode(torch.stack(self.tokens, 1), self.memory, self.source)[:, -1]
+
+def plain_loss(self, source, response):
+    """t5_small.T5.loss_sum with the vocabulary's product also of padding."""
+    logits = self.logits(self.response_states(source, response))
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), response.flatten(), reduction="sum", ignore_index=0)
+    return loss, int((response != 0).sum())
+
+def plain_adamw(*arguments, fused=True, adamw=torch.optim.AdamW, **options):
+    return adamw(*arguments, foreach=False, **options)
+
+TRICKS = {"dropout from bytes, relu's with relu": ("training step, tiny", "t5_small.Dropout.forward", plain_dropout),
+          "fused AdamW": ("training step, tiny", "torch.optim.AdamW", plain_adamw),
+          "no padding in the vocabulary's product": ("training step, tiny", "t5_small.T5.loss_sum", plain_loss),
+          "drawing among the top k": ("sample 32 x 30, tiny", "t5_small.draw", plain_draw),
+          "inference mode": ("sample 1 x 30, tiny", "torch.inference_mode", torch.no_grad),
+          "decoding step by step, with a cache": ("sample 32 x 30, tiny", "t5_small.StepDecoder", PlainDecoder)}
+
+def tricks(a):
+    """Half of each response is padding, so that there is some to drop."""
+    for name, (work, path, plain) in TRICKS.items():
+        kind, c, n = WORK[work]
+        batch = random_batch(c, n)
+        batch[1][torch.arange(24) >= torch.randint(1, 25, (n, 1))] = 0
+        with mock.patch(path, plain):
+            run = kind(c, [batch], "EmpRL")
+        def without(run=run, path=path, plain=plain):
+            with mock.patch(path, plain):
+                run()
+        seconds = alternately({"with": kind(c, [batch], "EmpRL"), "without": without}, a.repeats)
+        ms = {who: 1000 * statistics.median(x) for who, x in seconds.items()}
+        yield f"{name} ({work})", {**{f"{who}, ms": x for who, x in ms.items()}, "without / with": ms["without"] / ms["with"],
+                                   "seconds": seconds}
+
 def parts(a):
     def rows(work, times, flops):
         for piece, x in times.items():
@@ -359,7 +409,7 @@ def draw(rows, path):
     panels[0].legend(fontsize=7)
     fig.savefig(path, dpi=110)
 
-PARTS = {"step": functools.partial(all_of, step), "sample": functools.partial(all_of, sample), "parts": parts,
+PARTS = {"step": functools.partial(all_of, step), "sample": functools.partial(all_of, sample), "tricks": tricks, "parts": parts,
          "ppo": functools.partial(all_of, iteration), "padded": padded, "memory": memory, "scaling": scaling}
 
 # ---- results and the command line

@@ -103,4 +103,4 @@ if __name__ == "__main__":
     try:
         main()
     except (DataError, OSError) as error:
-        sys.exit(f"identify.py: {error}")
+        sys.exit(print(f"identify.py: {error}", file=sys.stderr) or 2)

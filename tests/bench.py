@@ -314,7 +314,8 @@ def tricks(a):
     for name, (work, path, plain) in TRICKS.items():
         kind, c, n = WORK[work]
         batch = random_batch(c, n)
-        batch[1][torch.arange(24) >= torch.randint(1, 25, (n, 1))] = 0
+        n, length = batch[1].shape
+        batch[1][torch.arange(length, device=DEVICE) >= torch.randint(1, length + 1, (n, 1), device=DEVICE)] = 0
         with mock.patch(path, plain):
             run = kind(c, [batch], "EmpRL")
         def without(run=run, path=path, plain=plain):

@@ -204,9 +204,9 @@ def respond(t5, pairs, sampling, size=128):
 
 # ---- training -------------------------------------------------------------------------------------------------------
 class PPOTrainer:
-    """One call of step = one iteration: rollout, rewards, advantages, ppo_epochs passes of minibatches.
-    reward(source ids, response ids, index) -> (B,). batch_at(step) -> (source (B, S), index (B,)). validate(t5) -> dict
-    of numbers, logged every eval_every iterations. human_loss(index) -> (sum, tokens) is used if ptx_coef > 0. A step depends on its number, the state and torch's generator only."""
+    """One call of step = one iteration: rollout, rewards, advantages, ppo_epochs passes of minibatches. reward(source ids, response
+    ids, index) -> (B,). batch_at(step) -> (source (B, S), index (B,)). validate(t5) -> dict of numbers, logged every eval_every
+    iterations. human_loss(index) -> (sum, tokens), if ptx_coef > 0. A step depends on its number, the state and torch's generator only."""
     def __init__(self, t5, reward, batch_at, validate, sampling, config, human_loss=None):
         self.policy = Policy(t5).eval().to(next(t5.parameters()).device)
         self.reference = copy.deepcopy(t5).eval().requires_grad_(False)

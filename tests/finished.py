@@ -22,8 +22,7 @@ def load_run(folder):
     try:
         raw = json.loads((folder / "config.json").read_text())
         sections = [k for k, v in asdict(Config()).items() if isinstance(v, dict)]
-        values = [(s, k, ("off", "on")[v] if isinstance(v, bool) else v) for s in sections for k, v in raw[s].items() if k != "corpus"]
-        config = make_config(seed=raw["seed"], settings=["{}.{}={}".format(*value) for value in values])
+        config = make_config(seed=raw["seed"], settings=ablations.settings_of({s: raw[s] for s in sections}))
         tokenizer, run = Tokenizer(folder / "tokenizer.model"), Run(folder, config)
         models = {name: from_pretrained(folder / name, tokenizer.vocab_size).to(run.device).eval() for name in ("sft", "emprl")}
         readers = []

@@ -94,7 +94,7 @@ PRESETS = {                       # what differs from the defaults above, which 
         ppo.ppo_epochs=4 ppo.steps=1000 ppo.lr=1e-5 ppo.rms_scaled=off ppo.kl_coef=0.2 ppo.adaptive_kl=on ppo.lam=0.95
         identifiers.steps=600 context.steps=2000 eval.batch_size=32""",
 }
-RANGES = {"dropout_rate": (0, 0.99), "temperature": (0.01, 100), "top_p": (0.01, 1), "gamma": (0, 1), "lam": (0, 1),
+RANGES = {"dropout_rate": (0, 0.99), "temperature": (0.01, 100), "top_p": (0.01, 1), "gamma": (0, 1), "lam": (0, 1), "average": (0, 0.9999),
           "relative_attention_num_buckets": (4, 1000),           # any other: from 0, integers from 1
           **dict.fromkeys(("steps", "warmup", "top_k", "micro_batch", "contexts", "ngrams"), (0, 1e9)),
           "pad_token_id": (0, 0), "eos_token_id": (1, 1), "decoder_start_token_id": (0, 0), "kl_target": (1e-3, 1e9), "kl_horizon": (1, 1e9)}
@@ -233,8 +233,8 @@ def run_all(run):
     pairs = {part: Pairs(ds, tokenizer, c.max_source, c.max_target, run.device) for part, ds in corpus.dialogues.items()}
     labelled = {part: Pairs(ds, tokenizer, c.identifier_source, c.identifier_target, run.device) for part, ds in corpus.labelled.items()}
     run.write("config.json", json.dumps(asdict(config), indent=2) + "\n")
-    for note in (*corpus.notes, f"{tokenizer.vocab_size} tokens, {sum(p.numel() for p in t5.parameters()) / 1e6:.2f} M parameters"):
-        say("data       ", note)
+    size = f"{tokenizer.vocab_size} tokens, {sum(p.numel() for p in t5.parameters()) / 1e6:.2f} M parameters"
+    say("\n".join(f"data        {note}" for note in (*corpus.notes, size)))
     run.seconds["data"] = round(time.time() - started, 1)
     # 1. The initial policy: pre-training on the training texts, then maximum likelihood on the pairs.
     run.train("pretrain", lambda: pretrain_trainer(config, t5, tokenizer, pairs.get("turns", pairs["train"])), config.pretrain.steps, t5)

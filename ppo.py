@@ -22,13 +22,14 @@ class PPOConfig:
     ppo_epochs: int = 1           # passes over a rollout [4: fresh rollouts are cheap here, and move the policy less astray]
     lr: float = 6e-3              # relative to each tensor's RMS if rms_scaled [1e-5, absolute, for T5-base]
     rms_scaled: bool = True       # see t5_small.set_lr; off for a pretrained T5
-    warmup: int = 5               # iterations of linear warm-up, then linear decay [no warm-up]
+    warmup: int = 5               # iterations of linear warm-up, then linear decay unless `average` [no warm-up]
     gamma: float = 1.0
     lam: float = 1.0              # GAE's lambda [0.95: the one score comes at the end and fades before it reaches t1]
     clip_range: float = 0.2
     value_clip_range: float = 0.2
     value_coef: float = 0.1
     ptx_coef: float = 0.0         # of the human responses' negative log-likelihood a token: keeps the language (Ouyang et al. 2022)
+    average: float = 0.0          # decay, an optimizer step, of the weights' running mean, the result then: the steps' noise cancels out
     max_grad_norm: float = 1.0    # at every step [only the first one is clipped, by a fault of its library]
     whiten_advantages: bool = True
     whiten_rewards: bool = False  # [on: it rescales the KL penalty together with the reward, batch by batch]
@@ -143,14 +144,12 @@ class RunningMoments:
 
 # ---- policy and rollout ---------------------------------------------------------------------------------------------
 class Policy(nn.Module):
-    """A T5 and a value head on its decoder's last state: V_t sees the context and the tokens before t.
-    One linear layer, started at 0. The original puts dropout before it; PPO here runs without dropout
-    (so that the ratio starts at exactly 1), where that would do nothing."""
+    """A T5 and a value head on its decoder's last state, one linear layer, started at 0: V_t sees the context and the tokens before t.
+    The original puts dropout before it; PPO here runs without dropout (so that the ratio starts at exactly 1)."""
     def __init__(self, t5):
         super().__init__()
         self.t5, self.value_head = t5, nn.Linear(t5.config.d_model, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        [nn.init.zeros_(p) for p in self.value_head.parameters()]
     def values(self, states):
         return self.value_head(states.float())[..., 0]           # (..., D) -> (...)
 
@@ -209,9 +208,10 @@ class PPOTrainer:
     iterations. human_loss(index) -> (sum, tokens), if ptx_coef > 0. A step depends on its number, the state and torch's generator only."""
     def __init__(self, t5, reward, batch_at, validate, sampling, config, human_loss=None):
         self.policy = Policy(t5).eval().to(next(t5.parameters()).device)
-        self.reference = copy.deepcopy(t5).eval().requires_grad_(False)
-        self.reward, self.batch_at, self.validate, self.sampling, self.config = reward, batch_at, validate, sampling, config
-        self.human_loss = human_loss
+        frozen = lambda: copy.deepcopy(t5).eval().requires_grad_(False)
+        self.reference, self.average = frozen(), frozen() if config.average else t5
+        self.reward, self.batch_at, self.validate, self.human_loss = reward, batch_at, validate, human_loss
+        self.sampling, self.config = sampling, config
         self.optimizers = make_optimizers(self.policy, unit=("relative_bias", "value_head"))
         self.kl_coef, self.moments = config.kl_coef, RunningMoments()
     def step(self, i):
@@ -222,12 +222,10 @@ class PPOTrainer:
         self.moments.update(r.scores)                            # 6. scores on one scale over the whole run
         scores = (r.scores - (self.moments.mean if c.normalise_scores else 0)) / (self.moments.std if c.scale_scores else 1)
         rewards = token_rewards(scores, r.log_probs, r.ref_log_probs, r.mask, self.kl_coef)         # 7.
-        if c.whiten_rewards:
-            rewards = whiten(rewards, r.mask, shift_mean=False)
+        rewards = whiten(rewards, r.mask, shift_mean=False) if c.whiten_rewards else rewards
         advantages, returns = gae(rewards, r.values, r.mask, c.gamma, c.lam)                        # 8.
-        if c.whiten_advantages:
-            advantages = whiten(advantages, r.mask)
-        set_lr(self.optimizers, c.lr * min((i + 1) / max(c.warmup, 1), 1 - i / c.steps), c.rms_scaled)
+        advantages = whiten(advantages, r.mask) if c.whiten_advantages else advantages
+        set_lr(self.optimizers, c.lr * min((i + 1) / max(c.warmup, 1), 1 if c.average else 1 - i / c.steps), c.rms_scaled)
         update = self.update(r, advantages, returns)                                                # 9.
         kl, k3 = ((kl_estimate(r.log_probs, r.ref_log_probs, k) * r.mask).sum(1).mean().item() for k in ("k1", "k3"))
         record = {"reward": r.scores.mean().item(), "kl": kl, "kl_k3": k3, "kl_coef": self.kl_coef,
@@ -236,7 +234,7 @@ class PPOTrainer:
         if c.adaptive_kl:                                                                           # 10.
             self.kl_coef = adapt_kl_coef(self.kl_coef, kl, c.kl_target, len(source), c.kl_horizon)
         if (i + 1) % c.eval_every == 0 or i + 1 == c.steps:
-            record.update(self.validate(self.policy.t5))
+            record.update(self.validate(self.average))
         return record
     def update(self, r, advantages, returns):
         """ppo_epochs passes over one rollout. Returns the means of what was measured at each optimizer step;
@@ -257,6 +255,8 @@ class PPOTrainer:
                 [x.zero_grad() for x in self.optimizers]
             else:
                 measured["grad_norm"] = norm = optimizer_step(self.optimizers, c.max_grad_norm)
+                if c.average:
+                    torch._foreach_lerp_([*self.average.parameters()], [p.data for p in self.policy.t5.parameters()], 1 - c.average)
                 measured["skipped"] = float(not math.isfinite(norm))
                 steps += math.isfinite(norm)
             if stop:
@@ -281,13 +281,14 @@ class PPOTrainer:
             measured["human_loss"] = total / tokens
         return (pg_loss + c.value_coef * v_loss + c.ptx_coef * measured.get("human_loss", 0), {k: x.item() for k, x in measured.items()},
                 ((ratio - 1).abs() * mask).max().item())
-    def finish(self):
-        self.policy.eval()
+    def finish(self):                                            # the averaged weights are the result
+        self.policy.t5.load_state_dict(self.average.state_dict())
     def state_dict(self):
-        return {"policy": self.policy.state_dict(), "optimizers": [x.state_dict() for x in self.optimizers],
-                "kl_coef": self.kl_coef, "moments": vars(self.moments)}
+        return {"policy": self.policy.state_dict(), "average": self.average.state_dict(), "kl_coef": self.kl_coef,
+                "optimizers": [x.state_dict() for x in self.optimizers], "moments": vars(self.moments)}
     def load_state_dict(self, state):
         self.policy.load_state_dict(state["policy"])
+        self.average.load_state_dict(state["average"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         self.kl_coef = state["kl_coef"]

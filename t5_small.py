@@ -487,8 +487,7 @@ class Trainer:
             if record["valid"] < self.best["score"]:
                 self.best = {"score": record["valid"], "weights": copy.deepcopy(model.state_dict())}
         return record
-    def finish(self):
-        """Put the best weights back into the model."""
+    def finish(self):                                            # the best weights are the result
         self.model.eval().load_state_dict(self.best.get("weights", self.model.state_dict()))
     def state_dict(self):
         return {"model": self.model.state_dict(), "optimizers": [x.state_dict() for x in self.optimizers], "best": self.best}

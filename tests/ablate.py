@@ -1,12 +1,13 @@
 """Ablations and sweeps: python emprl.py ablate NAME RUN [RUN ...]
 
 Each variant of NAME repeats PPO and the evaluation from the MLE policy and the identifiers of finished runs of one preset and
-different seeds, shortened (see SHORT) so that a laptop does a variant in about a minute. `pretraining`, `data` and `own` take
+different seeds, shortened (see SHORT) so that a laptop does a variant in about a minute. `frontier` repeats no PPO: it measures
+policies between MLE's weights and EmpRL's, and beyond. `pretraining`, `data` and `own` take
 no RUN: they train seeds 0 to 2 of a small toy from the start. What has been measured is in tests/results/ablate-NAME.json
 (ablate-NAME-PRESET.json unless toy) and is not measured again, but with --again or when the file is deleted. The table of
 means is printed, and put below the file's name in coursework/open.md or README.md.
 """
-import contextlib, json, shutil, sys, time
+import contextlib, copy, json, shutil, sys, time
 from collections import namedtuple
 from pathlib import Path
 
@@ -61,6 +62,16 @@ def unmodified(t5, source, ids, mask, support, temperature, value=None):
     """In score's place: under the distribution before temperature, top-k and minimum length."""
     return SCORE(t5, source, ids, mask, torch.ones_like(support), 1.0, value)
 
+def between(share):
+    """In Evaluation's place: of EmpRL the policy `share` of the way from MLE's weights to its own; not best of n."""
+    class Between(emprl.Evaluation):
+        def compare(self, policies, *arguments):
+            mixed = copy.deepcopy(policies["emprl"])
+            for p, start in zip(mixed.parameters(), policies["sft"].parameters()):
+                p.data.lerp_(start, 1 - share)
+            return super().compare({"sft": policies["sft"], "emprl": mixed}, *arguments[:3])
+    return {"emprl.Evaluation": Between}
+
 NO_FIRST_TOKEN = {"ppo.token_rewards": rewards_of_later, "ppo.whiten": lambda x, mask, **k: WHITEN(x, later(mask), **k),
                   "ppo.policy_loss": lambda a, b, c, mask, *d: POLICY_LOSS(a, b, c, later(mask), *d),
                   "ppo.value_loss": lambda a, b, c, mask, *d: VALUE_LOSS(a, b, c, later(mask), *d)}
@@ -92,10 +103,12 @@ ABLATIONS = {
                     "none, 300 steps of MLE more": Variant("data.num_train=3000 sft.steps=1300")},
     "data": {f"{n} dialogues": Variant(f"data.num_train={n}") for n in (3000, 6000, 12000)},
     "own": {"your own data": DEFAULT},
+    "frontier": {f"{share:.0%} of the way": Variant("", between(share)) for share in (0.25, 0.5, 0.75, 1, 1.25, 1.5)},
 }
 FROM_THE_START = ("pretraining", "data", "own")
 REWARDS = ("learnt reward", "true reward", "KL", "perplexity, times", "dist2, times", "unique, times")
-COLUMNS = {None: ("er", "ip", "ex", *REWARDS), "kl": ("er", "ip", "ex", "gain, identifiers", "gain, judge", *REWARDS),
+FRONTIER = [f"{measure}, {reader}" for reader in ("judge", "identifiers") for measure in ("weighted", "macro", "bits")]
+COLUMNS = {None: ("er", "ip", "ex", *REWARDS), "frontier": (*FRONTIER, *REWARDS[2:], "words, times"), "kl": ("er", "ip", "ex", "gain, identifiers", "gain, judge", *REWARDS),
            **dict.fromkeys(("pretraining", "data"), ("MLE's Emp-F1", "MLE's perplexity per word", *REWARDS))}
 
 # ---- measuring
@@ -122,10 +135,11 @@ def run(folder, config, replaced):
 def measure(source, name, variant):
     """The figures of one variant from a finished run's MLE policy and identifiers."""
     raw, folder = json.loads((source / "metrics.json").read_text())["config"], source / f"ablate-{name}"
+    repeated, settings = (["ppo.pt"], SHORT) if name != "frontier" else ([], [])         # frontier: the run's own EmpRL
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(source / "checkpoints", folder / "checkpoints", ignore=lambda *_: ["ppo.pt"])
+    shutil.copytree(source / "checkpoints", folder / "checkpoints", ignore=lambda *_: repeated)
     config = emprl.make_config(raw["preset"], raw["seed"], raw["data_dir"], raw["t5_dir"],
-                               [*settings_of(raw), *SHORT, *variant.settings.split()])
+                               [*settings_of(raw), *settings, *variant.settings.split()])
     return figures_of(run(folder, config, variant.replaced), variant.after)
 
 def train(seed, name, variant, again):
@@ -148,6 +162,8 @@ def figures_of(m, policy="emprl"):
     return {"gain": gain[truth + "emp_f1"], **{k: gain[f"{truth}emp_f1_{k}"] for k in emprl.MECHANISMS}, "gain, identifiers": gain["emp_f1"],
             "gain, judge": gain["judge_emp_f1"], "learnt reward": after["reward"], "true reward": after["held_out_reward"],
             "KL": after["kl"], **{f"{k}, times": after[k] / before[k] for k in ("perplexity", "dist2", "unique")},
+            **{f"{measure}, {reader}": after[prefix + key] for reader, prefix in publish.READERS.items() for key, measure in publish.MEASURES.items()},
+            "words, times": after["length"] / before["length"],
             "MLE's Emp-F1": before[truth + "emp_f1"], "MLE's perplexity per word": before["perplexity_per_word"]}
 
 def mean(by_seed, key):
@@ -228,7 +244,7 @@ def main(name, *runs, again=False):
     except KeyboardInterrupt:
         emprl.say(f"\nkept: {done} of {len(todo)}, in {path}; the same command, without --again, goes on from there")
         raise
-    if name == "kl":
+    if name in ("kl", "frontier"):
         plot(figures, path.with_suffix(".png"))
     pages = publish.put(f"tests/results/{path.name}", table(figures, name))
     emprl.say(f"{table(figures, name)}\nwritten to {', '.join(map(str, [path, *pages]))}")

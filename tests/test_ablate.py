@@ -71,6 +71,32 @@ def test_every_variant_runs(name, finished, results, capsys, monkeypatch):
         assert figures["MLE"]["0"]["gain"] == figures["MLE"]["0"]["KL"] == 0 and figures["best of n"]["0"]["KL"] > 0
 
 
+def test_the_frontier_is_measured_without_training(finished, results, monkeypatch):
+    monkeypatch.setattr(ppo.PPOTrainer, "step", lambda *_: pytest.fail("the run's own EmpRL is measured"))
+    assert emprl.main(["ablate", "frontier", finished]) == 0
+    figures = {variant: by_seed["0"] for variant, by_seed in stored(results, "frontier").items()}
+    metrics = json.loads(open(f"{finished}/metrics.json").read())
+    assert list(figures) == list(ablate.ABLATIONS["frontier"]) and (results / "ablate-frontier-smoke.png").exists()
+    whole = figures["100% of the way"]
+    assert whole["weighted, judge"] == metrics["emprl"]["judge_emp_f1"] and whole["bits, identifiers"] == metrics["emprl"]["mutual_information"]
+    assert whole["perplexity, times"] == metrics["emprl"]["perplexity"] / metrics["sft"]["perplexity"]
+    distance = [abs(1 - figures[f"{share}% of the way"]["perplexity, times"]) for share in (25, 75, 150)]
+    assert distance == sorted(distance), "further on, further away"
+
+
+def test_between_two_policies():
+    seen, at = {}, ablate.between(0.75)["emprl.Evaluation"].__new__(ablate.between(0.75)["emprl.Evaluation"])
+    torch.manual_seed(0)
+    policies = {name: T5(T5Config(30, d_model=8, d_ff=8, num_layers=1, num_decoder_layers=1)) for name in ("sft", "emprl")}
+    before = [p.clone() for p in policies["emprl"].parameters()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emprl.Evaluation, "compare", lambda self, found, *rest: seen.update(found, rest=rest))
+        at.compare(policies, 1, 2, 3, "not best of n")
+    assert seen["sft"] is policies["sft"] and seen["rest"] == (1, 2, 3)
+    for mixed, start, end, kept in zip(seen["emprl"].parameters(), policies["sft"].parameters(), policies["emprl"].parameters(), before):
+        assert torch.allclose(mixed, 0.25 * start + 0.75 * end, atol=1e-6) and torch.equal(end, kept)
+
+
 def test_progress_resuming_again_and_the_default_measured_once(two, results, capsys, monkeypatch):
     measured = []
     monkeypatch.setattr(ablate, "measure", lambda run, name, variant: measured.append(run.name) or ablate.figures_of(METRICS))
@@ -119,8 +145,8 @@ def test_from_the_start(name, results, monkeypatch):
         assert len((results / "runs" / "ablate-own-seed0" / "mine.jsonl").read_text().splitlines()) == 1500
 
 
-SIDE = {f"{who}emp_f1{m}": 0.5 for who in ("", "judge_") for m in ("", "_er", "_ip", "_ex")}
-METRICS = {name: {**SIDE, "reward": 0.2, "held_out_reward": 0.3, "kl": 1.0, "perplexity": 2.0, "dist2": 3.0, "unique": 0.9,
+SIDE = {f"{who}{key}": 0.5 for who in ("", "judge_") for key in ("emp_f1", "emp_f1_er", "emp_f1_ip", "emp_f1_ex", *publish.MEASURES)}
+METRICS = {name: {**SIDE, "length": 9.0, "reward": 0.2, "held_out_reward": 0.3, "kl": 1.0, "perplexity": 2.0, "dist2": 3.0, "unique": 0.9,
                   "perplexity_per_word": 4.0} for name in ("sft", "emprl")}
 
 

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -165,7 +166,7 @@ def little(tmp_path, monkeypatch):
     some = bench.random_batch
     monkeypatch.setattr(bench, "random_batch", lambda c, batch=32, *lengths, **_: some(c, min(batch, 4), *lengths))
     monkeypatch.setattr(bench, "AXES", {"batch": (2, 4), "width": (32, 64)})
-    monkeypatch.setattr(bench, "everyone", lambda kind: ["EmpRL"])
+    monkeypatch.setattr(bench, "everyone", lambda kind, accumulated=False: ["EmpRL"])
     monkeypatch.setattr(bench, "gemm_peak", lambda: 1e9)
     monkeypatch.setattr(bench, "rounds", lambda repeats, once: range(1))
     monkeypatch.setattr(bench.emprl, "make_config", lambda preset: bench.emprl.Config(t5=LITTLE))
@@ -239,3 +240,11 @@ def test_errors_are_one_line(arguments, words, capsys):
         bench.main(arguments)
     errors = capsys.readouterr().err
     assert stopped.value.code == 2 and words in errors and errors.count("\n") == 1
+
+
+def test_in_pieces_it_is_the_same_step():
+    records, batch = {}, bench.random_batch(LITTLE)
+    for who in ("EmpRL", "EmpRL 8 x 4"):
+        torch.manual_seed(0)
+        records[who], = bench.step(replace(LITTLE, dropout_rate=0.0), [batch], who)()
+    assert all(abs(x - records["EmpRL 8 x 4"][k]) < 1e-5 for k, x in records["EmpRL"].items()), records

@@ -211,6 +211,10 @@ def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.policy.parameters()])
 
 
+def t5_weights(t5):
+    return torch.cat([p.detach().flatten() for p in t5.parameters()])
+
+
 def assert_finite(trainer, records):
     assert weights(trainer).isfinite().all()
     for record in records:
@@ -435,6 +439,34 @@ def test_learning_rate_warms_up_and_decays(monkeypatch):
     assert not any(scaled for _, scaled in rates)
 
 
+def test_the_mean_of_the_weights_is_the_result(monkeypatch):
+    """By hand from the weights after every optimizer step; the rate stays, since the mean does what its decay would."""
+    rates, seen, plain = [], [], trainer(average=0.8, minibatch_size=6)
+    set_lr, optimizer_step = ppo.set_lr, ppo.optimizer_step
+
+    def watched(*arguments):
+        norm = optimizer_step(*arguments)
+        seen.append(t5_weights(plain.policy.t5))
+        return norm
+
+    monkeypatch.setattr(ppo, "set_lr", lambda o, lr, scaled: rates.append(lr) or set_lr(o, lr, scaled))
+    monkeypatch.setattr(ppo, "optimizer_step", watched)
+    mean = t5_weights(plain.reference)
+    run(plain, range(3))
+    for new in seen:
+        mean = 0.8 * mean + 0.2 * new
+    assert len(seen) == 3 * 2 * 2 and len({*rates}) == 1, rates
+    check("the mean", t5_weights(plain.average), mean)
+    check("the policy goes on from its own weights", t5_weights(plain.policy.t5), seen[-1], tol=0)
+    plain.finish()
+    check("the result", t5_weights(plain.policy.t5), mean)
+    last = trainer()
+    run(last, range(2))
+    before = weights(last)
+    last.finish()
+    assert last.average is last.policy.t5 and torch.equal(weights(last), before), "0: the last weights"
+
+
 def test_validation_is_logged():
     t = ppo.PPOTrainer(Tiny(0), some_reward, sources, lambda t5: {"valid": float(isinstance(t5, T5))}, SAMPLING,
                        ppo.PPOConfig(steps=3, eval_every=2))
@@ -492,16 +524,18 @@ def test_value_head_learns_the_return():
     assert value > 0.5, f"value {value:.3f} of a return of 1 after 60 iterations"
 
 
-def test_resume_is_bit_identical(tmp_path):
-    whole = trainer()
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_resume_is_bit_identical(tmp_path, average):
+    whole = trainer(average=average)
     records = run(whole, range(4))
-    half = trainer()
+    half = trainer(average=average)
     run(half, range(2))
     t5_small.save_atomically(half.state_dict(), tmp_path / "ppo.pt")
-    resumed = trainer()
-    for p in resumed.policy.parameters():                    # all must come from the file; the reference is the start
+    resumed = trainer(average=average)
+    for p in (*resumed.policy.parameters(), *resumed.average.parameters()):    # all must come from the file; the reference is the start
         p.data += 1.0
     resumed.load_state_dict(t5_small.load_state(tmp_path / "ppo.pt"))
     again = run(resumed, range(2, 4))
     assert torch.equal(weights(whole), weights(resumed)), "not bit-identical"
+    assert torch.equal(t5_weights(whole.average), t5_weights(resumed.average))
     assert again == records[2:] and whole.kl_coef == resumed.kl_coef and vars(whole.moments) == vars(resumed.moments)

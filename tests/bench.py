@@ -62,6 +62,11 @@ def parameter_count(make, *arguments):
     with torch.device("meta"):
         return sum(p.numel() for p in make(*arguments).parameters())
 
+def bytes_a_token(c):
+    """Weights that a decoded token reads, in float32: the decoder's but for the keys and values of the source, and the head's."""
+    D, I, ff = c.d_model, c.num_heads * c.d_kv, (3 if c.feed_forward_proj == "gated-gelu" else 2) * c.d_model * c.d_ff
+    return 4 * (c.num_decoder_layers * (6 * D * I + ff) + D * c.vocab_size)
+
 def activation_bytes(c, batch, S, T=0, half=False, dropout=False, in_ppo=False, cpu=False):
     """Kept by a forward pass for the backward. A product's operand takes e = 4 bytes, or 2, a copy for each product,
     in bf16 autocast (half); norms, softmax, residual stream and the loss's (tokens, V) 4; an element of a dropout's mask 1.
@@ -177,6 +182,12 @@ def gemm_peak():
         return 2 * n ** 3 / min(seconds_of(lambda: a @ b) for _ in range(6))
     return max(map(rate, (512, 1024, 2048) if DEVICE == "cpu" else (4096, 8192)))
 
+@functools.cache
+def bandwidth():
+    """Bytes a second at which a sum reads a gigabyte, more than caches hold."""
+    x = torch.ones(2 ** 28, device=DEVICE)
+    return 4 * len(x) / min(seconds_of(x.sum) for _ in range(6))
+
 def speed(flops, seconds):
     return {"GFLOP": flops / 1e9, "of GEMM peak": flops / seconds / gemm_peak()} if flops else {}
 
@@ -278,7 +289,10 @@ IN_MEMORY = ("training step, tiny", "training step, small", "sample 32 x 30, sma
 def all_of(kind, a):
     T, passes = {step: (24, 3), sample: (30, 1), iteration: (30, 14)}[kind]     # 14: sample, reference, 4 epochs
     for work, (_, c, n) in ((work, x) for work, x in WORK.items() if x[0] is kind):
-        yield work, compare(kind, c, {"": [random_batch(c, n)]}, a.repeats, n * T, passes * forward_flops(c, n, 64, T), True)
+        row = compare(kind, c, {"": [random_batch(c, n)]}, a.repeats, n * T, passes * forward_flops(c, n, 64, T), True)
+        if n == 1:                                               # bound by memory where the weights are more than caches hold
+            row["of memory's speed"] = T * bytes_a_token(c) / (row["EmpRL, ms"] / 1000) / bandwidth()
+        yield work, row
 
 def plain_dropout(self, x, relu=False):
     return torch.nn.functional.dropout(torch.relu(x) if relu else x, self.p, self.training)

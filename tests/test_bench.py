@@ -109,6 +109,14 @@ def test_activation_bytes_of_an_encoder():
     assert found == pytest.approx(activation_bytes(model.config, 8, 40), rel=0.1)
 
 
+@pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
+def test_bytes_a_token(kind):
+    c = replace(LITTLE, num_decoder_layers=2, feed_forward_proj=kind)
+    read = [p.numel() for name, p in T5(c).named_parameters() if name == "shared.weight" or p.dim() == 2 and name.startswith("decoder")
+            and not any(part in name for part in ("cross_attn.k", "cross_attn.v", "relative_bias"))]
+    assert bench.bytes_a_token(c) == 4 * sum(read)
+
+
 def test_cache_bytes():
     c = middling().config
     decode = t5_small.StepDecoder(T5(c), torch.ones(2, 7, dtype=torch.long), 5)
@@ -168,6 +176,7 @@ def little(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "AXES", {"batch": (2, 4), "width": (32, 64)})
     monkeypatch.setattr(bench, "everyone", lambda kind, accumulated=False: ["EmpRL"])
     monkeypatch.setattr(bench, "gemm_peak", lambda: 1e9)
+    monkeypatch.setattr(bench, "bandwidth", lambda: 1e9)
     monkeypatch.setattr(bench, "rounds", lambda repeats, once: range(1))
     monkeypatch.setattr(bench.emprl, "make_config", lambda preset: bench.emprl.Config(t5=LITTLE))
     return tmp_path
@@ -196,6 +205,8 @@ def test_every_part_runs(little, monkeypatch, capsys):
     assert set(found) == set(bench.PARTS) and not list(little.glob("*.tmp"))
     (row,) = [x["rows"]["training step, tiny"] for x in found["step"].values()]
     assert row["EmpRL, ms"] > 0 and row["GFLOP"] == 3 * forward_flops(LITTLE, 32, 64, 24) / 1e9
+    (one,) = [x["rows"]["sample 1 x 30, small"] for x in found["sample"].values()]
+    assert one["of memory's speed"] == pytest.approx(30 * bench.bytes_a_token(LITTLE) / one["EmpRL, ms"] / 1e6)
     (memory,) = found["memory"].values()
     assert memory["rows"]["PPO iteration, tiny, EmpRL"]["MiB / EmpRL"] == 1.0 and memory["cpu"] and memory["date"]
     (pieces,) = [x["rows"] for x in found["parts"].values()]

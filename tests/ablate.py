@@ -185,13 +185,14 @@ def plot(figures, path):
     plt.switch_backend("Agg")
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     points = sorted((mean(by_seed, "KL"), variant) for variant, by_seed in figures.items())
-    for axis, keys in zip(axes, (("learnt reward", "true reward"), ("perplexity, times",))):
+    for axis, unit, keys in zip(axes, ("reward (0..1)", "perplexity, times MLE's"), (("learnt reward", "true reward"), ("perplexity, times",))):
         for key in keys:
             axis.plot([kl for kl, _ in points], [mean(figures[variant], key) for _, variant in points], "o-", label=key)
         for kl, variant in points:
-            axis.annotate(variant, (kl, mean(figures[variant], keys[0])), fontsize=7, rotation=30)
-        axis.set(xlabel="KL to the MLE policy (nats a response)", ylabel=keys[0].split(",")[0])
-        axis.legend()
+            axis.annotate(variant, (kl, mean(figures[variant], keys[0])), fontsize=7, rotation=20)
+        axis.set(xlabel="KL to the MLE policy (nats a response)", ylabel=unit)
+        axis.margins(0.15)
+    axes[0].legend()
     fig.savefig(path, dpi=110)
     plt.close(fig)
 

@@ -46,7 +46,7 @@ def test_figures_in_the_text_are_those_of_the_results():
 @pytest.mark.parametrize("name", ablate.ABLATIONS)
 def test_pages_show_the_committed_ablations(name):
     """Each ablation has a place in README or in coursework/open.md; what has been measured is shown there."""
-    anchor, pages = f"tests/results/ablate-{name}.json", [page.read_text() for page in publish.PAGES]
+    anchor, pages = f"tests/results/ablate-{name}{'-real' * (name == 'frontier')}.json", [page.read_text() for page in publish.PAGES]
     page = next(page for page in pages if f"({anchor})" in page)
     if (ROOT / anchor).exists():
         figures = json.loads((ROOT / anchor).read_text())

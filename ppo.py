@@ -29,7 +29,7 @@ class PPOConfig:
     value_clip_range: float = 0.2
     value_coef: float = 0.1
     ptx_coef: float = 0.0         # of the human responses' negative log-likelihood a token: keeps the language (Ouyang et al. 2022)
-    average: float = 0.0          # decay, an optimizer step, of the weights' running mean, the result then: the steps' noise cancels out
+    average: float = 0.0          # decay, a step, of the weights' running mean, the result then: noise cancels out (Polyak & Juditsky 1992)
     max_grad_norm: float = 1.0    # at every step [only the first one is clipped, by a fault of its library]
     whiten_advantages: bool = True
     whiten_rewards: bool = False  # [on: it rescales the KL penalty together with the reward, batch by batch]

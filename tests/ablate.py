@@ -2,10 +2,10 @@
 
 Each variant of NAME repeats PPO and the evaluation from the MLE policy and the identifiers of finished runs of one preset and
 different seeds, shortened (see SHORT) so that a laptop does a variant in about a minute. `frontier` repeats no PPO: it measures
-policies between MLE's weights and EmpRL's, and beyond. `pretraining`, `data` and `own` take
-no RUN: they train seeds 0 to 2 of a small toy from the start. What has been measured is in tests/results/ablate-NAME.json
-(ablate-NAME-PRESET.json unless toy) and is not measured again, but with --again or when the file is deleted. The table of
-means is printed, and put below the file's name in coursework/open.md or README.md.
+policies between MLE's weights and EmpRL's, and beyond. `pretraining`, `data` and `own` take no RUN: they train seeds 0 to 2 of a
+small toy from the start. What has been measured is in tests/results/ablate-NAME.json (ablate-NAME-PRESET.json unless toy) and is
+not measured again, but with --again or when the file is deleted. The table of means is printed, and put below the file's name in
+README.md and coursework/open.md.
 """
 import contextlib, copy, json, shutil, sys, time
 from collections import namedtuple
@@ -179,17 +179,17 @@ def table(figures, name):
         rows.append([variant, gain, *(mean(by_seed, k) for k in columns)])
     return emprl.table(["variant", "gain in Emp-F1, lowest and highest", *columns], rows)
 
-def plot(figures, path):
-    """Learnt reward, true reward and perplexity against the KL."""
+def plot(figures, path, truth):
+    """Learnt reward, true reward (`truth` says whose) and perplexity against the KL."""
     import matplotlib.pyplot as plt
     plt.switch_backend("Agg")
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     points = sorted((mean(by_seed, "KL"), variant) for variant, by_seed in figures.items())
     for axis, unit, keys in zip(axes, ("reward (0..1)", "perplexity, times MLE's"), (("learnt reward", "true reward"), ("perplexity, times",))):
         for key in keys:
-            axis.plot([kl for kl, _ in points], [mean(figures[variant], key) for _, variant in points], "o-", label=key)
+            axis.plot([kl for kl, _ in points], [mean(figures[variant], key) for _, variant in points], "o-", label=truth if key == "true reward" else key)
         for kl, variant in points:
-            axis.annotate(variant, (kl, mean(figures[variant], keys[0])), fontsize=7, rotation=20)
+            axis.annotate(variant.removesuffix(" of the way"), (kl, mean(figures[variant], keys[0])), fontsize=7, rotation=20)
         axis.set(xlabel="KL to the MLE policy (nats a response)", ylabel=unit)
         axis.margins(0.15)
     axes[0].legend()
@@ -246,7 +246,7 @@ def main(name, *runs, again=False):
         emprl.say(f"\nkept: {done} of {len(todo)}, in {path}; the same command, without --again, goes on from there")
         raise
     if name in ("kl", "frontier"):
-        plot(figures, path.with_suffix(".png"))
+        plot(figures, path.with_suffix(".png"), "the oracle's" if presets <= {"toy", "smoke"} else "the judge's")
     pages = publish.put(f"tests/results/{path.name}", table(figures, name))
     emprl.say(f"{table(figures, name)}\nwritten to {', '.join(map(str, [path, *pages]))}")
 

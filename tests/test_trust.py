@@ -45,7 +45,9 @@ def test_killed_in_every_stage_nothing_is_lost(folder):
 
 
 def test_faults_end_in_one_line_and_leave_something_to_go_on_from(folder, whole):
-    number, wrong = faults.inject(folder, whole, stages=("sft",))
+    """Full disks and Ctrl-C in two stages; `python tests/faults.py` tries more."""
+    some = [name for name in faults.FAULTS if not name.endswith((" in pretrain", " in identifiers", " in judge"))]
+    number, wrong = faults.inject(folder, whole, some, stages=("sft",))
     assert number >= 15 and not wrong, wrong
 
 

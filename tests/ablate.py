@@ -107,7 +107,7 @@ ABLATIONS = {
 }
 FROM_THE_START = ("pretraining", "data", "own")
 REWARDS = ("learnt reward", "true reward", "KL", "perplexity, times", "dist2, times", "unique, times")
-FRONTIER = [f"{measure}, {reader}" for reader in ("judge", "identifiers") for measure in ("weighted", "macro", "bits")]
+FRONTIER = [f"{measure}, {reader}" for reader in reversed(publish.READERS) for measure in publish.MEASURES.values()]
 COLUMNS = {None: ("er", "ip", "ex", *REWARDS), "frontier": (*FRONTIER, *REWARDS[2:], "words, times"), "kl": ("er", "ip", "ex", "gain, identifiers", "gain, judge", *REWARDS),
            **dict.fromkeys(("pretraining", "data"), ("MLE's Emp-F1", "MLE's perplexity per word", *REWARDS))}
 

@@ -207,12 +207,12 @@ def run(trainer, steps):
     return records
 
 
-def weights(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.policy.parameters()])
-
-
 def t5_weights(t5):
     return torch.cat([p.detach().flatten() for p in t5.parameters()])
+
+
+def weights(trainer):
+    return t5_weights(trainer.policy)
 
 
 def assert_finite(trainer, records):

@@ -139,12 +139,6 @@ def oracle_levels(context, response):
         text = text.replace(f" {topic} ", " @ ")
     return tuple(2 if s.search(text) else int(bool(w.search(text))) for s, w in zip(_STRONG, _WEAK))
 
-CRISIS = re.compile(r"suicid|\b(kill|hurt|harm|cut|cutt|hang)(ing)? (my|him|her|them)sel|self.?harm|overdos|wish i (was|were) dead|"
-                    r"(i|i.m|i am) (\w+ )?(want|wish|going|plan\w*) to die|end (it all|my (own )?life)|better off (dead|without me)|"
-                    r"(n.?t|no reason to|no point in) (want to )?(live|living|be alive)", re.I)
-HELP = ("If you or someone near you may be in danger, please talk to a person now: the emergency number (112, 911, 999), a crisis "
-        "line (988 in the US; findahelpline.com lists others), or someone you trust. This program can not help with that.")
-
 # ---- tokens and batches ---------------------------------------------------------------------------------------------
 class Tokenizer:
     """Sentencepiece unigram pieces with T5's ids: pad 0, eos 1, unk 2, 100 sentinels on top, counting down.
@@ -323,9 +317,8 @@ def read_empathetic_dialogues(path, both=False):
         history.append(utterance)
     if not dialogues:
         raise DataError(f"{path}:2: no listener utterance that can be used; fetch the file again")
-    return dialogues, f"{path}: {len(dialogues)} pairs" + (
-        f"; {len(skipped)} rows skipped: not 8 or 9 fields, empty, or without the utterance before, as in line {skipped[0]}"
-        if skipped else "")
+    return dialogues, f"{path}: {len(dialogues)} pairs" + (f"; {len(skipped)} rows skipped: not 8 or 9 fields, empty, or without the "
+                                                           f"utterance before, as in line {skipped[0]}" if skipped else "")
 
 EPITOME_FILES = ("emotional-reactions-reddit.csv", "interpretations-reddit.csv", "explorations-reddit.csv")
 
@@ -381,8 +374,7 @@ def own_corpus(path, seed=0):
         raise DataError(f"{path}:1: training needs 50 dialogues or more, each with er, ip and ex; add what is missing")
     labelled = split_labelled(dialogues, seed)
     train = labelled["train"] + labelled["judge_train"] + labelled["judge_valid"]
-    return Corpus({"train": train, "valid": labelled["valid"], "test": labelled["test"]}, labelled,
-                  [f"{path}: {len(dialogues)} dialogues"])
+    return Corpus({"train": train, "valid": labelled["valid"], "test": labelled["test"]}, labelled, [f"{path}: {len(dialogues)} dialogues"])
 
 FIELDS = ("context", "response", "emotion", *MECHANISMS)
 

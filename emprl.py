@@ -7,7 +7,7 @@
     python emprl.py ablate NAME RUN [RUN ...]               repeat PPO on finished runs with a part left out or changed
 Stages: pretrain -> sft -> identifiers -> judge -> label -> context -> ppo -> evaluate -> report. The same command goes on where it was cut.
 """
-import argparse, copy, functools, hashlib, itertools, json, math, os, re, shlex, signal, subprocess, sys, time, zlib
+import argparse, contextlib, copy, ctypes, functools, hashlib, itertools, json, math, os, re, shlex, signal, subprocess, sys, time, zlib
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,8 +45,8 @@ class PretrainConfig(TrainConfig):
 class RewardConfig:
     difference: str = "cross_entropy"   # or "ordinal"
     mechanisms: str = "er,ip,ex"        # which of them count
-    expected: bool = True               # its mean over what the context tells of the target [off: the one human's levels]
-    balance: float = 0.0                # exponent of 1 / (share of the level) in that mean: above 0 rare levels count for more
+    target: str = "expected"            # levels by what the context tells: "expected", or only the "likeliest"; or the one "human"'s
+    balance: float = 0.0                # exponent of 1 / (share of the level) in what the context tells: above 0 rare levels count for more
     def options(self):
         return {"difference": self.difference, "mechanisms": self.mechanisms}
 
@@ -99,7 +99,8 @@ RANGES = {"dropout_rate": (0, 0.99), "temperature": (0.01, 100), "top_p": (0.01,
           **dict.fromkeys(("steps", "warmup", "top_k", "micro_batch", "contexts", "ngrams"), (0, 1e9)),
           "pad_token_id": (0, 0), "eos_token_id": (1, 1), "decoder_start_token_id": (0, 0), "kl_target": (1e-3, 1e9), "kl_horizon": (1, 1e9)}
 CHOICES = {"difference": ("cross_entropy", "ordinal"), "keep": ("macro_f1", "loss"), "task": ("spans", "turns"),
-           "feed_forward_proj": ("relu", "gated-gelu"), "mechanisms": ("er,ip,ex", "er,ip", "er,ex", "ip,ex", "er", "ip", "ex")}
+           "feed_forward_proj": ("relu", "gated-gelu"), "mechanisms": ("er,ip,ex", "er,ip", "er,ex", "ip,ex", "er", "ip", "ex"),
+           "target": ("expected", "likeliest", "human")}
 ORDER = ["t5", "pretrain", "sft", "identifiers", "context", "reward", "sampling", "ppo"]     # a stage depends on its section and all before
 say = functools.partial(print, flush=True)
 
@@ -257,12 +258,14 @@ def run_all(run):
     empty = {part: pairs[part].but([[1]] * len(pairs[part]), levels.get(part)) for part in ("train", "valid", "test")}
     foresight = reader("context", empty["train"], empty["valid"], config.context)
     expected = {part: predict(foresight, empty[part]).exp() for part in ("train", "test")}
-    share, balance = expected["train"].mean(0), config.reward.balance
-    targets = even(expected["train"], share, balance) if config.reward.expected else levels["train"]
+    share, target = expected["train"].mean(0), config.reward.target
+    promised = {part: even(probs, share, config.reward.balance) for part, probs in expected.items()}
+    promised = {part: probs.argmax(-1) for part, probs in promised.items()} if target == "likeliest" else promised
     # 4. PPO towards the target levels, held near the MLE policy.
     policy, train = copy.deepcopy(t5), pairs["train"]
     rows_at = batches([0] * len(train), config.ppo.batch_size, config.seed)             # long and short ones mixed
     test, probe = (Evaluation(run, tokenizer, readers, t5, pairs[part], corpus.level_probs) for part in ("test", "probe"))
+    targets = levels["train"] if target == "human" else promised["train"]
     reward, batch_at = make_reward(readers[0], targets, **config.reward.options()), lambda i: (train.batch(rows_at(i))[0], torch.tensor(rows_at(i)))
     human_loss = lambda index: policy.loss_sum(*train.batch(index.tolist()))
     run.train("ppo", lambda: PPOTrainer(policy, reward, batch_at, probe.validate, config.sampling, config.ppo, human_loss), config.ppo.steps, policy)
@@ -271,7 +274,7 @@ def run_all(run):
     started = time.time()
     metrics = {name: identifier_scores(reader, labelled["test"]) for name, reader in zip(("identifiers", "judge"), readers)}
     metrics |= test.compare({"sft": t5, "emprl": policy}, train, levels["train"],
-                            {"context": expected["test"], "context_balanced": even(expected["test"], share, 0.5)}, even(expected["test"], share, balance))
+                            {"context": expected["test"], "context_balanced": even(expected["test"], share, 0.5)}, promised["test"])
     run.seconds["evaluate"] = round(time.time() - started, 1)
     metrics |= {"config": asdict(config), "seed": config.seed, "seconds": run.seconds}
     run.write("metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -433,7 +436,7 @@ def draw_plots(run, metrics, evaluation):
         for row, column in itertools.product(range(LEVELS), repeat=2):
             axis.text(column, row, f"{share[row, column]:.2f}", ha="center", color="wk"[share[row, column] < 0.5])
         axis.set(xticks=range(LEVELS), yticks=range(LEVELS))
-    x = "PPO iteration"
+    x, learnt = "PPO iteration", {"valid_reward": "learnt reward", "valid_held_out_reward": "oracle" if evaluation.level_probs else "judge"}
     figure("losses", [(stage, "step", "loss (nats)", curves, stage, {"loss": "training", "valid": valid}) for stage, valid in (
         ("sft", "validation"), ("identifiers", "-macro-F1, validation"), ("judge", "-macro-F1, validation")) if run.log[stage]])
     figure("ppo", [(title, x, unit, curves, "ppo", labels) for title, unit, labels in (
@@ -442,10 +445,14 @@ def draw_plots(run, metrics, evaluation):
     figure("emp_f1", [("Emp-F1 before and after", "mechanism", "weighted F1", bars)])
     figure("levels", [(f"{p}: {m.upper()}", "generated level", "target level", heat, p, i)
                       for p in ("sft", "emprl") for i, m in enumerate(MECHANISMS)])
-    learnt = {"valid_reward": "learnt reward", "valid_held_out_reward": "oracle" if evaluation.level_probs else "judge"}
     figure("learnt_vs_truth", [("validation", x, "reward (0..1)", curves, "ppo", learnt)])
 
 # ---- the command line -----------------------------------------------------------------------------------------------
+def keep_memory():
+    """glibc's allocator hands a step's freed tensors back to the kernel, which clears their pages anew at the next step: it is told to keep them."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):                        # another C library
+        [ctypes.CDLL(None).mallopt(threshold, 2 ** 30) for threshold in (-1, -3)]        # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", default="run", choices=("run", "evaluate", "chat", "rate", "ablate"))
@@ -467,6 +474,7 @@ def main(arguments=None):
         if len(a.what) not in number or a.run and a.what or a.again and a.command != "ablate":
             raise DataError("only rate takes RUN [YOUR NAME] here, and ablate NAME [RUN ...] [--again]; see --help")
         if a.command == "run":
+            keep_memory()
             signal.signal(signal.SIGINT, (run := Run(folder, make_config(a.preset, a.seed, a.data, a.t5, a.set))).on_interrupt)
             run_all(run)
         else:                     # what is done with finished runs is no part of the recipe: it is kept with the tests

@@ -2,24 +2,25 @@
 
 Each variant of NAME repeats PPO and the evaluation from the MLE policy and the identifiers of finished runs of one preset and
 different seeds, shortened (see SHORT) so that a laptop does a variant in about a minute. `frontier` repeats no PPO: it measures
-policies between MLE's weights and EmpRL's, and beyond. `pretraining`, `data` and `own` take no RUN: they train seeds 0 to 2 of a
-small toy from the start. What has been measured is in tests/results/ablate-NAME.json (ablate-NAME-PRESET.json unless toy) and is
-not measured again, but with --again or when the file is deleted. The table of means is printed, and put below the file's name in
-README.md and coursework/open.md.
+policies between MLE's weights and EmpRL's, and beyond; nor does `ideal`: it measures what any RL with a KL penalty tends to.
+`pretraining`, `data` and `own` take no RUN: they train seeds 0 to 2 of a small toy from the start. What has been measured is in
+tests/results/ablate-NAME.json (ablate-NAME-PRESET.json unless toy) and is not measured again, but with --again or when the file
+is deleted. The table of means is printed, and put below the file's name in README.md and coursework/open.md.
 """
-import contextlib, copy, json, shutil, sys, time
+import contextlib, copy, json, math, shutil, sys, time
 from collections import namedtuple
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data, emprl, ppo, publish
+import data, emprl, identifiers, ppo, publish
 
 ROOT, RESULTS = publish.ROOT, publish.RESULTS
 SHORT = ["ppo.steps=12", "ppo.warmup=2", "ppo.batch_size=256", "ppo.eval_every=12", "eval.contexts=200", "eval.valid_contexts=32"]
 SEEDS = (0, 1, 2)                     # of what is trained from the start
 GROUP = 4                             # responses a context, of GRPO
+TRIES, SAMPLES = 32, {}               # samples a context, of `ideal`, and what they are, by seed
 BATCHES, POLICY_LOSS, VALUE_LOSS, WHITEN = emprl.batches, ppo.policy_loss, ppo.value_loss, ppo.whiten
 ROLLOUT, SCORE, TOKEN_REWARDS = ppo.rollout, ppo.score, ppo.token_rewards
 
@@ -72,6 +73,49 @@ def between(share):
             return super().compare({"sft": policies["sft"], "emprl": mixed}, *arguments[:3])
     return {"emprl.Evaluation": Between}
 
+def expected_scores(levels, weights, gold):
+    """Emp-F1, its parts and macro Emp-F1, and bits, of a policy that gives the levels (K, N, M) of K responses to each of N contexts
+    with probabilities `weights` (K, N): from the expected confusion, so without a draw's noise."""
+    seen, meant = (torch.nn.functional.one_hot(x, identifiers.LEVELS).double() for x in (levels, gold))
+    counts = torch.einsum("kn,nmg,knml->mgl", weights.double(), meant, seen)                   # rows gold, columns generated
+    f1, joint = identifiers.f1_scores(counts), counts / len(gold)
+    ratio = joint / (joint.sum(1, keepdim=True) * joint.sum(2, keepdim=True)).clamp(min=1e-12)
+    return {"emp_f1": f1["weighted_f1"].mean().item(), "emp_macro_f1": f1["macro_f1"].mean().item(),
+            "mutual_information": (joint * ratio.clamp(min=1e-12).log2()).sum().item() / len(counts),
+            **{f"emp_f1_{m}": x for m, x in zip(emprl.MECHANISMS, f1["weighted_f1"].tolist())}}
+
+def tilted(times):
+    """In Evaluation's place: of EmpRL what RL with a KL penalty tends to, pi*(y) ~ pi_MLE(y) exp(r(y) / beta) (Ziegler et al. 2019), from
+    TRIES samples of MLE for each context with those weights; beta is such that the human responses' perplexity is `times` MLE's.
+    With Z the mean of exp(r / beta) over a context's samples, log pi*(human) = log pi_MLE(human) + r(human) / beta - log Z."""
+    class Tilted(emprl.Evaluation):
+        def sampled(self, sft):
+            """MLE's figures, TRIES samples of it for each context, and their levels: the same for all variants."""
+            self.run.seed("ideal")
+            tries = [self.pairs.but(ppo.respond(sft, self.pairs, self.run.config.sampling)) for _ in range(TRIES)]
+            levels = [self.levels(some.responses) for some in tries]
+            return self.measure("sft", sft, self.run.config.sampling), tries, {who: torch.stack([x[who] for x in levels]) for who in self.gold}
+        @torch.no_grad()
+        def compare(self, policies, train, train_levels, foreseen, promised):
+            seed, options, pairs = self.run.config.seed, self.run.config.reward.options(), self.pairs
+            before, tries, levels = SAMPLES[seed] = SAMPLES.get(seed) or self.sampled(policies["sft"])
+            reward = lambda some: identifiers.empathy_reward(identifiers.predict(self.readers[0], some), promised, **options).double()
+            r, human = torch.stack([*map(reward, tries)]), reward(pairs)                                            # (K, N), (N,)
+            log_z = lambda beta: (r / beta).logsumexp(0) - math.log(len(r))
+            low, high = 1e-6, 1e3
+            for _ in range(60):                                  # halve the interval, on the logarithmic scale
+                beta = math.sqrt(low * high)
+                rise = (log_z(beta) - human / beta).sum().item() / sum(map(len, pairs.responses))                   # nats a token
+                low, high = (beta, high) if rise > math.log(times) else (low, beta)
+            weights = (r / beta).softmax(0)
+            drawn = [tries[k].responses[i] for i, k in enumerate(torch.multinomial(weights.T, 1)[:, 0].tolist())]
+            texts = [self.tokenizer.decode(ids) for ids in drawn], [d.response for d in pairs.dialogues]
+            after = {**before, **identifiers.text_scores(*texts), "reward": None, "held_out_reward": None,          # not measured
+                     **{who + key: x for who in levels for key, x in expected_scores(levels[who], weights, self.gold[who]).items()},
+                     "perplexity": before["perplexity"] * math.exp(rise), "kl": ((weights * r / beta).sum(0) - log_z(beta)).mean().item()}
+            return {"ceiling": {}, "sft": before, "emprl": after, "gain": {}}
+    return {"emprl.Evaluation": Tilted, "emprl.report": lambda *_: None}
+
 NO_FIRST_TOKEN = {"ppo.token_rewards": rewards_of_later, "ppo.whiten": lambda x, mask, **k: WHITEN(x, later(mask), **k),
                   "ppo.policy_loss": lambda a, b, c, mask, *d: POLICY_LOSS(a, b, c, later(mask), *d),
                   "ppo.value_loss": lambda a, b, c, mask, *d: VALUE_LOSS(a, b, c, later(mask), *d)}
@@ -85,7 +129,8 @@ ABLATIONS = {
     "mechanisms": {"all three": DEFAULT, **{f"without {m.upper()}": Variant(f"reward.mechanisms={rest}") for m, rest in (
                        ("er", "ip,ex"), ("ip", "er,ex"), ("ex", "er,ip"))},
                    **{f"only {m.upper()}": Variant(f"reward.mechanisms={m}") for m in emprl.MECHANISMS}},
-    "reward": {"expected, cross-entropy": DEFAULT, "one human's levels": Variant("reward.expected=off"),
+    "reward": {"expected, cross-entropy": DEFAULT, "likeliest levels": Variant("reward.target=likeliest"),
+               "one human's levels": Variant("reward.target=human"),
                "ordinal": Variant("reward.difference=ordinal")},
     "kl": {**{f"beta {beta}": Variant(f"ppo.kl_coef={beta}") for beta in (0, 0.1, 0.3, 1)},
            "adaptive, target 1": Variant("ppo.adaptive_kl=on ppo.kl_target=1 ppo.kl_horizon=256")},
@@ -104,11 +149,16 @@ ABLATIONS = {
     "data": {f"{n} dialogues": Variant(f"data.num_train={n}") for n in (3000, 6000, 12000)},
     "own": {"your own data": DEFAULT},
     "frontier": {f"{share:.0%} of the way": Variant("", between(share)) for share in (0.25, 0.5, 0.75, 1, 1.25, 1.5)},
+    "ideal": {**{f"perplexity times {times}": Variant("ppo.steps=0", tilted(times)) for times in (1.01, 1.03, 1.06, 1.1, 1.15)},
+              **{f"likeliest levels, perplexity times {times}": Variant("ppo.steps=0 reward.target=likeliest reward.balance=0.55", tilted(times))
+                 for times in (1.03, 1.06, 1.1)}},
 }
 FROM_THE_START = ("pretraining", "data", "own")
+FINISHED = ("frontier", "ideal")      # PPO is not repeated
 REWARDS = ("learnt reward", "true reward", "KL", "perplexity, times", "dist2, times", "unique, times")
 FRONTIER = [f"{measure}, {reader}" for reader in reversed(publish.READERS) for measure in publish.MEASURES.values()]
-COLUMNS = {None: ("er", "ip", "ex", *REWARDS), "frontier": (*FRONTIER, *REWARDS[2:], "words, times"), "kl": ("er", "ip", "ex", "gain, identifiers", "gain, judge", *REWARDS),
+COLUMNS = {None: ("er", "ip", "ex", *REWARDS), **dict.fromkeys(FINISHED, (*FRONTIER, *REWARDS[2:], "words, times")),
+           "kl": ("er", "ip", "ex", "gain, identifiers", "gain, judge", *REWARDS),
            **dict.fromkeys(("pretraining", "data"), ("MLE's Emp-F1", "MLE's perplexity per word", *REWARDS))}
 
 # ---- measuring
@@ -135,7 +185,7 @@ def run(folder, config, replaced):
 def measure(source, name, variant):
     """The figures of one variant from a finished run's MLE policy and identifiers."""
     raw, folder = json.loads((source / "metrics.json").read_text())["config"], source / f"ablate-{name}"
-    repeated, settings = (["ppo.pt"], SHORT) if name != "frontier" else ([], [])         # frontier: the run's own EmpRL
+    repeated, settings = (["ppo.pt"], SHORT) if name not in FINISHED else ([], [])
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source / "checkpoints", folder / "checkpoints", ignore=lambda *_: repeated)
     config = emprl.make_config(raw["preset"], raw["seed"], raw["data_dir"], raw["t5_dir"],

@@ -16,7 +16,7 @@ results/bench.json by part and environment: a run where trl is installed adds to
 matrix products only (forward_flops, x 3 to train). The GEMM peak is measured in the same run. On a GPU: bf16 autocast.
     python tests/bench.py --plan [--t5 base|small] [--tflops N]    memory and time of preset `paper`, by arithmetic
 """
-import argparse, contextlib, datetime, functools, json, multiprocessing, os, pkgutil, platform, statistics, sys, time
+import argparse, contextlib, datetime, functools, itertools, json, multiprocessing, os, pkgutil, platform, statistics, sys, time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -343,6 +343,23 @@ def tricks(a):
         ms = {who: 1000 * statistics.median(x) for who, x in seconds.items()}
         yield f"{name} ({work})", {**{f"{who}, ms": x for who, x in ms.items()}, "without / with": ms["without"] / ms["with"],
                                    "seconds": seconds}
+    times = [(alone(steps_of_real, True), alone(steps_of_real, False)) for _ in rounds(a.repeats, 1)]
+    ms = [1000 * statistics.median(itertools.chain(*x)) for x in zip(*times)]
+    yield "freed memory kept (training step, real)", {"with, ms": ms[0], "without, ms": ms[1], "without / with": ms[1] / ms[0], "seconds": times}
+
+def alone(function, *arguments):
+    """Its result from a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+def steps_of_real(keep):
+    """Seconds a training step, three times, at the real preset's sizes on batches of all lengths; keep: after emprl.keep_memory."""
+    emprl.keep_memory() if keep else None
+    torch.manual_seed(0)
+    config = emprl.make_config("real", data_dir=".")
+    c, lengths = replace(config.t5, vocab_size=config.data.vocab_size), [(12, 8), (48, 24), (96, 40), (24, 16), (60, 12), (36, 32)]
+    work = step(c, [random_batch(c, config.sft.batch_size, *x) for x in lengths], "EmpRL")
+    return [seconds_of(work) / len(lengths) for _ in range(4)][1:]                       # the first round only warms up
 
 def parts(a):
     def rows(work, times, flops):
@@ -399,8 +416,7 @@ def memory(a):
     for work in IN_MEMORY:
         ours = None
         for who in everyone(WORK[work][0], True):
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-                found = alone.submit(peaks, work, who).result()
+            found = alone(peaks, work, who)
             ours = ours or found
             yield f"{work}, {who}", {**found, **{f"{k} / EmpRL": x / ours[k] for k, x in found.items()}}
 

@@ -1,5 +1,6 @@
 """What is done with a finished run: python emprl.py evaluate | chat | rate | ablate. See python emprl.py --help."""
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,12 @@ from emprl import Config, Evaluation, Run, make_config, say
 from identifiers import MECHANISMS, Identifiers, before_after, predict_levels
 from ppo import respond
 from t5_small import from_pretrained, load_state
+
+CRISIS = re.compile(r"suicid|\b(kill|hurt|harm|cut|cutt|hang)(ing)? (my|him|her|them)sel|self.?harm|overdos|wish i (was|were) dead|"
+                    r"(i|i.m|i am) (\w+ )?(want|wish|going|plan\w*) to die|end (it all|my (own )?life)|better off (dead|without me)|"
+                    r"(n.?t|no reason to|no point in) (want to )?(live|living|be alive)", re.I)
+HELP = ("If you or someone near you may be in danger, please talk to a person now: the emergency number (112, 911, 999), a crisis "
+        "line (988 in the US; findahelpline.com lists others), or someone you trust. This program can not help with that.")
 
 
 def load_run(folder):
@@ -54,8 +61,8 @@ def chat(arguments, folder):
     getattr(sys.stdin, "reconfigure", lambda **_: None)(errors="replace")
     for line in map(data.clean, sys.stdin):
         history = (*history, line[-2000:]) if line else ()
-        if data.CRISIS.search(line):
-            say(data.HELP)
+        if CRISIS.search(line):
+            say(HELP)
             history = ()
         pairs = Pairs([data.Dialogue(history, "")], tokenizer, c.max_source, c.max_target, run.device)
         for name, t5 in models.items() if history else ():

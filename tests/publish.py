@@ -5,6 +5,7 @@ also the levels of its responses, without texts, to tests/results/levels-NAME.js
 contexts to tests/results/real-page.md.
 Then writes the tables of README.md anew, each below the paragraph that names it in parentheses; see `tables`.
 """
+import itertools
 import json
 import random
 import sys
@@ -58,7 +59,8 @@ def tables():
     if load("toy"):
         found["tests/publish.py"] = seeds()
     if load("real"):
-        found |= {"real seeds: levels": real_levels(), "real seeds: text": real_text(), "real seeds: classes": real_classes()}
+        found |= {"real seeds: levels": real_levels(), "real seeds: text": real_text(), "real seeds: classes": real_classes(),
+                  "real seeds: dealt out": real_dealt_out()}
     return found
 
 
@@ -141,6 +143,27 @@ def real_classes():
                     row.append(sum(2 * (h[0] & h[k]).sum().item() / max((h[0].sum() + h[k].sum()).item(), 1) for h in hits) / max(len(hits), 1))
             rows.append(row)
     header = [f"{reader}: {what}" for reader in reversed(READERS) for what in ("share", *SYSTEMS.values())]
+    return emprl.table(["", *header], rows) if found else ""
+
+
+def dealt_out(given, gold, kind):
+    """Emp-F1 of levels (N, M) as they are, and of the same levels dealt out to the contexts at random: by the expected confusion, in which
+    a level that gold has A times and the replies B times meet in A B / N contexts."""
+    gold, given = (torch.nn.functional.one_hot(x, LEVELS).double() for x in (gold, given))                     # (N, M, L)
+    counts = torch.stack([torch.einsum("nmg,nml->mgl", gold, given), torch.einsum("mg,ml->mgl", gold.sum(0), given.mean(0))])
+    return f1_scores(counts)[kind].mean(1).tolist()
+
+
+def real_dealt_out():
+    """How much of Emp-F1 comes from how often each level is given, and how much from where: means over the seeds; "" without levels."""
+    rows, found = [], levels("real")
+    for reader, (key, kind) in itertools.product(reversed(READERS), F1.items()) if found else ():
+        row = [f"{reader}, {MEASURES[key]}"]
+        for name in SYSTEMS:
+            plain, dealt = (sum(x) / len(found) for x in zip(*(dealt_out(one[reader][name], one[reader]["target"], kind) for one in found)))
+            row += [plain, dealt, plain - dealt]
+        rows.append(row)
+    header = [f"{system}{what}" for system in SYSTEMS.values() for what in ("", ", dealt out", ", difference")]
     return emprl.table(["", *header], rows) if found else ""
 
 

@@ -1,5 +1,6 @@
 """Ablations on a smoke run: every variant runs, is stored, resumed and shown; faults put back do what they say."""
 import json
+import math
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch
 import ablate
 import emprl
 import faults
+import identifiers
 import ppo
 import publish
 import t5_small
@@ -53,7 +55,7 @@ def test_settings_of_every_variant_are_options():
     for variants in ablate.ABLATIONS.values():
         for preset in ("toy", "smoke"):
             configs = [emprl.make_config(preset, settings=[*ablate.SHORT, *v.settings.split()]) for v in variants.values()]
-            assert sum(c == configs[0] for c in configs) <= sum(v.settings == "" or v.after != "emprl" for v in variants.values()) + 1
+            assert sum(c == configs[0] for c in configs) <= sum(v.settings == "" or v.after != "emprl" or bool(v.replaced) for v in variants.values()) + 1
     assert ablate.settings_of({"ppo": {"lr": 1e-5, "adaptive_kl": True}, "data": {"corpus": "x"}, "seed": 3}) == [
         "ppo.lr=1e-05", "ppo.adaptive_kl=on"]
 
@@ -98,21 +100,44 @@ def test_between_two_policies():
         assert torch.allclose(mixed, 0.25 * start + 0.75 * end, atol=1e-6) and torch.equal(end, kept)
 
 
+def test_expected_scores_of_certain_weights_are_those_of_the_levels():
+    torch.manual_seed(0)
+    levels, gold, one = torch.randint(0, 3, (4, 50, 3)), torch.randint(0, 3, (50, 3)), torch.randint(0, 4, (50,))
+    certain = torch.nn.functional.one_hot(one, 4).T.float()
+    plain = identifiers.level_scores(levels[one, torch.arange(50)], gold)
+    assert ablate.expected_scores(levels, certain, gold) == pytest.approx({k: x for k, x in plain.items() if k != "exact_match"})
+    half = ablate.expected_scores(levels[:2], torch.full((2, 50), 0.5), gold)
+    twice = identifiers.level_scores(levels[:2].flatten(0, 1), torch.cat([gold, gold]))      # every context twice, once with each
+    assert half == pytest.approx({k: x for k, x in twice.items() if k != "exact_match"})
+
+
+def test_the_ideal_keeps_to_the_perplexity_and_gains_what_it_pays_for(finished, results, monkeypatch):
+    monkeypatch.setattr(ppo.PPOTrainer, "step", lambda *_: pytest.fail("no PPO is needed"))
+    monkeypatch.setattr(ablate, "TRIES", 6)
+    monkeypatch.setattr(ablate, "SAMPLES", {})
+    monkeypatch.setitem(ablate.ABLATIONS, "ideal", {str(t): ablate.Variant("ppo.steps=0", ablate.tilted(t)) for t in (1.0001, 1.01, 1.2)})
+    assert emprl.main(["ablate", "ideal", finished]) == 0
+    figures = {float(times): by_seed["0"] for times, by_seed in stored(results, "ideal").items()}
+    assert [f["perplexity, times"] for f in figures.values()] == pytest.approx([*figures], rel=1e-6)
+    kl = [f["KL"] for f in figures.values()]
+    assert 0 < kl[0] < kl[1] < kl[2] < math.log(6) + 1e-6, "never more than that of the best of 6"
+
+
 def test_progress_resuming_again_and_the_default_measured_once(two, results, capsys, monkeypatch):
-    measured = []
+    measured, n = [], len(ablate.ABLATIONS["reward"])
     monkeypatch.setattr(ablate, "measure", lambda run, name, variant: measured.append(run.name) or ablate.figures_of(METRICS))
-    assert emprl.main(["ablate", "reward", two[0]]) == 0 and measured == ["run0"] * 3
-    assert emprl.main(["ablate", "reward", *two]) == 0 and measured[3:] == ["run1"] * 3, "only what is new"
-    assert "3/3  ordinal, seed 1, 0 min left" in capsys.readouterr().out
-    assert emprl.main(["ablate", "mechanisms", *two]) == 0 and len(measured) == 6 + 2 * 6, "the default is known from reward"
+    assert emprl.main(["ablate", "reward", two[0]]) == 0 and measured == ["run0"] * n
+    assert emprl.main(["ablate", "reward", *two]) == 0 and measured[n:] == ["run1"] * n, "only what is new"
+    assert f"{n}/{n}  ordinal, seed 1, 0 min left" in capsys.readouterr().out
+    assert emprl.main(["ablate", "mechanisms", *two]) == 0 and len(measured) == 2 * n + 2 * 6, "the default is known from reward"
     old = {"beta 0": {"0": {"gain": 0.1}}, "beta 7": {"0": {"gain": 0.1}}}
     (results / "ablate-kl-smoke.json").write_text(json.dumps(old))
-    assert emprl.main(["ablate", "kl", *two]) == 0 and len(measured) == 18 + 2 * 5, "what older code measured does not count"
+    assert emprl.main(["ablate", "kl", *two]) == 0 and len(measured) == 2 * n + 12 + 2 * 5, "what older code measured does not count"
     assert (results / "ablate-kl-smoke.png").read_bytes().startswith(b"\x89PNG")
     page = (results / "page.md").read_text()
     assert page.startswith("# Page\n\n(tests/results/ablate-kl-smoke.json)\n\n| variant | gain") and page.endswith(" |\n\nEnd.\n")
     assert "old" not in page and page.count("\n| beta") == 4
-    assert emprl.main(["ablate", "reward", two[0], "--again"]) == 0 and len(measured) == 31
+    assert emprl.main(["ablate", "reward", two[0], "--again"]) == 0 and len(measured) == 3 * n + 22
     assert {seed for by_seed in stored(results, "reward").values() for seed in by_seed} == {"0"}
 
 
@@ -128,8 +153,9 @@ def test_interrupted_it_says_what_is_kept(two, results, capsys, monkeypatch):
     monkeypatch.setattr(ablate, "measure", interrupted)
     assert emprl.main(["ablate", "reward", two[0]]) == 130
     out, err = capsys.readouterr()
-    assert "kept: 1 of 3" in out and f"go on with: python emprl.py ablate reward {two[0]}" in err
-    assert emprl.main(["ablate", "reward", two[0]]) == 0 and len(calls) == 4
+    n = len(ablate.ABLATIONS["reward"])
+    assert f"kept: 1 of {n}" in out and f"go on with: python emprl.py ablate reward {two[0]}" in err
+    assert emprl.main(["ablate", "reward", two[0]]) == 0 and len(calls) == n + 1
 
 
 @pytest.mark.parametrize("name", ablate.FROM_THE_START)

@@ -178,7 +178,7 @@ def little(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "gemm_peak", lambda: 1e9)
     monkeypatch.setattr(bench, "bandwidth", lambda: 1e9)
     monkeypatch.setattr(bench, "rounds", lambda repeats, once: range(1))
-    monkeypatch.setattr(bench.emprl, "make_config", lambda preset: bench.emprl.Config(t5=LITTLE))
+    monkeypatch.setattr(bench.emprl, "make_config", lambda preset, **_: bench.emprl.Config(t5=LITTLE))
     return tmp_path
 
 
@@ -195,6 +195,8 @@ class Here(contextlib.nullcontext):
 def test_every_part_runs(little, monkeypatch, capsys):
     monkeypatch.setattr(bench, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(bench, "peaks", lambda work, who: {"MiB": 3.0, "MiB above imports": 2.0})
+    kept = []
+    monkeypatch.setattr(bench.emprl, "keep_memory", lambda: kept.append(1))
     conversations = "".join(f"c{i},{k},sad,it rained,1,word{i % 7} said {k} times in town {i % 11},5|5|5_2|2|2,\n"
                             for i in range(300) for k in (1, 2))
     (little / "empatheticdialogues").mkdir()
@@ -209,6 +211,8 @@ def test_every_part_runs(little, monkeypatch, capsys):
     assert one["of memory's speed"] == pytest.approx(30 * bench.bytes_a_token(LITTLE) / one["EmpRL, ms"] / 1e6)
     (memory,) = found["memory"].values()
     assert memory["rows"]["PPO iteration, tiny, EmpRL"]["MiB / EmpRL"] == 1.0 and memory["cpu"] and memory["date"]
+    (tricks,) = [x["rows"] for x in found["tricks"].values()]
+    assert all(row["without / with"] > 0 for row in tricks.values()) and len(tricks) == len(bench.TRICKS) + 1 and len(kept) == 1
     (pieces,) = [x["rows"] for x in found["parts"].values()]
     assert pieces[f"run {little.name}: sft"]["share"] == 0.75 and any(name.endswith("update") for name in pieces)
     assert (little / "bench-scaling.png").stat().st_size > 5000

@@ -3,8 +3,11 @@ import builtins
 import io
 import json
 import math
+import shutil
 import sys
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -102,7 +105,29 @@ def test_another_configuration_repeats_only_what_depends_on_it(finished, tmp_pat
     assert done == [1, 4]
 
 
+def test_targets_are_what_the_context_tells_or_the_one_humans(finished, tmp_path, monkeypatch):
+    """Of the reward (training pairs) and of best of n (test pairs), by reward.target and reward.balance. Nothing is trained."""
+    def targets(**options):
+        seen, settings = [], [f"reward.{name}={x}" for name, x in options.items()]
+        monkeypatch.setattr(emprl, "make_reward", lambda reader, targets, **_: seen.append(targets))
+        monkeypatch.setattr(emprl.Evaluation, "compare", lambda *arguments: seen.extend(arguments[3:]) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):                   # as far as needed
+            emprl.run_all(emprl.Run(folder, emprl.make_config("smoke", settings=["ppo.steps=0", *settings])))
+        return seen                                              # of the reward, the humans', {of the ceiling}, of best of n
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    plain, levels, told, promised = targets(target="expected")
+    assert torch.allclose(plain.sum(-1), torch.ones(200, 3)) and torch.allclose(promised, told["context"]), "as the context's reader says"
+    share = plain.mean(0)
+    for balance in (0, 0.7):
+        train, test = (emprl.even(probs, share, balance) for probs in (plain, told["context"]))
+        for target, of_train, of_test in (("expected", train, test), ("human", levels, test), ("likeliest", train.argmax(-1), test.argmax(-1))):
+            found = targets(target=target, balance=balance)
+            assert all(x.shape == y.shape and torch.allclose(x.double(), y.double()) for x, y in ((found[0], of_train), (found[3], of_test))), target
+    assert not torch.equal(train.argmax(-1), plain.argmax(-1)), "balance makes no difference: the test is blind"
+
+
 @pytest.mark.parametrize("arguments, words", [
+    (["--set", "reward.target=best"], "expected or likeliest or human"),
     (["--set", "ppo.learning_rate=1"], "no such option"), (["--set", "ppo.steps=many"], "not a valid int"),
     (["--set", "ppo"], "no such option"), (["--preset", "real"], "--data DIR"), (["--preset", "paper", "--data", "."], "--t5"),
     (["--preset", "real", "--data", "missing"], "download DIR"), (["evaluate", "--run", "missing", "--data", "x"], "no finished run"),
@@ -138,6 +163,16 @@ def test_rate_command(finished, capsys, monkeypatch):
     assert "raters: 1" in capsys.readouterr().out and len((folder / "ratings-ann.jsonl").read_text().splitlines()) == 30
     monkeypatch.setattr(builtins, "input", lambda _: "")
     assert emprl.main(["rate", str(folder)]) == 0 and "raters: 1" in capsys.readouterr().out, "your login name, if you give none"
+
+
+@pytest.mark.parametrize("error", [OSError, AttributeError, TypeError])
+def test_memory_is_kept_where_the_c_library_can(error, monkeypatch):
+    asked = []
+    monkeypatch.setattr(emprl.ctypes, "CDLL", lambda name: types.SimpleNamespace(mallopt=lambda *option: asked.append(option) or 1))
+    emprl.keep_memory()
+    assert asked == [(-1, 2 ** 30), (-3, 2 ** 30)], "M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (malloc.h)"
+    monkeypatch.setattr(emprl.ctypes, "CDLL", mock.Mock(side_effect=error))
+    emprl.keep_memory()                                          # elsewhere nothing happens
 
 
 def test_help_names_every_command(capsys):

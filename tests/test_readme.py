@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import ablate
 import emprl
+import identifiers
 import publish
 
 ROOT = Path(publish.ROOT)
@@ -14,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("anchor", ["tests/results/toy-seed0.json", "tests/results/real-seed0.json", "tests/publish.py", "real seeds: levels",
-                                    "real seeds: text", "real seeds: classes", "tests/results/identifiers.json",
+                                    "real seeds: text", "real seeds: classes", "real seeds: dealt out", "tests/results/identifiers.json",
                                     *(f"bench: {part}" for part in ("step", "sample", "ppo", "memory", "tricks", "parts"))])
 def test_tables_agree_with_the_committed_results(anchor):
     table = publish.tables()[anchor]
@@ -46,7 +48,7 @@ def test_figures_in_the_text_are_those_of_the_results():
 @pytest.mark.parametrize("name", ablate.ABLATIONS)
 def test_pages_show_the_committed_ablations(name):
     """Each ablation has a place in README or in coursework/open.md; what has been measured is shown there."""
-    anchor, pages = f"tests/results/ablate-{name}{'-real' * (name == 'frontier')}.json", [page.read_text() for page in publish.PAGES]
+    anchor, pages = f"tests/results/ablate-{name}{'-real' * (name in ablate.FINISHED)}.json", [page.read_text() for page in publish.PAGES]
     page = next(page for page in pages if f"({anchor})" in page)
     if (ROOT / anchor).exists():
         figures = json.loads((ROOT / anchor).read_text())
@@ -97,6 +99,17 @@ def test_intervals_over_seeds_and_contexts(tmp_path, monkeypatch):
     gain = publish.bootstrap("judge", "emp_f1")
     assert gain["relative"] == pytest.approx((3 - 7 / 3) / (7 / 3)) and gain["low"] == pytest.approx(0) and gain["high"] == pytest.approx(0.5)
     assert publish.bootstrap("judge", "emp_f1") == gain, "seeded"
+
+
+def test_dealt_out_by_hand_and_by_dealing():
+    gold, given = torch.tensor([[0]] * 6 + [[2]] * 2), torch.tensor([[0], [0], [0], [2], [2], [2], [2], [0]])
+    # as it is: 0 three times hit of 6 and 4, F1 0.6; 2 once of 2 and 4, F1 1/3. Dealt out: 6 * 4 / 8 = 3 and 2 * 4 / 8 = 1: the same
+    assert publish.dealt_out(given, gold, "weighted_f1") == pytest.approx([0.75 * 0.6 + 0.25 / 3] * 2)
+    assert publish.dealt_out(gold, gold, "macro_f1") == pytest.approx([1.0, (4.5 / 6 + 0.5 / 2) / 2]), "36 / 8 and 4 / 8 hits"
+    torch.manual_seed(0)
+    gold, given = torch.randint(0, 3, (400, 3)), torch.randint(0, 3, (400, 3)) * torch.randint(0, 2, (400, 3))
+    found = [identifiers.emp_f1(given[torch.randperm(400)], gold) for _ in range(200)]
+    assert publish.dealt_out(given, gold, "weighted_f1")[1] == pytest.approx(sum(found) / 200, abs=0.003)
 
 
 def test_committed_levels_give_the_committed_figures():

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench
 import emprl
 from data import DataError
-from identifiers import LEVELS, MECHANISMS, f1_scores
+from identifiers import LEVELS, MECHANISMS, emp_f1, f1_scores
 
 ROOT = Path(emprl.__file__).parent
 RESULTS = ROOT / "tests" / "results"
@@ -147,11 +147,10 @@ def real_classes():
 
 
 def dealt_out(given, gold, kind):
-    """Emp-F1 of levels (N, M) as they are, and of the same levels dealt out to the contexts at random: by the expected confusion, in which
-    a level that gold has A times and the replies B times meet in A B / N contexts."""
+    """Emp-F1 of levels (N, M) that are dealt out to the contexts at random: by the expected confusion, in which a level that gold has
+    A times and the replies B times meet in A B / N contexts."""
     gold, given = (torch.nn.functional.one_hot(x, LEVELS).double() for x in (gold, given))                     # (N, M, L)
-    counts = torch.stack([torch.einsum("nmg,nml->mgl", gold, given), torch.einsum("mg,ml->mgl", gold.sum(0), given.mean(0))])
-    return f1_scores(counts)[kind].mean(1).tolist()
+    return f1_scores(torch.einsum("mg,ml->mgl", gold.sum(0), given.mean(0)))[kind].mean().item()
 
 
 def real_dealt_out():
@@ -160,7 +159,7 @@ def real_dealt_out():
     for reader, (key, kind) in itertools.product(reversed(READERS), F1.items()) if found else ():
         row = [f"{reader}, {MEASURES[key]}"]
         for name in SYSTEMS:
-            plain, dealt = (sum(x) / len(found) for x in zip(*(dealt_out(one[reader][name], one[reader]["target"], kind) for one in found)))
+            plain, dealt = (sum(f(one[reader][name], one[reader]["target"], kind) for one in found) / len(found) for f in (emp_f1, dealt_out))
             row += [plain, dealt, plain - dealt]
         rows.append(row)
     header = [f"{system}{what}" for system in SYSTEMS.values() for what in ("", ", dealt out", ", difference")]

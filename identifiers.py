@@ -210,14 +210,15 @@ def emp_f1(predicted, gold, kind="weighted_f1"):
     counts = torch.stack([confusion(predicted[:, m], gold[:, m]) for m in range(gold.shape[1])])
     return f1_scores(counts)[kind].mean().item()
 
+def information(counts):
+    """I(row; column) in bits of tables of counts (..., L, L): (...). A level that never occurs adds nothing: 0 log 0 = 0."""
+    joint = counts.double() / counts.sum((-2, -1), keepdim=True)
+    independent = joint.sum(-1, keepdim=True) * joint.sum(-2, keepdim=True)
+    return torch.where(joint > 0, joint * (joint / independent).log2(), 0).sum((-2, -1))
+
 def mutual_information(predicted, gold):
     """Mean over the mechanisms of I(predicted; gold) in bits: what a constant policy gets none of."""
-    total = 0.0
-    for m in range(gold.shape[1]):
-        joint = confusion(predicted[:, m], gold[:, m]).double() / len(gold)
-        independent = joint.sum(0, keepdim=True) * joint.sum(1, keepdim=True)
-        total += (joint[joint > 0] * (joint[joint > 0] / independent[joint > 0]).log2()).sum().item()
-    return total / gold.shape[1]
+    return sum(information(confusion(predicted[:, m], gold[:, m])).item() for m in range(gold.shape[1])) / gold.shape[1]
 
 def level_scores(predicted, gold):
     """Every figure that compares two (N, M) level tables; exact_match is the share with all three levels right."""

@@ -268,7 +268,7 @@ class StepDecoder:
         c, blocks = model.config, model.decoder.blocks
         memory = torch.cat([model.encode(part) for part in source.split(32)])               # (B, S, D); in pieces that caches hold
         self.norm = lambda norm, x: F.rms_norm(x, (c.d_model,), norm.weight, c.layer_norm_epsilon)
-        self.heads, self.width, self.length, self.blocks = c.num_heads, c.d_kv, 0, blocks
+        self.model, self.blocks, self.heads, self.width, self.length = model, blocks, c.num_heads, c.d_kv, 0
         half = torch.is_autocast_enabled(source.device.type)
         dtype = torch.get_autocast_dtype(source.device.type) if half else torch.float
         def matrix(*linears):                                                # (D, outputs of all)
@@ -281,7 +281,6 @@ class StepDecoder:
         self.past = [x.new_empty(*x.shape[:3], max_length, c.d_kv) for x in self.cross]     # (2, B, H, T, d_kv)
         self.cross_bias = padding_bias(source)[:, 0].repeat_interleave(c.num_heads, 0)      # (B * H, 1, S)
         self.self_bias = model.decoder.position_bias(max_length)[0]                         # (H, T, T)
-        self.model = model
     def attend(self, q, keys_values, bias):
         """q (B, H * d_kv) -> (B, H * d_kv)"""
         k, v = keys_values.flatten(1, 2)                                     # (B * H, S, d_kv)

@@ -78,10 +78,9 @@ def expected_scores(levels, weights, gold):
     with probabilities `weights` (K, N): from the expected confusion, so without a draw's noise."""
     seen, meant = (torch.nn.functional.one_hot(x, identifiers.LEVELS).double() for x in (levels, gold))
     counts = torch.einsum("kn,nmg,knml->mgl", weights.double(), meant, seen)                   # rows gold, columns generated
-    f1, joint = identifiers.f1_scores(counts), counts / len(gold)
-    ratio = joint / (joint.sum(1, keepdim=True) * joint.sum(2, keepdim=True)).clamp(min=1e-12)
+    f1 = identifiers.f1_scores(counts)
     return {"emp_f1": f1["weighted_f1"].mean().item(), "emp_macro_f1": f1["macro_f1"].mean().item(),
-            "mutual_information": (joint * ratio.clamp(min=1e-12).log2()).sum().item() / len(counts),
+            "mutual_information": identifiers.information(counts).mean().item(),
             **{f"emp_f1_{m}": x for m, x in zip(emprl.MECHANISMS, f1["weighted_f1"].tolist())}}
 
 def tilted(times):

@@ -58,6 +58,8 @@ def tables():
         found["tests/results/identifiers.json"] = identifiers()
     if load("toy"):
         found["tests/publish.py"] = seeds()
+    if load("toy") and load("real"):
+        found["at a glance"] = glance()
     if load("real"):
         found |= {"real seeds: levels": real_levels(), "real seeds: text": real_text(), "real seeds: classes": real_classes(),
                   "real seeds: dealt out": real_dealt_out()}
@@ -97,6 +99,18 @@ def identifiers():
     measures = [(m, k) for m in MECHANISMS for k in ("macro_f1", "weighted_f1", "accuracy", "f1_0", "f1_1", "f1_2")]
     rows = [[f"{m.upper()} {k}", *("{:.3f} ({:.3f})".format(*scores[m][k]) for scores in means.values())] for m, k in measures]
     return emprl.table(["", *means], rows)
+
+
+def glance():
+    """A row for what matters most: means over the seeds, by the reader that never gave the reward."""
+    rows = []
+    for what, preset, key, top in (("`toy`, oracle, weighted", "toy", "oracle_emp_f1", "best"), ("`real`, judge, weighted", "real", "judge_emp_f1", "context_balanced"),
+                                   ("`real`, judge, macro", "real", "judge_emp_macro_f1", "context_balanced")):
+        found = [(m["floors"]["majority"][key], *(m[system][key] for system in SYSTEMS), m["ceiling"][top][key],
+                  m["emprl"]["perplexity"] / m["sft"]["perplexity"]) for m in load(preset)]
+        majority, mle, best_of_n, empathic, ceiling, times = (sum(column) / len(found) for column in zip(*found))
+        rows.append([what, len(found), majority, mle, best_of_n, empathic, ceiling, f"{(empathic - mle) / (ceiling - mle):.0%}", times])
+    return emprl.table(["Emp-F1 by", "seeds", "majority", *SYSTEMS.values(), "ceiling", "of the gap", "perplexity, times MLE's"], rows)
 
 
 def interval(gain):

@@ -82,9 +82,9 @@ PRESETS = {                       # what differs from the defaults above, which 
         ppo.batch_size=8 ppo.minibatch_size=4 ppo.eval_every=2 eval.valid_contexts=8 sampling.max_length=12""",
     "real": """data.corpus=real data.vocab_size=5000 data.max_source=96 data.max_target=40 data.identifier_source=96 data.identifier_target=256
         t5.d_model=160 t5.d_kv=32 t5.d_ff=640 t5.num_layers=2 t5.num_heads=5 t5.dropout_rate=0.1 pretrain.task=turns pretrain.steps=600
-        pretrain.batch_size=96 pretrain.muon=on sft.steps=1200 sft.eval_every=300 sft.batch_size=96 sft.lr=3e-2 sft.muon=on
-        identifiers.ngrams=65536 identifiers.class_weight=1 context.ngrams=65536 context.penalty=3e-6 reward.balance=0.6
-        sampling.min_length=5 sampling.max_length=40 ppo.steps=150 ppo.batch_size=256 ppo.lr=6e-3 ppo.kl_coef=0.1 ppo.ptx_coef=0.5
+        pretrain.batch_size=96 pretrain.muon=on sft.steps=1200 sft.eval_every=300 sft.batch_size=96 sft.lr=3e-2 sft.muon=on identifiers.ngrams=65536
+        identifiers.class_weight=1 context.ngrams=65536 context.penalty=3e-6 reward.balance=0.7 sampling.temperature=0.9 sampling.top_k=20
+        sampling.min_length=5 sampling.max_length=40 ppo.steps=100 ppo.batch_size=256 ppo.lr=6e-3 ppo.kl_coef=0.1 ppo.ptx_coef=0.5
         ppo.average=0.99 eval.contexts=1024 eval.best_of=8""",
     "paper": """data.corpus=real data.max_source=200 data.max_target=50 data.identifier_source=128 data.identifier_target=96
         pretrain.steps=0 sft.steps=12900 sft.batch_size=8 sft.lr=1e-4 sft.rms_scaled=off sft.warmup=1 sft.eval_every=2000
@@ -331,8 +331,8 @@ class Evaluation:
         return {who + key: x for who in tables for key, x in level_scores(tables[who], self.gold[who]).items()}
     @torch.no_grad()
     def measure(self, name, t5, sampling, expected=None):
-        """All figures of one policy, or with `expected` (see best_of) of its best of eval.best_of samples, the first of which is its
-        only one without. Perplexities are the policy's either way. Texts, levels and rewards are kept in self.results[name]."""
+        """All figures of one policy, or with `expected` (see best_of) of its best of eval.best_of samples, the first of which is its only one
+        without. Perplexities, always the policy's, and kl ignore top-k and temperature. Texts, levels and rewards: self.results[name]."""
         self.run.seed("evaluate " + ("sft" if name == "best_of_n" else name))
         config, pairs, options, kl, nll, tokens = self.run.config, self.pairs, self.run.config.reward.options(), 0.0, 0.0, 0
         tries = [pairs.but(respond(t5, pairs, sampling, config.eval.batch_size)) for _ in range(config.eval.best_of if expected is not None else 1)]

@@ -82,9 +82,9 @@ PRESETS = {                       # what differs from the defaults above, which 
         ppo.batch_size=8 ppo.minibatch_size=4 ppo.eval_every=2 eval.valid_contexts=8 sampling.max_length=12""",
     "real": """data.corpus=real data.vocab_size=5000 data.max_source=96 data.max_target=40 data.identifier_source=96 data.identifier_target=256
         t5.d_model=160 t5.d_kv=32 t5.d_ff=640 t5.num_layers=2 t5.num_heads=5 t5.dropout_rate=0.1 pretrain.task=turns pretrain.steps=600
-        pretrain.batch_size=96 pretrain.muon=on sft.steps=1200 sft.eval_every=300 sft.batch_size=96 sft.lr=3e-2 sft.muon=on identifiers.ngrams=65536
-        identifiers.class_weight=1 context.ngrams=65536 context.penalty=3e-6 reward.balance=0.7 sampling.temperature=0.9 sampling.top_k=20
-        sampling.min_length=5 sampling.max_length=40 ppo.steps=100 ppo.batch_size=256 ppo.lr=6e-3 ppo.kl_coef=0.1 ppo.ptx_coef=0.5
+        pretrain.batch_size=96 pretrain.muon=on sft.steps=1200 sft.eval_every=300 sft.batch_size=96 sft.lr=3e-2 sft.muon=on
+        identifiers.ngrams=65536 identifiers.class_weight=1 context.ngrams=65536 context.penalty=3e-6 reward.balance=0.6
+        sampling.min_length=5 sampling.max_length=40 ppo.steps=150 ppo.batch_size=256 ppo.lr=6e-3 ppo.kl_coef=0.1 ppo.ptx_coef=0.5
         ppo.average=0.99 eval.contexts=1024 eval.best_of=8""",
     "paper": """data.corpus=real data.max_source=200 data.max_target=50 data.identifier_source=128 data.identifier_target=96
         pretrain.steps=0 sft.steps=12900 sft.batch_size=8 sft.lr=1e-4 sft.rms_scaled=off sft.warmup=1 sft.eval_every=2000

@@ -2,7 +2,7 @@
 
 Copies RUN/metrics.json to tests/results/NAME.json (with the data folder's path as the README has it). Of a NAME real-seedN
 also the levels of its responses, without texts, to tests/results/levels-NAME.json, and of real-seed0 the responses to 40
-contexts to tests/results/real-page.md.
+contexts to tests/results/real-page.md. topk-seedN is `real` with the original's sampling; topk-seed0 has such a page, too.
 Then writes the tables of README.md anew, each below the paragraph that names it in parentheses; see `tables`.
 """
 import itertools
@@ -62,7 +62,7 @@ def tables():
         found["at a glance"] = glance()
     if load("real"):
         found |= {"real seeds: levels": real_levels(), "real seeds: text": real_text(), "real seeds: classes": real_classes(),
-                  "real seeds: dealt out": real_dealt_out()}
+                  "real seeds: dealt out": real_dealt_out(), "real seeds: sampling": real_sampling()}
     return found
 
 
@@ -158,6 +158,19 @@ def real_classes():
             rows.append(row)
     header = [f"{reader}: {what}" for reader in reversed(READERS) for what in ("share", *SYSTEMS.values())]
     return emprl.table(["", *header], rows) if found else ""
+
+
+def real_sampling():
+    """`real` as it is and with the original's sampling: by the judge, and what it costs, means over the seeds."""
+    rows = []
+    for what, preset in (("temperature 1", "real"), ("top-k 20, temperature 0.9", "topk")):
+        runs = load(preset)
+        mean = lambda value: sum(map(value, runs)) / max(len(runs), 1)
+        rows.append([what, len(runs), *(mean(lambda m: m[system]["judge_" + key]) for key in MEASURES for system in SYSTEMS),
+                     *(mean(lambda m: m["emprl"][k] / m["sft"][k]) for k in ("perplexity", "dist2")), mean(lambda m: m["emprl"]["unique"]),
+                     mean(lambda m: m["emprl"]["length"] / m["target"]["length"])])
+    header = [f"{system}, {measure}" for measure in MEASURES.values() for system in SYSTEMS.values()]
+    return emprl.table(["", "seeds", *header, "perplexity, times MLE's", "dist2, times MLE's", "unique", "length, times the humans'"], rows)
 
 
 def dealt_out(given, gold, kind):
@@ -260,8 +273,8 @@ def main(run="", name=""):
         (RESULTS / f"{name}.json").write_text(json.dumps(metrics, indent=2) + "\n")
         if name.startswith("real"):
             (RESULTS / f"levels-{name}.json").write_text(json.dumps(compact(records), indent=0) + "\n")
-        if name == "real-seed0":
-            (RESULTS / "real-page.md").write_text(page(records, name))
+        if name in ("real-seed0", "topk-seed0"):
+            (RESULTS / f"{name.removesuffix('-seed0')}-page.md").write_text(page(records, name))
     for anchor, new in tables().items():
         put(anchor, new)
 

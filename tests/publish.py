@@ -163,9 +163,10 @@ def real_classes():
 def real_sampling():
     """`real` as it is and with the original's sampling: by the judge, and what it costs, means over the seeds."""
     rows = []
-    for what, preset in (("temperature 1", "real"), ("top-k 20, temperature 0.9", "topk")):
-        runs = load(preset)
-        mean = lambda value: sum(map(value, runs)) / max(len(runs), 1)
+    for what, runs in (("temperature 1", load("real")), ("top-k 20, temperature 0.9", load("topk"))):
+        if not runs:
+            continue
+        mean = lambda value: sum(map(value, runs)) / len(runs)
         rows.append([what, len(runs), *(mean(lambda m: m[system]["judge_" + key]) for key in MEASURES for system in SYSTEMS),
                      *(mean(lambda m: m["emprl"][k] / m["sft"][k]) for k in ("perplexity", "dist2")), mean(lambda m: m["emprl"]["unique"]),
                      mean(lambda m: m["emprl"]["length"] / m["target"]["length"])])

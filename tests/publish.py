@@ -78,13 +78,18 @@ def load(preset):
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{preset}-seed?.json"))]
 
 
+def share(old, new, best):
+    """How much of the way from old to best new goes."""
+    return (new - old) / (best - old)
+
+
 def seeds():
     """One row for each committed toy run: the oracle's Emp-F1, the share of the gap to the ceiling, and what it cost; their means."""
     rows, shares = [], []
     for m in load("toy"):
         before, after, best = m["sft"], m["emprl"], m["ceiling"]["best"]["oracle_emp_f1"]
         old, new = before["oracle_emp_f1"], after["oracle_emp_f1"]
-        shares.append((new - old) / (best - old))
+        shares.append(share(old, new, best))
         rows.append([m["seed"], old, new, best, interval(m["gain"]["oracle_emp_f1"]), f"{shares[-1]:.0%}",
                      *(after[k] / before[k] for k in ("perplexity", "dist2", "unique")), after["reward"], after["held_out_reward"]])
     mean = [sum(column) / len(rows) for column in zip(*([x for x in row[1:] if isinstance(x, float)] for row in rows))]
@@ -108,8 +113,9 @@ def glance():
                                    ("`real`, judge, macro", "real", "judge_emp_macro_f1", "context_balanced")):
         found = [(m["floors"]["majority"][key], *(m[system][key] for system in SYSTEMS), m["ceiling"][top][key],
                   m["emprl"]["perplexity"] / m["sft"]["perplexity"]) for m in load(preset)]
-        majority, mle, best_of_n, empathic, ceiling, times = (sum(column) / len(found) for column in zip(*found))
-        rows.append([what, len(found), majority, mle, best_of_n, empathic, ceiling, f"{(empathic - mle) / (ceiling - mle):.0%}", times])
+        *scores, times = (sum(column) / len(found) for column in zip(*found))
+        _, mle, _, empathic, ceiling = scores
+        rows.append([what, len(found), *scores, f"{share(mle, empathic, ceiling):.0%}", times])
     return emprl.table(["Emp-F1 by", "seeds", "majority", *SYSTEMS.values(), "ceiling", "of the gap", "perplexity, times MLE's"], rows)
 
 
@@ -130,8 +136,8 @@ def real_levels():
             for who, row in zip([m["seed"] for m in runs] + ["mean"], zip(*columns)):
                 old, new, best = row[0], row[2], row[-1]
                 relative = interval(gain) if gain and who == "mean" else f"{new / old - 1:+.1%}" if key in F1 else ""
-                share = f"{(new - old) / (best - old):.0%}" if best > old and key in F1 else ""
-                rows.append([f"{reader}, {measure}", who, *("" if x is None else x for x in row), share, relative])
+                closed = f"{share(old, new, best):.0%}" if best > old and key in F1 else ""
+                rows.append([f"{reader}, {measure}", who, *("" if x is None else x for x in row), closed, relative])
     return emprl.table(["", "seed", *SYSTEMS.values(), "majority", "random copy", "context ceiling", "of the gap", "gain, 95 % interval"], rows)
 
 

@@ -134,14 +134,17 @@ def test_publish_a_run(tmp_path, monkeypatch):
     publish.main(run, "toy-seed0")
     publish.main(run, "real-seed0")
     assert {p.name for p in results.iterdir()} == {"toy-seed0.json", "real-seed0.json", "levels-real-seed0.json", "real-page.md"}
+    assert publish.real_sampling().count("\n") == 2, "no run with top-k yet"
+    publish.main(run, "topk-seed0")
+    assert (results / "topk-seed0.json").exists() and "`" in (results / "topk-page.md").read_text() and not (results / "levels-topk-seed0.json").exists()
     tables, metrics = publish.tables(), json.loads((run / "metrics.json").read_text())
     for anchor in re.findall(r"^\((.*)\)$", page.read_text(), re.M):
         if table := tables[anchor]:
             start, end = publish.shown(page.read_text(), anchor)
-            assert page.read_text()[start:end] == table and table.count("\n") >= 2, anchor
+            assert page.read_text()[start:end] == table and table.count("\n") > 2, anchor
     before, after, best = metrics["sft"]["judge_emp_f1"], metrics["emprl"]["judge_emp_f1"], metrics["ceiling"]["context_balanced"]["judge_emp_f1"]
     assert f"| {before:.3f} | {metrics['best_of_n']['judge_emp_f1']:.3f} | {after:.3f} | {best:.3f} | {(after - before) / (best - before):.0%} |" in publish.glance()
-    assert publish.real_sampling().count("\n") == 2 and f"| temperature 1 | 1 | {before:.3f} |" in publish.real_sampling(), "no run with top-k yet"
+    assert all(f"| {what} | 1 | {before:.3f} |" in tables["real seeds: sampling"] for what in ("temperature 1", "top-k 20, temperature 0.9"))
     assert "best of n" in publish.real_levels() and re.search(r"judge, macro \| mean .*% \(", publish.real_levels())
     test_committed_levels_give_the_committed_figures()
     (run / "responses.jsonl").write_text('{"levels": {"target": [0, 0, 0]}}\n')

@@ -7,6 +7,7 @@
     python emprl.py ablate NAME RUN [RUN ...]               repeat PPO on finished runs with a part left out or changed
 Stages: pretrain -> sft -> identifiers -> judge -> label -> context -> ppo -> evaluate -> report. The same command goes on where it was cut.
 """
+
 import argparse, contextlib, copy, ctypes, functools, hashlib, itertools, json, math, os, re, shlex, signal, subprocess, sys, time, zlib
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.metadata import version
@@ -15,47 +16,95 @@ from pathlib import Path
 import torch
 
 import data
-from data import DataError, Pairs, Tokenizer, batches, oracle_levels, pad, random_spans, span_corrupt
-from identifiers import (LEVELS, MECHANISMS, IdentifierConfig, Identifiers, before_after, best_of, ceiling, confusion, empathy_reward, even,
-                         identifier_scores, identifier_trainer, level_scores, make_reward, paired_bootstrap, predict, predict_levels,
-                         table, text_scores, words)
+from data import (
+    DataError,
+    Pairs,
+    Tokenizer,
+    batches,
+    oracle_levels,
+    pad,
+    random_spans,
+    span_corrupt,
+)
+from identifiers import (
+    LEVELS,
+    MECHANISMS,
+    IdentifierConfig,
+    Identifiers,
+    before_after,
+    best_of,
+    ceiling,
+    confusion,
+    empathy_reward,
+    even,
+    identifier_scores,
+    identifier_trainer,
+    level_scores,
+    make_reward,
+    paired_bootstrap,
+    predict,
+    predict_levels,
+    table,
+    text_scores,
+    words,
+)
 from ppo import PPOConfig, PPOTrainer, kl_estimate, respond, score, signs_of_collapse
-from t5_small import (T5, CheckpointError, Sampling, T5Config, TrainConfig, Trainer, from_pretrained, load_state,
-                      save_atomically, save_pretrained)
+from t5_small import (
+    T5,
+    CheckpointError,
+    Sampling,
+    T5Config,
+    TrainConfig,
+    Trainer,
+    from_pretrained,
+    load_state,
+    save_atomically,
+    save_pretrained,
+)
+
 
 # ---- configuration --------------------------------------------------------------------------------------------------
 @dataclass
 class DataConfig:
-    corpus: str = "embedded"      # "embedded", "real", or a .jsonl / .csv file of yours
-    num_train: int = 12000        # embedded corpus: how many dialogues
+    corpus: str = "embedded"  # "embedded", "real", or a .jsonl / .csv file of yours
+    num_train: int = 12000  # embedded corpus: how many dialogues
     num_valid: int = 300
     num_test: int = 600
-    num_labelled: int = 8000      # embedded corpus: labelled pairs for the identifiers, and as many for the judge
-    vocab_size: int = 1200        # pieces and 100 sentinels; a pretrained T5 brings its own
-    max_source: int = 72          # tokens of context; the newest are kept
-    max_target: int = 64          # tokens of response, </s> included
-    identifier_source: int = 72   # the same for the identifiers' labelled posts
+    num_labelled: int = (
+        8000  # embedded corpus: labelled pairs for the identifiers, and as many for the judge
+    )
+    vocab_size: int = 1200  # pieces and 100 sentinels; a pretrained T5 brings its own
+    max_source: int = 72  # tokens of context; the newest are kept
+    max_target: int = 64  # tokens of response, </s> included
+    identifier_source: int = 72  # the same for the identifiers' labelled posts
     identifier_target: int = 64
+
 
 @dataclass
 class PretrainConfig(TrainConfig):
-    task: str = "spans"           # "spans": T5's span corruption; "turns": the next turn, whoever speaks
+    task: str = (
+        "spans"  # "spans": T5's span corruption; "turns": the next turn, whoever speaks
+    )
+
 
 @dataclass
 class RewardConfig:
-    difference: str = "cross_entropy"   # or "ordinal"
-    mechanisms: str = "er,ip,ex"        # which of them count
-    target: str = "expected"            # levels by what the context tells: "expected", or only the "likeliest"; or the one "human"'s
-    balance: float = 0.0                # exponent of 1 / (share of the level) in what the context tells: above 0 rare levels count for more
+    difference: str = "cross_entropy"  # or "ordinal"
+    mechanisms: str = "er,ip,ex"  # which of them count
+    target: str = "expected"  # levels by what the context tells: "expected", or only the "likeliest"; or the one "human"'s
+    balance: float = 0.0  # exponent of 1 / (share of the level) in what the context tells: above 0 rare levels count for more
+
     def options(self):
         return {"difference": self.difference, "mechanisms": self.mechanisms}
 
+
 @dataclass
 class EvalConfig:
-    contexts: int = 0             # test contexts to generate for; 0: all
+    contexts: int = 0  # test contexts to generate for; 0: all
     batch_size: int = 128
-    valid_contexts: int = 128     # for the validation inside PPO
-    best_of: int = 4              # n of the rival without RL: the best, by expected reward, of n samples of the MLE policy; 1: its samples
+    valid_contexts: int = 128  # for the validation inside PPO
+    best_of: int = 4  # n of the rival without RL: the best, by expected reward, of n samples of the MLE policy; 1: its samples
+
 
 @dataclass
 class Config:
@@ -64,17 +113,30 @@ class Config:
     data_dir: str = ""
     t5_dir: str = ""
     data: DataConfig = field(default_factory=DataConfig)
-    t5: T5Config = field(default_factory=lambda: T5Config(d_kv=16, d_ff=256, num_layers=1, num_heads=8, dropout_rate=0.0))
-    pretrain: PretrainConfig = field(default_factory=lambda: PretrainConfig(steps=0))      # 0: MLE learns sooner without
-    sft: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000, batch_size=16, lr=4e-2, eval_every=250))
+    t5: T5Config = field(
+        default_factory=lambda: T5Config(
+            d_kv=16, d_ff=256, num_layers=1, num_heads=8, dropout_rate=0.0
+        )
+    )
+    pretrain: PretrainConfig = field(
+        default_factory=lambda: PretrainConfig(steps=0)
+    )  # 0: MLE learns sooner without
+    sft: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=1000, batch_size=16, lr=4e-2, eval_every=250)
+    )
     identifiers: IdentifierConfig = field(default_factory=IdentifierConfig)
-    context: IdentifierConfig = field(default_factory=lambda: IdentifierConfig(steps=400, lr=5e-2, class_weight=0.0, keep="loss"))
+    context: IdentifierConfig = field(
+        default_factory=lambda: IdentifierConfig(
+            steps=400, lr=5e-2, class_weight=0.0, keep="loss"
+        )
+    )
     reward: RewardConfig = field(default_factory=RewardConfig)
     sampling: Sampling = field(default_factory=lambda: Sampling(max_length=64))
     ppo: PPOConfig = field(default_factory=PPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
-PRESETS = {                       # what differs from the defaults above, which are `toy`
+
+PRESETS = {  # what differs from the defaults above, which are `toy`
     "toy": "",
     "smoke": """data.num_train=200 data.num_valid=40 data.num_test=40 data.num_labelled=200 data.vocab_size=500 t5.d_model=32
         t5.d_kv=16 t5.d_ff=64 t5.num_heads=2 t5.num_layers=1 t5.num_decoder_layers=1 pretrain.steps=4 sft.steps=12 sft.eval_every=6
@@ -94,19 +156,50 @@ PRESETS = {                       # what differs from the defaults above, which 
         ppo.ppo_epochs=4 ppo.steps=1000 ppo.lr=1e-5 ppo.rms_scaled=off ppo.kl_coef=0.2 ppo.adaptive_kl=on ppo.lam=0.95
         identifiers.steps=600 context.steps=2000 eval.batch_size=32""",
 }
-RANGES = {"dropout_rate": (0, 0.99), "temperature": (0.01, 100), "top_p": (0.01, 1), "gamma": (0, 1), "lam": (0, 1), "average": (0, 0.9999),
-          "relative_attention_num_buckets": (4, 1000),           # any other: from 0, integers from 1
-          **dict.fromkeys(("steps", "warmup", "top_k", "micro_batch", "contexts", "ngrams"), (0, 1e9)),
-          "pad_token_id": (0, 0), "eos_token_id": (1, 1), "decoder_start_token_id": (0, 0), "kl_target": (1e-3, 1e9), "kl_horizon": (1, 1e9)}
-CHOICES = {"difference": ("cross_entropy", "ordinal"), "keep": ("macro_f1", "loss"), "task": ("spans", "turns"),
-           "feed_forward_proj": ("relu", "gated-gelu"), "mechanisms": ("er,ip,ex", "er,ip", "er,ex", "ip,ex", "er", "ip", "ex"),
-           "target": ("expected", "likeliest", "human")}
-ORDER = ["t5", "pretrain", "sft", "identifiers", "context", "reward", "sampling", "ppo"]     # a stage depends on its section and all before
+RANGES = {
+    "dropout_rate": (0, 0.99),
+    "temperature": (0.01, 100),
+    "top_p": (0.01, 1),
+    "gamma": (0, 1),
+    "lam": (0, 1),
+    "average": (0, 0.9999),
+    "relative_attention_num_buckets": (4, 1000),  # any other: from 0, integers from 1
+    **dict.fromkeys(
+        ("steps", "warmup", "top_k", "micro_batch", "contexts", "ngrams"), (0, 1e9)
+    ),
+    "pad_token_id": (0, 0),
+    "eos_token_id": (1, 1),
+    "decoder_start_token_id": (0, 0),
+    "kl_target": (1e-3, 1e9),
+    "kl_horizon": (1, 1e9),
+}
+CHOICES = {
+    "difference": ("cross_entropy", "ordinal"),
+    "keep": ("macro_f1", "loss"),
+    "task": ("spans", "turns"),
+    "feed_forward_proj": ("relu", "gated-gelu"),
+    "mechanisms": ("er,ip,ex", "er,ip", "er,ex", "ip,ex", "er", "ip", "ex"),
+    "target": ("expected", "likeliest", "human"),
+}
+ORDER = [
+    "t5",
+    "pretrain",
+    "sft",
+    "identifiers",
+    "context",
+    "reward",
+    "sampling",
+    "ppo",
+]  # a stage depends on its section and all before
 say = functools.partial(print, flush=True)
+
 
 def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
     """The preset's configuration with `settings` ("section.field=value") applied. Raises DataError."""
-    config, flags = Config(preset, seed, str(data_dir), str(t5_dir)), {"on": True, "off": False}
+    config, flags = (
+        Config(preset, seed, str(data_dir), str(t5_dir)),
+        {"on": True, "off": False},
+    )
     if os.path.isfile(config.data_dir):
         config.data.corpus = config.data_dir
     for setting in [*PRESETS[preset].split(), *settings]:
@@ -114,68 +207,135 @@ def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
         section, _, name = key.partition(".")
         target = getattr(config, section, None)
         if not is_dataclass(target) or not hasattr(target, name):
-            known = asdict(target) if is_dataclass(target) else [k for k, v in asdict(config).items() if isinstance(v, dict)]
-            raise DataError(f"--set {setting}: no such option; write section.field=value with one of {', '.join(known)}")
+            known = (
+                asdict(target)
+                if is_dataclass(target)
+                else [k for k, v in asdict(config).items() if isinstance(v, dict)]
+            )
+            raise DataError(
+                f"--set {setting}: no such option; write section.field=value with one of {', '.join(known)}"
+            )
         kind = type(getattr(target, name))
         try:
             setattr(target, name, flags[value] if kind is bool else kind(value))
         except (ValueError, KeyError):
-            raise DataError(f"--set {setting}: not {'on or off' if kind is bool else f'a valid {kind.__name__}'}") from None
+            raise DataError(
+                f"--set {setting}: not {'on or off' if kind is bool else f'a valid {kind.__name__}'}"
+            ) from None
         low, high = RANGES.get(name, (1 if kind is int else 0, 1e9))
-        if value not in CHOICES.get(name, [value]) or kind in (int, float) and not low <= getattr(target, name) <= high:
-            raise DataError(f"--set {setting}: {' or '.join(CHOICES.get(name, [f'from {low} to {high:g}']))}")
+        if (
+            value not in CHOICES.get(name, [value])
+            or kind in (int, float)
+            and not low <= getattr(target, name) <= high
+        ):
+            raise DataError(
+                f"--set {setting}: {' or '.join(CHOICES.get(name, [f'from {low} to {high:g}']))}"
+            )
     s, p, t = config.sampling, config.ppo, config.t5
     for wrong, words in (
-            (seed < 0, "--seed is below 0; change it"),
-            (s.min_length > s.max_length, "sampling.min_length is above sampling.max_length; change it by --set"),
-            (p.minibatch_size > p.batch_size, "ppo.minibatch_size is above ppo.batch_size; change it by --set"),
-            (2 * t.relative_attention_max_distance <= t.relative_attention_num_buckets,
-             "t5: max_distance must be above num_buckets / 2; change it by --set"),
-            (data_dir and not os.path.exists(data_dir) or (config.data.corpus == "real") != os.path.isdir(config.data_dir),
-             f"--data {config.data_dir or 'DIR'}: --preset real and paper need the folder that `python data.py download DIR` fills; "
-             "toy and smoke need none, or a .jsonl or .csv file of yours"),
-            (preset == "paper" and not t5_dir, "--preset paper needs --t5 DIR: an official checkpoint's config.json, weights and spiece.model")):
+        (seed < 0, "--seed is below 0; change it"),
+        (
+            s.min_length > s.max_length,
+            "sampling.min_length is above sampling.max_length; change it by --set",
+        ),
+        (
+            p.minibatch_size > p.batch_size,
+            "ppo.minibatch_size is above ppo.batch_size; change it by --set",
+        ),
+        (
+            2 * t.relative_attention_max_distance <= t.relative_attention_num_buckets,
+            "t5: max_distance must be above num_buckets / 2; change it by --set",
+        ),
+        (
+            data_dir
+            and not os.path.exists(data_dir)
+            or (config.data.corpus == "real") != os.path.isdir(config.data_dir),
+            f"--data {config.data_dir or 'DIR'}: --preset real and paper need the folder that `python data.py download DIR` fills; "
+            "toy and smoke need none, or a .jsonl or .csv file of yours",
+        ),
+        (
+            preset == "paper" and not t5_dir,
+            "--preset paper needs --t5 DIR: an official checkpoint's config.json, weights and spiece.model",
+        ),
+    ):
         if wrong:
             raise DataError(words)
     return config
 
+
 # ---- the run folder -------------------------------------------------------------------------------------------------
 class Run:
     """A folder with config.json, metrics.jsonl and checkpoints/, and the loop that every training stage shares."""
-    save_every = 30.0             # seconds between checkpoints
+
+    save_every = 30.0  # seconds between checkpoints
+
     def __init__(self, folder, config):
-        self.folder, self.config, self.seconds, self.log = Path(folder), config, {}, {}    # log: stage -> a record a step
-        self.device, self.in_loop, self.interrupted = "cuda" if torch.cuda.is_available() else "cpu", False, False
+        self.folder, self.config, self.seconds, self.log = (
+            Path(folder),
+            config,
+            {},
+            {},
+        )  # log: stage -> a record a step
+        self.device, self.in_loop, self.interrupted = (
+            "cuda" if torch.cuda.is_available() else "cpu",
+            False,
+            False,
+        )
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    def write(self, name, text):                                 # a file of the run folder, atomically
-        (self.folder / f"{name}.tmp").write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    def write(self, name, text):  # a file of the run folder, atomically
+        (self.folder / f"{name}.tmp").write_bytes(
+            text if isinstance(text, bytes) else text.encode()
+        )
         os.replace(self.folder / f"{name}.tmp", self.folder / name)
+
     def write_log(self, stage, records):
         self.log[stage] = records
-        self.write("metrics.jsonl", "".join(json.dumps(record) + "\n" for log in self.log.values() for record in log))
+        self.write(
+            "metrics.jsonl",
+            "".join(json.dumps(record) + "\n" for log in self.log.values() for record in log),
+        )
+
     def seed(self, stage, step=0):
         """Seed torch from (seed, stage, step): a resumed step draws what an uninterrupted one would."""
         torch.manual_seed(zlib.crc32(f"{self.config.seed}/{stage}/{step}".encode()))
-    def on_interrupt(self, *_):     # Ctrl-C: a training loop finishes its step and saves; anything else stops at once
+
+    def on_interrupt(
+        self, *_
+    ):  # Ctrl-C: a training loop finishes its step and saves; anything else stops at once
         self.interrupted = True
         if not self.in_loop:
             raise KeyboardInterrupt
+
     def stage(self, name, compute):
         """compute(state, save) -> the stage's final state, unless that is there for the same configuration.
         `state` is what an interrupted call left by save(**state), or {}."""
         path, c = self.folder / "checkpoints" / f"{name}.pt", asdict(self.config)
-        section = name if name in ORDER else "identifiers"                           # of "judge" and "label", too
-        parts = [c[s] for s in ["seed", "data_dir", "t5_dir", "data", *ORDER[:ORDER.index(section) + 1]]]
-        parts += [data.sha256(self.config.data_dir)] if os.path.isfile(self.config.data_dir) else []      # your own file, as it is now
-        key = hashlib.sha256(json.dumps([1, parts], sort_keys=True).encode()).hexdigest()   # 1: format version
+        section = name if name in ORDER else "identifiers"  # of "judge" and "label", too
+        parts = [
+            c[s]
+            for s in ["seed", "data_dir", "t5_dir", "data", *ORDER[: ORDER.index(section) + 1]]
+        ]
+        parts += (
+            [data.sha256(self.config.data_dir)] if os.path.isfile(self.config.data_dir) else []
+        )  # your own file, as it is now
+        key = hashlib.sha256(
+            json.dumps([1, parts], sort_keys=True).encode()
+        ).hexdigest()  # 1: format version
         state = load_state(path) if path.exists() else {"key": None}
         if not isinstance(state, dict) or "key" not in state:
             raise CheckpointError(f"{path}: not a checkpoint of this program; delete it")
         state = state if state["key"] == key else {}
         before, started = state.get("seconds", 0.0), time.time()
+
         def save(**new):
-            self.write_log(name, new.get("log", []))    # first: what a kill leaves too much in it, a resumed run rewrites
-            save_atomically({"key": key, "seconds": before + time.time() - started, **new}, path)
+            self.write_log(
+                name, new.get("log", [])
+            )  # first: what a kill leaves too much in it, a resumed run rewrites
+            save_atomically(
+                {"key": key, "seconds": before + time.time() - started, **new}, path
+            )
+
         if not state.get("done"):
             self.seed(name)
             save(done=True, **compute(state, save))
@@ -183,8 +343,10 @@ class Run:
         self.write_log(name, state.get("log", []))
         self.seconds[name] = round(state["seconds"], 1)
         return state
+
     def train(self, name, make_trainer, steps, model):
         """All steps of make_trainer()'s trainer, resumed where it was cut; leaves the result in `model`."""
+
         def compute(state, save):
             trainer, log = make_trainer(), state.get("log", [])
             if log:
@@ -195,91 +357,207 @@ class Run:
                 self.seed(name, i)
                 record, now = trainer.step(i), time.time()
                 log.append({"stage": name, "step": i, **record})
-                signs = signs_of_collapse(record, log[0], self.config.sampling.max_length) if "entropy" in record else []
+                signs = (
+                    signs_of_collapse(record, log[0], self.config.sampling.max_length)
+                    if "entropy" in record
+                    else []
+                )
                 if signs or now - shown > 5 or i in (first, steps - 1):
                     shown, speed = now, (i + 1 - first) / (now - started)
                     minutes, seconds = divmod(int((steps - i - 1) / speed), 60)
-                    shown_keys = ("loss", "valid", "reward", "kl", "length", "entropy", *["skipped"] * bool(record.get("skipped")))
-                    say(f"{name:<12}{i + 1:>5}/{steps}  {speed:5.2f} steps/s  {minutes}:{seconds:02d} left",
-                        *(f" {k} {record[k]:.4g}" for k in shown_keys if k in record), *(f"\n    warning: {words}" for words in signs))
+                    shown_keys = (
+                        "loss",
+                        "valid",
+                        "reward",
+                        "kl",
+                        "length",
+                        "entropy",
+                        *["skipped"] * bool(record.get("skipped")),
+                    )
+                    say(
+                        f"{name:<12}{i + 1:>5}/{steps}  {speed:5.2f} steps/s  {minutes}:{seconds:02d} left",
+                        *(f" {k} {record[k]:.4g}" for k in shown_keys if k in record),
+                        *(f"\n    warning: {words}" for words in signs),
+                    )
                 if len(log) > 9 and all(r.get("skipped") == 1 for r in log[-10:]):
-                    raise DataError(f"{name}, step {i + 1}: 10 steps in a row had no finite loss and gradient and were skipped; lower "
-                                    f"{name}.lr. What was saved before them is in {self.folder}/checkpoints")
+                    raise DataError(
+                        f"{name}, step {i + 1}: 10 steps in a row had no finite loss and gradient and were skipped; lower "
+                        f"{name}.lr. What was saved before them is in {self.folder}/checkpoints"
+                    )
                 stop = self.config.ppo.stop_on_collapse and signs
-                if now - saved > self.save_every and not record.get("skipped") or self.interrupted or stop:
+                if (
+                    now - saved > self.save_every
+                    and not record.get("skipped")
+                    or self.interrupted
+                    or stop
+                ):
                     save(trainer=trainer.state_dict(), log=log)
                     saved = now
                 if stop:
-                    raise DataError(f"{name}, step {i + 1}: {'; '.join(signs)}. It is saved; the same command goes on from there")
+                    raise DataError(
+                        f"{name}, step {i + 1}: {'; '.join(signs)}. It is saved; the same command goes on from there"
+                    )
                 if self.interrupted:
                     raise KeyboardInterrupt
             self.in_loop = False
             trainer.finish()
             return {"weights": model.state_dict(), "log": log}
+
         model.load_state_dict(self.stage(name, compute)["weights"])
+
 
 # ---- the recipe -----------------------------------------------------------------------------------------------------
 def run_all(run):
     """Every stage, in order. Returns the final metrics (also in metrics.json)."""
     config, c, started = run.config, run.config.data, time.time()
-    say(f"EmpRL, preset {config.preset}, seed {config.seed}, on {run.device}; results go to {run.folder}")
-    status, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD")
-    run.write("environment.json", json.dumps({"command": shlex.join(sys.argv), "commit": None if status else commit, "python": sys.version,
-              **{name: version(name) for name in ("torch", "sentencepiece", "numpy")}, "threads": torch.get_num_threads()}, indent=2) + "\n")
-    corpus = (data.embedded_corpus(config.seed, c.num_train, c.num_valid, c.num_test, c.num_labelled) if c.corpus == "embedded"
-              else data.real_corpus(config.data_dir) if c.corpus == "real" else data.own_corpus(c.corpus))
-    corpus.dialogues["test"] = corpus.dialogues["test"][:config.eval.contexts or None]
-    corpus.dialogues["probe"] = corpus.dialogues["valid"][:config.eval.valid_contexts]       # for a look inside PPO
+    say(
+        f"EmpRL, preset {config.preset}, seed {config.seed}, on {run.device}; results go to {run.folder}"
+    )
+    status, commit = subprocess.getstatusoutput(
+        f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD"
+    )
+    run.write(
+        "environment.json",
+        json.dumps(
+            {
+                "command": shlex.join(sys.argv),
+                "commit": None if status else commit,
+                "python": sys.version,
+                **{name: version(name) for name in ("torch", "sentencepiece", "numpy")},
+                "threads": torch.get_num_threads(),
+            },
+            indent=2,
+        )
+        + "\n",
+    )
+    corpus = (
+        data.embedded_corpus(config.seed, c.num_train, c.num_valid, c.num_test, c.num_labelled)
+        if c.corpus == "embedded"
+        else data.real_corpus(config.data_dir)
+        if c.corpus == "real"
+        else data.own_corpus(c.corpus)
+    )
+    corpus.dialogues["test"] = corpus.dialogues["test"][: config.eval.contexts or None]
+    corpus.dialogues["probe"] = corpus.dialogues["valid"][
+        : config.eval.valid_contexts
+    ]  # for a look inside PPO
     tokenizer, t5 = start(run, corpus)
-    pairs = {part: Pairs(ds, tokenizer, c.max_source, c.max_target, run.device) for part, ds in corpus.dialogues.items()}
-    labelled = {part: Pairs(ds, tokenizer, c.identifier_source, c.identifier_target, run.device) for part, ds in corpus.labelled.items()}
+    pairs = {
+        part: Pairs(ds, tokenizer, c.max_source, c.max_target, run.device)
+        for part, ds in corpus.dialogues.items()
+    }
+    labelled = {
+        part: Pairs(ds, tokenizer, c.identifier_source, c.identifier_target, run.device)
+        for part, ds in corpus.labelled.items()
+    }
     run.write("config.json", json.dumps(asdict(config), indent=2) + "\n")
     size = f"{tokenizer.vocab_size} tokens, {sum(p.numel() for p in t5.parameters()) / 1e6:.2f} M parameters"
     say("\n".join(f"data        {note}" for note in (*corpus.notes, size)))
     run.seconds["data"] = round(time.time() - started, 1)
     # 1. The initial policy: pre-training on the training texts, then maximum likelihood on the pairs.
-    run.train("pretrain", lambda: pretrain_trainer(config, t5, tokenizer, pairs.get("turns", pairs["train"])), config.pretrain.steps, t5)
+    run.train(
+        "pretrain",
+        lambda: pretrain_trainer(config, t5, tokenizer, pairs.get("turns", pairs["train"])),
+        config.pretrain.steps,
+        t5,
+    )
     rows_at = batches(pairs["train"].lengths(), config.sft.batch_size, config.seed)
-    run.train("sft", lambda: mle_trainer(t5, pairs["train"], pairs["valid"], rows_at, config.sft), config.sft.steps, t5)
+    run.train(
+        "sft",
+        lambda: mle_trainer(t5, pairs["train"], pairs["valid"], rows_at, config.sft),
+        config.sft.steps,
+        t5,
+    )
     save_pretrained(t5, run.folder / "sft")
+
     # 2. The identifiers that give the reward, and the judge: another seed on other data, never used as reward.
     def reader(stage, train, valid, settings):
         run.seed(stage)
-        model = Identifiers(t5.config, config.identifiers.shared, settings.ngrams).to(run.device)
+        model = Identifiers(t5.config, config.identifiers.shared, settings.ngrams).to(
+            run.device
+        )
         model.start_from(t5)
-        rows_at = batches(train.lengths(), settings.batch_size, zlib.crc32(stage.encode()) + config.seed)
-        run.train(stage, lambda: identifier_trainer(model, train, valid, rows_at, settings), 0 if settings.ngrams else settings.steps, model)
+        rows_at = batches(
+            train.lengths(), settings.batch_size, zlib.crc32(stage.encode()) + config.seed
+        )
+        run.train(
+            stage,
+            lambda: identifier_trainer(model, train, valid, rows_at, settings),
+            0 if settings.ngrams else settings.steps,
+            model,
+        )
         return model.eval().requires_grad_(False)
-    readers = [reader("identifiers", labelled["train"], labelled["valid"], config.identifiers),
-               reader("judge", labelled["judge_train"], labelled["judge_valid"], config.identifiers)]
+
+    readers = [
+        reader("identifiers", labelled["train"], labelled["valid"], config.identifiers),
+        reader("judge", labelled["judge_train"], labelled["judge_valid"], config.identifiers),
+    ]
     # 3. Targets: what the identifiers read in every human response; and what the context alone tells of that, to a reader of
     #    empty responses. No policy can know more: it estimates a ceiling, and makes the expected reward.
-    levels = run.stage("label", lambda *_: {part: predict_levels(readers[0], pairs[part]) for part in ("train", "valid")})
-    empty = {part: pairs[part].but([[1]] * len(pairs[part]), levels.get(part)) for part in ("train", "valid", "test")}
+    levels = run.stage(
+        "label",
+        lambda *_: {
+            part: predict_levels(readers[0], pairs[part]) for part in ("train", "valid")
+        },
+    )
+    empty = {
+        part: pairs[part].but([[1]] * len(pairs[part]), levels.get(part))
+        for part in ("train", "valid", "test")
+    }
     foresight = reader("context", empty["train"], empty["valid"], config.context)
     expected = {part: predict(foresight, empty[part]).exp() for part in ("train", "test")}
     share, target = expected["train"].mean(0), config.reward.target
-    promised = {part: even(probs, share, config.reward.balance) for part, probs in expected.items()}
-    promised = {part: probs.argmax(-1) for part, probs in promised.items()} if target == "likeliest" else promised
+    promised = {
+        part: even(probs, share, config.reward.balance) for part, probs in expected.items()
+    }
+    promised = (
+        {part: probs.argmax(-1) for part, probs in promised.items()}
+        if target == "likeliest"
+        else promised
+    )
     # 4. PPO towards the target levels, held near the MLE policy.
     policy, train = copy.deepcopy(t5), pairs["train"]
-    rows_at = batches([0] * len(train), config.ppo.batch_size, config.seed)             # long and short ones mixed
-    test, probe = (Evaluation(run, tokenizer, readers, t5, pairs[part], corpus.level_probs) for part in ("test", "probe"))
+    rows_at = batches(
+        [0] * len(train), config.ppo.batch_size, config.seed
+    )  # long and short ones mixed
+    test, probe = (
+        Evaluation(run, tokenizer, readers, t5, pairs[part], corpus.level_probs)
+        for part in ("test", "probe")
+    )
     targets = levels["train"] if target == "human" else promised["train"]
-    reward, batch_at = make_reward(readers[0], targets, **config.reward.options()), lambda i: (train.batch(rows_at(i))[0], torch.tensor(rows_at(i)))
+    reward, batch_at = (
+        make_reward(readers[0], targets, **config.reward.options()),
+        lambda i: (train.batch(rows_at(i))[0], torch.tensor(rows_at(i))),
+    )
     human_loss = lambda index: policy.loss_sum(*train.batch(index.tolist()))
-    run.train("ppo", lambda: PPOTrainer(policy, reward, batch_at, probe.validate, config.sampling, config.ppo, human_loss), config.ppo.steps, policy)
+    run.train(
+        "ppo",
+        lambda: PPOTrainer(
+            policy, reward, batch_at, probe.validate, config.sampling, config.ppo, human_loss
+        ),
+        config.ppo.steps,
+        policy,
+    )
     save_pretrained(policy, run.folder / "emprl")
     # 5. Before and after, on the same test contexts; then tables, plots and samples.
     started = time.time()
-    metrics = {name: identifier_scores(reader, labelled["test"]) for name, reader in zip(("identifiers", "judge"), readers)}
-    metrics |= test.compare({"sft": t5, "emprl": policy}, train, levels["train"],
-                            {"context": expected["test"], "context_balanced": even(expected["test"], share, 0.5)}, promised["test"])
+    metrics = {
+        name: identifier_scores(reader, labelled["test"])
+        for name, reader in zip(("identifiers", "judge"), readers)
+    }
+    metrics |= test.compare(
+        {"sft": t5, "emprl": policy},
+        train,
+        levels["train"],
+        {"context": expected["test"], "context_balanced": even(expected["test"], share, 0.5)},
+        promised["test"],
+    )
     run.seconds["evaluate"] = round(time.time() - started, 1)
     metrics |= {"config": asdict(config), "seed": config.seed, "seconds": run.seconds}
     run.write("metrics.json", json.dumps(metrics, indent=2) + "\n")
     report(run, metrics, test)
     return metrics
+
 
 def start(run, corpus):
     """Tokenizer and T5: those of the official folder, or a tokenizer trained on the training texts and a new T5."""
@@ -288,209 +566,456 @@ def start(run, corpus):
         tokenizer = Tokenizer(Path(folder) / "spiece.model")
         t5 = from_pretrained(folder, tokenizer.vocab_size)
     else:
-        dialogues = corpus.dialogues["train"] + corpus.labelled["train"] + corpus.labelled["judge_train"]
-        tokenizer = Tokenizer.train([u for d in dialogues for u in (*d.context[-2:], d.response)], config.data.vocab_size)
+        dialogues = (
+            corpus.dialogues["train"]
+            + corpus.labelled["train"]
+            + corpus.labelled["judge_train"]
+        )
+        tokenizer = Tokenizer.train(
+            [u for d in dialogues for u in (*d.context[-2:], d.response)],
+            config.data.vocab_size,
+        )
         config.t5.vocab_size = tokenizer.vocab_size
         run.seed("t5")
         t5 = T5(config.t5)
     run.write("tokenizer.model", tokenizer.model)
     return tokenizer, t5.to(run.device).eval()
 
+
 def pretrain_trainer(config, t5, tokenizer, pairs):
     """Span corruption on context and response of every pair, or the pairs as they are; nothing to validate, the last weights stay."""
     texts = [(c + r)[-128:] for c, r in zip(pairs.contexts, pairs.responses)]
+
     def loss_sum(rows):
         if config.pretrain.task == "turns":
             return t5.loss_sum(*pairs.batch(rows))
-        corrupted = [span_corrupt(texts[i], random_spans(len(texts[i])), tokenizer.sentinels) for i in rows]
+        corrupted = [
+            span_corrupt(texts[i], random_spans(len(texts[i])), tokenizer.sentinels)
+            for i in rows
+        ]
         return t5.loss_sum(*(pad(side).to(pairs.device) for side in zip(*corrupted)))
-    return Trainer(t5, loss_sum, batches(pairs.lengths(), config.pretrain.batch_size, config.seed), lambda: 0.0, config.pretrain)
+
+    return Trainer(
+        t5,
+        loss_sum,
+        batches(pairs.lengths(), config.pretrain.batch_size, config.seed),
+        lambda: 0.0,
+        config.pretrain,
+    )
+
 
 def mle_trainer(t5, train, valid, rows_at, config):
     """Maximum likelihood on pairs (with `.batch(rows)` and `.chunks(size)`, as data.Pairs); validated by the loss per token."""
+
     def validate():
         losses, counts = zip(*(t5.loss_sum(*valid.batch(rows)) for rows in valid.chunks(64)))
         return (sum(losses) / sum(counts)).item()
+
     return Trainer(t5, lambda rows: t5.loss_sum(*train.batch(rows)), rows_at, validate, config)
+
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 class Evaluation:
     """Measures policies on `pairs` by the reward's identifiers, by the judge and, in the embedded world, by the oracle."""
+
     def __init__(self, run, tokenizer, readers, reference, pairs, level_probs):
-        self.run, self.tokenizer, self.readers, self.reference = run, tokenizer, readers, reference
+        self.run, self.tokenizer, self.readers, self.reference = (
+            run,
+            tokenizer,
+            readers,
+            reference,
+        )
         self.pairs, self.level_probs, self.results = pairs, level_probs, {}
         self.gold = self.levels(pairs.responses)
+
     def levels(self, responses):
         """{prefix of the reader's figures: (N, M) levels} of a response (ids) to each context."""
-        tables = {who: predict_levels(reader, self.pairs.but(responses)) for who, reader in zip(("", "judge_"), self.readers)}
+        tables = {
+            who: predict_levels(reader, self.pairs.but(responses))
+            for who, reader in zip(("", "judge_"), self.readers)
+        }
         if self.level_probs:
-            tables["oracle_"] = torch.tensor([oracle_levels(d.context, self.tokenizer.decode(r))
-                                              for d, r in zip(self.pairs.dialogues, responses)])
+            tables["oracle_"] = torch.tensor(
+                [
+                    oracle_levels(d.context, self.tokenizer.decode(r))
+                    for d, r in zip(self.pairs.dialogues, responses)
+                ]
+            )
         return tables
+
     def scores(self, tables):
-        return {who + key: x for who in tables for key, x in level_scores(tables[who], self.gold[who]).items()}
+        return {
+            who + key: x
+            for who in tables
+            for key, x in level_scores(tables[who], self.gold[who]).items()
+        }
+
     @torch.no_grad()
     def measure(self, name, t5, sampling, expected=None):
         """All figures of one policy, or with `expected` (see best_of) of its best of eval.best_of samples, the first of which is its only one
         without. Perplexities, always the policy's, and kl ignore top-k and temperature. Texts, levels and rewards: self.results[name]."""
         self.run.seed("evaluate " + ("sft" if name == "best_of_n" else name))
-        config, pairs, options, kl, nll, tokens = self.run.config, self.pairs, self.run.config.reward.options(), 0.0, 0.0, 0
-        tries = [pairs.but(respond(t5, pairs, sampling, config.eval.batch_size)) for _ in range(config.eval.best_of if expected is not None else 1)]
-        answered = tries[0] if expected is None else best_of(self.readers[0], tries, expected, **options)
-        texts, tables = [self.tokenizer.decode(r) for r in answered.responses], self.levels(answered.responses)
+        config, pairs, options, kl, nll, tokens = (
+            self.run.config,
+            self.pairs,
+            self.run.config.reward.options(),
+            0.0,
+            0.0,
+            0,
+        )
+        tries = [
+            pairs.but(respond(t5, pairs, sampling, config.eval.batch_size))
+            for _ in range(config.eval.best_of if expected is not None else 1)
+        ]
+        answered = (
+            tries[0]
+            if expected is None
+            else best_of(self.readers[0], tries, expected, **options)
+        )
+        texts, tables = (
+            [self.tokenizer.decode(r) for r in answered.responses],
+            self.levels(answered.responses),
+        )
         rewards = empathy_reward(predict(self.readers[0], answered), self.gold[""], **options)
         for rows in answered.chunks(config.eval.batch_size):
             context, ids = answered.batch(rows)
-            mask, everything = ids != 0, torch.ones(*ids.shape, 1, dtype=torch.bool, device=ids.device)
-            both = [score(model, context, ids, mask, everything, 1.0)[0] for model in (t5, self.reference)]
+            mask, everything = (
+                ids != 0,
+                torch.ones(*ids.shape, 1, dtype=torch.bool, device=ids.device),
+            )
+            both = [
+                score(model, context, ids, mask, everything, 1.0)[0]
+                for model in (t5, self.reference)
+            ]
             kl += (kl_estimate(*both) * mask).sum().item()
             loss, n = t5.loss_sum(*pairs.batch(rows))
             nll, tokens = nll + loss.item(), tokens + n
-        truth = [*tables][-1]                                                  # the oracle, or else the judge
-        certain = torch.eye(LEVELS)[tables[truth]].clamp(min=1e-4).log()       # as of a reader without doubt
+        truth = [*tables][-1]  # the oracle, or else the judge
+        certain = (
+            torch.eye(LEVELS)[tables[truth]].clamp(min=1e-4).log()
+        )  # as of a reader without doubt
         held_out = empathy_reward(certain, self.gold[truth], **options)
-        per_word = nll / sum(len(words(d.response)) + 1 for d in pairs.dialogues)    # + 1: the end is predicted too
+        per_word = nll / sum(
+            len(words(d.response)) + 1 for d in pairs.dialogues
+        )  # + 1: the end is predicted too
         self.results[name] = {"texts": texts, "levels": tables, "rewards": rewards.tolist()}
-        return {**self.scores(tables), "reward": rewards.mean().item(), "held_out_reward": held_out.mean().item(),
-                "perplexity": math.exp(nll / tokens), "perplexity_per_word": math.exp(per_word), "kl": kl / len(pairs),
-                **text_scores(texts, [d.response for d in pairs.dialogues])}
+        return {
+            **self.scores(tables),
+            "reward": rewards.mean().item(),
+            "held_out_reward": held_out.mean().item(),
+            "perplexity": math.exp(nll / tokens),
+            "perplexity_per_word": math.exp(per_word),
+            "kl": kl / len(pairs),
+            **text_scores(texts, [d.response for d in pairs.dialogues]),
+        }
+
     def describe(self, name, i):
         r = self.results[name]
         return f"{r['texts'][i]}   {r['levels'][''][i].tolist()} for {self.gold[''][i].tolist()}, reward {r['rewards'][i]:.2f}"
+
     def validate(self, t5):
         """Inside PPO: three samples for the eye, and a few figures: among them the learnt reward beside the truth."""
         scores = self.measure("valid", t5, self.run.config.sampling)
         for i, d in enumerate(self.pairs.dialogues[:3]):
             say(f"    {d.context[-1]}\n    -> {self.describe('valid', i)}")
-        return {f"valid_{key}": scores[key] for key in ("reward", "held_out_reward", "emp_f1", "kl", "perplexity", "unique")}
+        return {
+            f"valid_{key}": scores[key]
+            for key in ("reward", "held_out_reward", "emp_f1", "kl", "perplexity", "unique")
+        }
+
     def compare(self, policies, train=None, train_levels=None, foreseen=None, promised=None):
         """metrics.json's figures: floors, ceilings, both policies sampled and greedy, gains with intervals."""
-        s, n, human = self.run.config.sampling, len(self.pairs), [d.response for d in self.pairs.dialogues]
+        s, n, human = (
+            self.run.config.sampling,
+            len(self.pairs),
+            [d.response for d in self.pairs.dialogues],
+        )
         metrics = {"ceiling": {}, "target": text_scores(human, human)}
         if self.level_probs:
-            metrics["ceiling"] = ceiling([self.level_probs[d.id] for d in self.pairs.dialogues], self.gold["oracle_"])
+            metrics["ceiling"] = ceiling(
+                [self.level_probs[d.id] for d in self.pairs.dialogues], self.gold["oracle_"]
+            )
         if train is not None:
-            metrics["ceiling"] |= {name: self.scores({who: probs.argmax(-1) for who in self.gold}) for name, probs in foreseen.items()}
-            rows = torch.randint(len(train), (n,), generator=torch.Generator().manual_seed(0)).tolist()
+            metrics["ceiling"] |= {
+                name: self.scores({who: probs.argmax(-1) for who in self.gold})
+                for name, probs in foreseen.items()
+            }
+            rows = torch.randint(
+                len(train), (n,), generator=torch.Generator().manual_seed(0)
+            ).tolist()
             majority = train_levels.mode(0).values.expand(n, -1)
-            metrics["floors"] = {"majority": self.scores({who: majority for who in self.gold}),
-                                 "random_copy": self.scores(self.levels([train.responses[i] for i in rows]))}
+            metrics["floors"] = {
+                "majority": self.scores({who: majority for who in self.gold}),
+                "random_copy": self.scores(self.levels([train.responses[i] for i in rows])),
+            }
         greedy = Sampling(min_length=s.min_length, max_length=s.max_length, greedy=True)
         for name, t5 in policies.items():
             metrics[name] = self.measure(name, t5, s)
             metrics[name + "_greedy"] = self.measure(name + "_greedy", t5, greedy)
         if promised is not None:
-            k = self.run.config.eval.best_of                     # its KL is at most log k - (k - 1) / k (Beirami et al. 2024)
-            metrics["best_of_n"] = self.measure("best_of_n", policies["sft"], s, promised) | {"kl": math.log(k) - (k - 1) / k}
-        metrics["gain"] = {who + "emp_f1": paired_bootstrap(*(self.results[p]["levels"][who] for p in policies), gold, gold)
-                           for who, gold in self.gold.items()}
+            k = (
+                self.run.config.eval.best_of
+            )  # its KL is at most log k - (k - 1) / k (Beirami et al. 2024)
+            metrics["best_of_n"] = self.measure("best_of_n", policies["sft"], s, promised) | {
+                "kl": math.log(k) - (k - 1) / k
+            }
+        metrics["gain"] = {
+            who + "emp_f1": paired_bootstrap(
+                *(self.results[p]["levels"][who] for p in policies), gold, gold
+            )
+            for who, gold in self.gold.items()
+        }
         return metrics
+
 
 # ---- report ---------------------------------------------------------------------------------------------------------
 def report(run, metrics, evaluation):
     """report.md, samples.md, responses.jsonl (all texts, and the levels that each reader sees in them) and plots/*.png."""
     draw_plots(run, metrics, evaluation)
     scores = [(m, s) for m in MECHANISMS for s in ("accuracy", "macro_f1", "weighted_f1")]
-    identifiers = table(["identifiers, test part", *map(" ".join, scores)],
-                        [[who, *(metrics[who][m][s] for m, s in scores)] for who in ("identifiers", "judge")])
-    plots = "\n\n".join(f"![{name}](plots/{name}.png)" for name in ("losses", "ppo", "emp_f1", "levels", "learnt_vs_truth"))
-    run.write("report.md", f"# EmpRL, preset {run.config.preset}, seed {run.config.seed}\n\n{before_after(metrics)}\n\n"
-              f"{identifiers}\n\n{plots}\n\nSeconds: {run.seconds}. Responses to read: [samples.md](samples.md).\n")
-    lines = ["# Samples", "[ER, IP, EX] of a response, for those of the target, as the reward's identifiers read them."]
+    identifiers = table(
+        ["identifiers, test part", *map(" ".join, scores)],
+        [[who, *(metrics[who][m][s] for m, s in scores)] for who in ("identifiers", "judge")],
+    )
+    plots = "\n\n".join(
+        f"![{name}](plots/{name}.png)"
+        for name in ("losses", "ppo", "emp_f1", "levels", "learnt_vs_truth")
+    )
+    run.write(
+        "report.md",
+        f"# EmpRL, preset {run.config.preset}, seed {run.config.seed}\n\n{before_after(metrics)}\n\n"
+        f"{identifiers}\n\n{plots}\n\nSeconds: {run.seconds}. Responses to read: [samples.md](samples.md).\n",
+    )
+    lines = [
+        "# Samples",
+        "[ER, IP, EX] of a response, for those of the target, as the reward's identifiers read them.",
+    ]
     records, results, dialogues = [], evaluation.results, evaluation.pairs.dialogues
     for i, d in enumerate(dialogues[:24]):
-        lines.append(f"**{i + 1}. {d.emotion}** {' / '.join(d.context)}\n\n* target: {d.response}\n"
-                     + "\n".join(f"* {name}: {evaluation.describe(name, i)}" for name in results))
+        lines.append(
+            f"**{i + 1}. {d.emotion}** {' / '.join(d.context)}\n\n* target: {d.response}\n"
+            + "\n".join(f"* {name}: {evaluation.describe(name, i)}" for name in results)
+        )
     for i, d in enumerate(dialogues):
-        levels = {who.strip("_") or "identifiers": {"target": gold[i].tolist()} | {name: r["levels"][who][i].tolist() for name, r in results.items()}
-                  for who, gold in evaluation.gold.items()}
-        records.append({"id": d.id, "context": d.context, "target": d.response,
-                        "responses": {name: r["texts"][i] for name, r in results.items()}, "levels": levels})
+        levels = {
+            who.strip("_") or "identifiers": {"target": gold[i].tolist()}
+            | {name: r["levels"][who][i].tolist() for name, r in results.items()}
+            for who, gold in evaluation.gold.items()
+        }
+        records.append(
+            {
+                "id": d.id,
+                "context": d.context,
+                "target": d.response,
+                "responses": {name: r["texts"][i] for name, r in results.items()},
+                "levels": levels,
+            }
+        )
     run.write("samples.md", "\n\n".join(lines) + "\n")
     run.write("responses.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    say(f"\n{before_after(metrics)}\n\n{identifiers}\n\nreport {run.folder}/report.md, samples {run.folder}/samples.md")
+    say(
+        f"\n{before_after(metrics)}\n\n{identifiers}\n\nreport {run.folder}/report.md, samples {run.folder}/samples.md"
+    )
+
 
 def draw_plots(run, metrics, evaluation):
     """plots/*.png: the curves of metrics.jsonl, Emp-F1 before and after, level confusions, learnt reward against truth."""
     import matplotlib.pyplot as plt
-    plt.switch_backend("Agg")                                    # no window: files only
+
+    plt.switch_backend("Agg")  # no window: files only
     (run.folder / "plots").mkdir(exist_ok=True)
-    def figure(name, panels):     # panels: (title, x label, y label, draw, its arguments) of each picture, side by side
-        fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), squeeze=False, layout="constrained")
+
+    def figure(
+        name, panels
+    ):  # panels: (title, x label, y label, draw, its arguments) of each picture, side by side
+        fig, axes = plt.subplots(
+            1, len(panels), figsize=(4 * len(panels), 3.4), squeeze=False, layout="constrained"
+        )
         for axis, (title, x, y, draw, *arguments) in zip(axes[0], panels):
             draw(axis, *arguments)
             axis.set(title=title, xlabel=x, ylabel=y)
         fig.savefig(run.folder / "plots" / f"{name}.png", dpi=110)
         plt.close(fig)
+
     def curves(axis, stage, labels):
         for key, label in labels.items():
-            axis.plot(*zip(*[(r["step"] + 1, r[key]) for r in run.log[stage] if key in r]), label=label)
+            axis.plot(
+                *zip(*[(r["step"] + 1, r[key]) for r in run.log[stage] if key in r]),
+                label=label,
+            )
         axis.legend()
+
     def bars(axis):
-        bar = {f"{m.upper()}\n{name}": metrics[name][f"emp_f1_{m}"] for m in MECHANISMS for name in ("sft", "emprl")}
+        bar = {
+            f"{m.upper()}\n{name}": metrics[name][f"emp_f1_{m}"]
+            for m in MECHANISMS
+            for name in ("sft", "emprl")
+        }
         axis.bar([*bar], [*bar.values()], color=["C0", "C1"] * 3)
+
     def heat(axis, name, m):
-        counts = confusion(evaluation.results[name]["levels"][""][:, m], evaluation.gold[""][:, m])
+        counts = confusion(
+            evaluation.results[name]["levels"][""][:, m], evaluation.gold[""][:, m]
+        )
         share = counts / counts.sum(1, keepdim=True).clamp(min=1)
         axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues")
         for row, column in itertools.product(range(LEVELS), repeat=2):
-            axis.text(column, row, f"{share[row, column]:.2f}", ha="center", color="wk"[share[row, column] < 0.5])
+            axis.text(
+                column,
+                row,
+                f"{share[row, column]:.2f}",
+                ha="center",
+                color="wk"[share[row, column] < 0.5],
+            )
         axis.set(xticks=range(LEVELS), yticks=range(LEVELS))
-    x, learnt = "PPO iteration", {"valid_reward": "learnt reward", "valid_held_out_reward": "oracle" if evaluation.level_probs else "judge"}
-    figure("losses", [(stage, "step", "loss (nats)", curves, stage, {"loss": "training", "valid": valid}) for stage, valid in (
-        ("sft", "validation"), ("identifiers", "-macro-F1, validation"), ("judge", "-macro-F1, validation")) if run.log[stage]])
-    figure("ppo", [(title, x, unit, curves, "ppo", labels) for title, unit, labels in (
-        ("reward", "0..1", {"reward": "training"}), ("KL to the MLE policy", "nats a response", {"kl": "k1", "kl_k3": "k3"}),
-        ("KL coefficient", "", {"kl_coef": "beta"}), ("response length", "tokens", {"length": "mean"}))])
+
+    x, learnt = (
+        "PPO iteration",
+        {
+            "valid_reward": "learnt reward",
+            "valid_held_out_reward": "oracle" if evaluation.level_probs else "judge",
+        },
+    )
+    figure(
+        "losses",
+        [
+            (stage, "step", "loss (nats)", curves, stage, {"loss": "training", "valid": valid})
+            for stage, valid in (
+                ("sft", "validation"),
+                ("identifiers", "-macro-F1, validation"),
+                ("judge", "-macro-F1, validation"),
+            )
+            if run.log[stage]
+        ],
+    )
+    figure(
+        "ppo",
+        [
+            (title, x, unit, curves, "ppo", labels)
+            for title, unit, labels in (
+                ("reward", "0..1", {"reward": "training"}),
+                ("KL to the MLE policy", "nats a response", {"kl": "k1", "kl_k3": "k3"}),
+                ("KL coefficient", "", {"kl_coef": "beta"}),
+                ("response length", "tokens", {"length": "mean"}),
+            )
+        ],
+    )
     figure("emp_f1", [("Emp-F1 before and after", "mechanism", "weighted F1", bars)])
-    figure("levels", [(f"{p}: {m.upper()}", "generated level", "target level", heat, p, i)
-                      for p in ("sft", "emprl") for i, m in enumerate(MECHANISMS)])
+    figure(
+        "levels",
+        [
+            (f"{p}: {m.upper()}", "generated level", "target level", heat, p, i)
+            for p in ("sft", "emprl")
+            for i, m in enumerate(MECHANISMS)
+        ],
+    )
     figure("learnt_vs_truth", [("validation", x, "reward (0..1)", curves, "ppo", learnt)])
+
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 def keep_memory():
     """glibc's allocator hands a step's freed tensors back to the kernel, which clears their pages anew at the next step: it is told to keep them."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):                        # another C library
-        [ctypes.CDLL(None).mallopt(threshold, 2 ** 30) for threshold in (-1, -3)]        # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        [
+            ctypes.CDLL(None).mallopt(threshold, 2**30) for threshold in (-1, -3)
+        ]  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", default="run", choices=("run", "evaluate", "chat", "rate", "ablate"))
-    parser.add_argument("what", nargs="*", help="of rate: RUN [YOUR NAME]; of ablate: NAME [RUN ...]")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "command",
+        nargs="?",
+        default="run",
+        choices=("run", "evaluate", "chat", "rate", "ablate"),
+    )
+    parser.add_argument(
+        "what", nargs="*", help="of rate: RUN [YOUR NAME]; of ablate: NAME [RUN ...]"
+    )
     parser.add_argument("--preset", default="toy", choices=PRESETS)
-    parser.add_argument("--data", default="", help="folder of the real corpora, or your .jsonl/.csv of dialogues")
-    parser.add_argument("--t5", default="", help="folder of an official T5 checkpoint with its spiece.model")
-    parser.add_argument("--run", default="", help="where results go (default: runs/PRESET-seedN)")
+    parser.add_argument(
+        "--data",
+        default="",
+        help="folder of the real corpora, or your .jsonl/.csv of dialogues",
+    )
+    parser.add_argument(
+        "--t5", default="", help="folder of an official T5 checkpoint with its spiece.model"
+    )
+    parser.add_argument(
+        "--run", default="", help="where results go (default: runs/PRESET-seedN)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="e.g. ppo.kl_coef=0 ppo.steps=50")
-    parser.add_argument("--again", action="store_true", help="ablate: measure anew what has been measured")
-    parser.error = lambda words: sys.exit(print(f"emprl.py: {words}; see --help", file=sys.stderr) or 2)
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="key=value",
+        help="e.g. ppo.kl_coef=0 ppo.steps=50",
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="ablate: measure anew what has been measured"
+    )
+    parser.error = lambda words: sys.exit(
+        print(f"emprl.py: {words}; see --help", file=sys.stderr) or 2
+    )
     a = parser.parse_args(arguments)
     folder = a.run or f"runs/{a.preset}-seed{a.seed}"
     try:
         if a.command != "run" and (a.set or a.t5 or bool(a.data) != (a.command == "evaluate")):
-            raise DataError("evaluate takes --run and --data FILE, chat takes --run; neither takes --set or --t5: the run has its own")
+            raise DataError(
+                "evaluate takes --run and --data FILE, chat takes --run; neither takes --set or --t5: the run has its own"
+            )
         number = {"rate": (1, 2), "ablate": range(1, 100)}.get(a.command, (0,))
         if len(a.what) not in number or a.run and a.what or a.again and a.command != "ablate":
-            raise DataError("only rate takes RUN [YOUR NAME] here, and ablate NAME [RUN ...] [--again]; see --help")
+            raise DataError(
+                "only rate takes RUN [YOUR NAME] here, and ablate NAME [RUN ...] [--again]; see --help"
+            )
         if a.command == "run":
             keep_memory()
-            signal.signal(signal.SIGINT, (run := Run(folder, make_config(a.preset, a.seed, a.data, a.t5, a.set))).on_interrupt)
+            signal.signal(
+                signal.SIGINT,
+                (
+                    run := Run(folder, make_config(a.preset, a.seed, a.data, a.t5, a.set))
+                ).on_interrupt,
+            )
             run_all(run)
-        else:                     # what is done with finished runs is no part of the recipe: it is kept with the tests
+        else:  # what is done with finished runs is no part of the recipe: it is kept with the tests
             sys.path.insert(0, str(Path(__file__).parent / "tests"))
             import finished
+
             getattr(finished, a.command)(a, folder)
         return 0
-    except (DataError, CheckpointError, ImportError, OSError, MemoryError, RuntimeError) as error:
-        words = f"{error.filename or folder}: {error.strerror}; make room or name another path" if isinstance(error, OSError) else error
+    except (
+        DataError,
+        CheckpointError,
+        ImportError,
+        OSError,
+        MemoryError,
+        RuntimeError,
+    ) as error:
+        words = (
+            f"{error.filename or folder}: {error.strerror}; make room or name another path"
+            if isinstance(error, OSError)
+            else error
+        )
         if isinstance(error, (MemoryError, RuntimeError)):
-            if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
+            if not isinstance(error, MemoryError) and not re.search(
+                "out of memory|can't allocate", str(error)
+            ):
                 raise
             words = "out of memory; lower the stage's micro_batch (the gradient stays the same but for dropout), ppo.batch_size or eval.batch_size"
         return print(f"emprl.py: {words}", file=sys.stderr) or 2
     except KeyboardInterrupt:
-        return print(f"\nstopped; go on with: python emprl.py {shlex.join(arguments or sys.argv[1:])}", file=sys.stderr) or 130
+        return (
+            print(
+                f"\nstopped; go on with: python emprl.py {shlex.join(arguments or sys.argv[1:])}",
+                file=sys.stderr,
+            )
+            or 130
+        )
+
 
 if __name__ == "__main__":
     sys.exit(main())

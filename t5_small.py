@@ -2,6 +2,7 @@
 
 Source: Raffel et al. 2020 (arXiv 1910.10683); v1.1 (gated GELU, untied head): Shazeer 2020 (arXiv 2002.05202). B batch, S source
 length, T response length, D model width, H heads, V vocabulary. Ids in, ids out: id 0 is padding and also starts the decoder."""
+
 import copy, errno, json, math, os, zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -11,106 +12,152 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+
 class CheckpointError(ValueError):
     """A checkpoint that can't be used; the message says which file, what is wrong and what to do."""
+
 
 @dataclass
 class T5Config:
     """T5's own config.json names, so that an official file can be read field by field."""
+
     vocab_size: int = 2048
-    d_model: int = 128                          # D: width of the residual stream
-    d_kv: int = 32                              # width of one head (H * d_kv need not be d_model)
-    d_ff: int = 512                             # width inside the feed-forward layer
-    num_layers: int = 2                         # encoder blocks
+    d_model: int = 128  # D: width of the residual stream
+    d_kv: int = 32  # width of one head (H * d_kv need not be d_model)
+    d_ff: int = 512  # width inside the feed-forward layer
+    num_layers: int = 2  # encoder blocks
     num_decoder_layers: int = 2
-    num_heads: int = 4                          # H
+    num_heads: int = 4  # H
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128  # all larger distances share the last bucket
     dropout_rate: float = 0.1
     layer_norm_epsilon: float = 1e-6
     initializer_factor: float = 1.0
-    feed_forward_proj: str = "relu"             # "relu" (v1.0) or "gated-gelu" (v1.1)
-    tie_word_embeddings: bool = True            # v1.0: the head is the embedding, logits scaled by D^-1/2
+    feed_forward_proj: str = "relu"  # "relu" (v1.0) or "gated-gelu" (v1.1)
+    tie_word_embeddings: bool = (
+        True  # v1.0: the head is the embedding, logits scaled by D^-1/2
+    )
     pad_token_id: int = 0
     eos_token_id: int = 1
     decoder_start_token_id: int = 0
 
-def relative_position_bucket(relative_position, bidirectional, num_buckets=32, max_distance=128):
+
+def relative_position_bucket(
+    relative_position, bidirectional, num_buckets=32, max_distance=128
+):
     """The bucket of key position - query position, integers of any shape (paper, section 2.1, and its code). Of n buckets a
     distance d below n/2 has its own, d; the others share n/2 + floor(n/2 log(d / (n/2)) / log(max_distance / (n/2))), at most n - 1.
     Bidirectional: n is halved, and the upper half is for keys after the query. Causal: those keys all get bucket 0."""
     bucket, distance = torch.zeros_like(relative_position), (-relative_position).clamp(min=0)
     if bidirectional:
         num_buckets //= 2
-        bucket, distance = (relative_position > 0).long() * num_buckets, relative_position.abs()
+        bucket, distance = (
+            (relative_position > 0).long() * num_buckets,
+            relative_position.abs(),
+        )
     max_exact = num_buckets // 2
-    log_ratio = torch.log(distance.clamp(min=1) / max_exact) / math.log(max_distance / max_exact)
-    far = (max_exact + (log_ratio * (num_buckets - max_exact)).long()).clamp(max=num_buckets - 1)
+    log_ratio = torch.log(distance.clamp(min=1) / max_exact) / math.log(
+        max_distance / max_exact
+    )
+    far = (max_exact + (log_ratio * (num_buckets - max_exact)).long()).clamp(
+        max=num_buckets - 1
+    )
     return bucket + torch.where(distance < max_exact, distance, far)
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight in float32: no mean is subtracted, there is no bias (Zhang & Sennrich 2019)."""
+
     def __init__(self, d_model, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(d_model)), eps
+
     def forward(self, x):
         x = x.float()
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
 
 def scaled_mask(random_bytes, keep, like):
     """256 / keep where a byte is below keep, else 0, as floats at once: by way of bools it takes three times as long."""
     return torch.lt(random_bytes, keep, out=torch.empty_like(like)).mul_(256 / keep)
 
+
 class ByteDropout(torch.autograd.Function):
     """Dropout that draws, and keeps for the backward pass, one byte an element, where torch draws and keeps floats on a CPU."""
+
     @staticmethod
     def forward(ctx, x, keep, relu):
-        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2 ** 63, None)   # 8 bytes a draw
-        random_bytes = words.view(torch.uint8)[:x.numel()].view(x.shape)
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(
+            -(2**63), None
+        )  # 8 bytes a draw
+        random_bytes = words.view(torch.uint8)[: x.numel()].view(x.shape)
         y = scaled_mask(random_bytes, keep, x).mul_(x.clamp(min=0) if relu else x)
-        ctx.save_for_backward(y if relu else random_bytes)                   # y > 0: neither dropped nor cut off by relu
+        ctx.save_for_backward(
+            y if relu else random_bytes
+        )  # y > 0: neither dropped nor cut off by relu
         ctx.keep, ctx.relu = keep, relu
         return y
+
     @staticmethod
     def backward(ctx, gradient):
-        kept, = ctx.saved_tensors
+        (kept,) = ctx.saved_tensors
         if ctx.relu:
-            return torch.gt(kept, 0, out=torch.empty_like(gradient)).mul_(256 / ctx.keep).mul_(gradient), None, None
+            return (
+                torch.gt(kept, 0, out=torch.empty_like(gradient))
+                .mul_(256 / ctx.keep)
+                .mul_(gradient),
+                None,
+                None,
+            )
         return scaled_mask(kept, ctx.keep, gradient).mul_(gradient), None, None
+
 
 class Dropout(nn.Dropout):
     """torch's on a GPU; on a CPU `ByteDropout`: p is rounded to 1/256, the mean stays exact. relu: of relu(x)."""
+
     def forward(self, x, relu=False):
         keep = 256 - round(256 * self.p)
         if self.training and keep < 256 and x.device.type == "cpu":
             return ByteDropout.apply(x, keep, relu)
         return super().forward(F.relu(x) if relu else x)
 
+
 class Attention(nn.Module):
     """Multi-head attention, o(dropout(`weights`) v) with weights = softmax(q(x) k^T + bias), (B, H, T, S), of keys k that are
     projected and split already. T5 has no 1/sqrt(d_kv): it is in q's initialisation."""
+
     def __init__(self, config):
         super().__init__()
         inner = config.num_heads * config.d_kv
         self.num_heads, self.d_kv = config.num_heads, config.d_kv
-        self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in range(3))
+        self.q, self.k, self.v = (
+            nn.Linear(config.d_model, inner, bias=False) for _ in range(3)
+        )
         self.o = nn.Linear(inner, config.d_model, bias=False)
         self.dropout = Dropout(config.dropout_rate)
+
     def split(self, x):
-        return x.unflatten(-1, (self.num_heads, self.d_kv)).transpose(1, 2)  # (B, T, H*d_kv) -> (B, H, T, d_kv)
+        return x.unflatten(-1, (self.num_heads, self.d_kv)).transpose(
+            1, 2
+        )  # (B, T, H*d_kv) -> (B, H, T, d_kv)
+
     def keys_values(self, memory):
-        return self.split(self.k(memory)), self.split(self.v(memory))        # 2 x (B, H, S, d_kv)
+        return self.split(self.k(memory)), self.split(self.v(memory))  # 2 x (B, H, S, d_kv)
+
     def weights(self, x, k, bias):
-        scores = self.split(self.q(x)) @ k.transpose(-1, -2) + bias          # (B, H, T, S)
+        scores = self.split(self.q(x)) @ k.transpose(-1, -2) + bias  # (B, H, T, S)
         return F.softmax(scores.float(), dim=-1)
+
     def forward(self, x, keys_values, bias):
         """x: (B, T, D) asks; keys_values: two (B, H, S, d_kv) answer; bias broadcasts to (B, H, T, S)."""
         k, v = keys_values
-        context = self.dropout(self.weights(x, k, bias)).to(v.dtype) @ v     # (B, H, T, d_kv)
-        return self.o(context.transpose(1, 2).flatten(2))                    # (B, T, D)
+        context = self.dropout(self.weights(x, k, bias)).to(v.dtype) @ v  # (B, H, T, d_kv)
+        return self.o(context.transpose(1, 2).flatten(2))  # (B, T, D)
+
 
 class FeedForward(nn.Module):
     """v1.0: W_o relu(W_i x). v1.1: W_o (gelu(W_i0 x) * W_i1 x)."""
+
     def __init__(self, config):
         super().__init__()
         self.gated = config.feed_forward_proj == "gated-gelu"
@@ -118,209 +165,363 @@ class FeedForward(nn.Module):
             setattr(self, name, nn.Linear(config.d_model, config.d_ff, bias=False))
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
         self.dropout = Dropout(config.dropout_rate)
+
     def forward(self, x):
         if self.gated:
-            return self.wo(self.dropout(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)))
+            return self.wo(
+                self.dropout(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+            )
         return self.wo(self.dropout(self.wi(x), relu=True))
+
 
 class Block(nn.Module):
     """Pre-norm residual layers: x + f(norm(x)) for self-attention, cross-attention (decoder), feed-forward."""
+
     def __init__(self, config, is_decoder):
         super().__init__()
         norm = lambda: RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.self_norm, self.self_attn = norm(), Attention(config)
-        self.cross_norm, self.cross_attn = (norm(), Attention(config)) if is_decoder else (None, None)
+        self.cross_norm, self.cross_attn = (
+            (norm(), Attention(config)) if is_decoder else (None, None)
+        )
         self.ff_norm, self.ff = norm(), FeedForward(config)
         self.dropout = Dropout(config.dropout_rate)
+
     def forward(self, x, self_bias, memory=None, memory_bias=None):
         h = self.self_norm(x)
         x = x + self.dropout(self.self_attn(h, self.self_attn.keys_values(h), self_bias))
         if self.cross_attn is not None:
-            x = x + self.dropout(self.cross_attn(self.cross_norm(x), self.cross_attn.keys_values(memory), memory_bias))
+            x = x + self.dropout(
+                self.cross_attn(
+                    self.cross_norm(x), self.cross_attn.keys_values(memory), memory_bias
+                )
+            )
         return x + self.dropout(self.ff(self.ff_norm(x)))
+
 
 class Stack(nn.Module):
     """The encoder or the decoder. One table of relative position biases serves all its layers."""
+
     def __init__(self, config, is_decoder):
         super().__init__()
         self.config, self.is_decoder = config, is_decoder
-        self.blocks = nn.ModuleList(Block(config, is_decoder)
-                                    for _ in range(config.num_decoder_layers if is_decoder else config.num_layers))
-        self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        self.blocks = nn.ModuleList(
+            Block(config, is_decoder)
+            for _ in range(config.num_decoder_layers if is_decoder else config.num_layers)
+        )
+        self.relative_bias = nn.Embedding(
+            config.relative_attention_num_buckets, config.num_heads
+        )
         self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = Dropout(config.dropout_rate)
+
     def position_bias(self, length):
         """(1, H, length, length); the decoder's also hides the future."""
         position = torch.arange(length, device=self.relative_bias.weight.device)
-        relative = position[None, :] - position[:, None]                     # key - query
-        limits = self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance
+        relative = position[None, :] - position[:, None]  # key - query
+        limits = (
+            self.config.relative_attention_num_buckets,
+            self.config.relative_attention_max_distance,
+        )
         bucket = relative_position_bucket(relative, not self.is_decoder, *limits)
-        bias = self.relative_bias(bucket).permute(2, 0, 1)[None]             # (1, H, T, T)
+        bias = self.relative_bias(bucket).permute(2, 0, 1)[None]  # (1, H, T, T)
         return bias.masked_fill(relative > 0, -1e9) if self.is_decoder else bias
+
     def forward(self, x, self_bias, memory=None, memory_bias=None):
-        x = self.dropout(x)                                                  # (B, T, D)
+        x = self.dropout(x)  # (B, T, D)
         for block in self.blocks:
             x = block(x, self_bias, memory, memory_bias)
         return self.dropout(self.final_norm(x))
+
 
 def padding_bias(ids, pad_id=0):
     """(B, S) -> (B, 1, 1, S): 0 on tokens, -1e9 on padding, to be added to attention scores."""
     return (ids == pad_id)[:, None, None, :] * -1e9
 
+
 class T5Encoder(nn.Module):
     """Embedding and encoder: half a T5, all that an identifier needs; its names are T5's own."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, is_decoder=False)
         self.initialise()
+
     def initialise(self):
         """T5's initialisation: normal with std 1 for embeddings, fan-in^-1/2 for matrices, and for q
         (d_model * d_kv)^-1/2, which takes the place of attention's usual scaling."""
         c = self.config
-        std = {"shared": 1.0, "lm_head": 1.0, "q": (c.d_model * c.d_kv) ** -0.5,
-               "o": (c.num_heads * c.d_kv) ** -0.5, "wo": c.d_ff ** -0.5}
+        std = {
+            "shared": 1.0,
+            "lm_head": 1.0,
+            "q": (c.d_model * c.d_kv) ** -0.5,
+            "o": (c.num_heads * c.d_kv) ** -0.5,
+            "wo": c.d_ff**-0.5,
+        }
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, std=c.initializer_factor * std.get(name.split(".")[-2], c.d_model ** -0.5))
+                nn.init.normal_(
+                    p, std=c.initializer_factor * std.get(name.split(".")[-2], c.d_model**-0.5)
+                )
+
     def encode(self, source):
         """(B, S) ids -> (B, S, D) states; padding is hidden from the other positions."""
-        return self.encoder(self.shared(source), self.encoder.position_bias(source.shape[1]) + padding_bias(source))
+        return self.encoder(
+            self.shared(source),
+            self.encoder.position_bias(source.shape[1]) + padding_bias(source),
+        )
+
 
 class T5(T5Encoder):
     """The encoder-decoder. encode -> decode -> logits, each usable alone."""
+
     def __init__(self, config):
         super().__init__(config)
         self.decoder = Stack(config, is_decoder=True)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.initialise()
+
     def decode(self, inputs, memory, source):
         """Decoder inputs (B, T) and the encoder's memory (B, S, D) -> the decoder's last states (B, T, D)."""
-        return self.decoder(self.shared(inputs), self.decoder.position_bias(inputs.shape[1]), memory, padding_bias(source))
+        return self.decoder(
+            self.shared(inputs),
+            self.decoder.position_bias(inputs.shape[1]),
+            memory,
+            padding_bias(source),
+        )
+
     def logits(self, states):
         """(..., D) -> (..., V). v1.0 ties the head to the embedding and scales the states by D^-1/2."""
         if self.config.tie_word_embeddings:
-            return F.linear(states * self.config.d_model ** -0.5, self.shared.weight)
+            return F.linear(states * self.config.d_model**-0.5, self.shared.weight)
         return self.lm_head(states)
+
     def response_states(self, source, response):
         """States that predict each token of response (B, T), right-padded: (B, T, D) (teacher forcing)."""
         start = response.new_full((len(response), 1), self.config.decoder_start_token_id)
-        return self.decode(torch.cat([start, response[:, :-1]], 1), self.encode(source), source)
+        return self.decode(
+            torch.cat([start, response[:, :-1]], 1), self.encode(source), source
+        )
+
     def loss_sum(self, source, response):
         """Sum over tokens of -log p(response | source), and the number of tokens. Padding is dropped before the
         product with the vocabulary, the largest in a small model."""
         tokens = response != self.config.pad_token_id
         with autocast(source.device):
             logits = self.logits(self.response_states(source, response)[tokens])  # (tokens, V)
-        return F.cross_entropy(logits.float(), response[tokens], reduction="sum"), int(tokens.sum())
+        return F.cross_entropy(logits.float(), response[tokens], reduction="sum"), int(
+            tokens.sum()
+        )
+
 
 # ---- generation -----------------------------------------------------------------------------------------------------
 @dataclass
 class Sampling:
     """The distribution that is sampled from. PPO scores with the very same one (see ppo.py)."""
+
     temperature: float = 1.0
-    top_k: int = 0                # 0: all tokens
-    top_p: float = 1.0            # 1: all tokens
-    min_length: int = 1           # tokens before </s> is allowed
-    max_length: int = 32          # tokens, </s> included
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0  # 1: all tokens
+    min_length: int = 1  # tokens before </s> is allowed
+    max_length: int = 32  # tokens, </s> included
     greedy: bool = False
+
 
 @dataclass
 class Generation:
-    ids: torch.Tensor             # (B, T) sampled tokens; this and the rest is 0 after </s>
-    log_probs: torch.Tensor       # (B, T) of the distribution sampled from
-    states: torch.Tensor          # (B, T, D) decoder states that the tokens were sampled from
-    support: torch.Tensor         # (B, T, V) bool: the tokens that could have been sampled
+    ids: torch.Tensor  # (B, T) sampled tokens; this and the rest is 0 after </s>
+    log_probs: torch.Tensor  # (B, T) of the distribution sampled from
+    states: torch.Tensor  # (B, T, D) decoder states that the tokens were sampled from
+    support: torch.Tensor  # (B, T, V) bool: the tokens that could have been sampled
+
 
 def filter_logits(logits, top_k=0, top_p=1.0):
     """Logits (B, V), -inf on all but the k likeliest (0: all), then on all but the smallest set of probability >= p (1: all)."""
     if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
+        logits = logits.masked_fill(
+            logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf
+        )
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)        # mass of the likelier tokens
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(
+            -1
+        )  # mass of the likelier tokens
         drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
         logits = logits.masked_fill(drop, -torch.inf)
     return logits
+
 
 def draw(logits, s):
     """Sample from softmax(filtered logits / temperature): (B, V) -> tokens (B,), log-probs (B,), the tokens that could come (B, V) bool.
     The k likeliest are cut out first, so that the rest looks at k columns, not V; then the inverse of the cumulative sum at a
     uniform number, which needs one random number a row (torch.multinomial: V, a third of the time of a small model)."""
     values, ids = logits.topk(s.top_k) if 0 < s.top_k < logits.shape[1] else (logits, None)
-    log_probs = filter_logits(values / s.temperature, 0, s.top_p).log_softmax(-1)                                      # (B, k or V)
+    log_probs = filter_logits(values / s.temperature, 0, s.top_p).log_softmax(
+        -1
+    )  # (B, k or V)
     cumulative = log_probs.exp().cumsum(-1, dtype=torch.double)
-    at = torch.rand(len(logits), 1, dtype=torch.double, device=logits.device) * cumulative[:, -1:]
-    column = log_probs.argmax(-1, keepdim=True) if s.greedy else torch.searchsorted(cumulative, at, right=True)
+    at = (
+        torch.rand(len(logits), 1, dtype=torch.double, device=logits.device)
+        * cumulative[:, -1:]
+    )
+    column = (
+        log_probs.argmax(-1, keepdim=True)
+        if s.greedy
+        else torch.searchsorted(cumulative, at, right=True)
+    )
     support = log_probs > -torch.inf
     if ids is None:
         return column[:, 0], log_probs.gather(1, column)[:, 0], support
-    return (ids.gather(1, column)[:, 0], log_probs.gather(1, column)[:, 0],
-            torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, support))
+    return (
+        ids.gather(1, column)[:, 0],
+        log_probs.gather(1, column)[:, 0],
+        torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, support),
+    )
+
 
 class StepDecoder:
     """T5.decode for one token of each row at a time, with the keys and values of the source and of the tokens so far kept: the
     same states from fewer, larger operations. q, k and v are one product, a bias is added by the product that follows it, and
     from 8 rows on matrices are laid out as products read them; tests/bench.py says what each gains."""
+
     def __init__(self, model, source, max_length):
         c, blocks = model.config, model.decoder.blocks
-        memory = torch.cat([model.encode(part) for part in source.split(32)])               # (B, S, D); in pieces that caches hold
-        self.norm = lambda norm, x: F.rms_norm(x, (c.d_model,), norm.weight, c.layer_norm_epsilon)
-        self.model, self.blocks, self.heads, self.width, self.length = model, blocks, c.num_heads, c.d_kv, 0
+        memory = torch.cat(
+            [model.encode(part) for part in source.split(32)]
+        )  # (B, S, D); in pieces that caches hold
+        self.norm = lambda norm, x: F.rms_norm(
+            x, (c.d_model,), norm.weight, c.layer_norm_epsilon
+        )
+        self.model, self.blocks, self.heads, self.width, self.length = (
+            model,
+            blocks,
+            c.num_heads,
+            c.d_kv,
+            0,
+        )
         half = torch.is_autocast_enabled(source.device.type)
         dtype = torch.get_autocast_dtype(source.device.type) if half else torch.float
-        def matrix(*linears):                                                # (D, outputs of all)
-            weight = (torch.cat([x.weight for x in linears]) if len(linears) > 1 else linears[0].weight).to(dtype).T
+
+        def matrix(*linears):  # (D, outputs of all)
+            weight = (
+                (
+                    torch.cat([x.weight for x in linears])
+                    if len(linears) > 1
+                    else linears[0].weight
+                )
+                .to(dtype)
+                .T
+            )
             return weight.contiguous() if len(source) >= 8 else weight
-        self.layers = [[matrix(a.q, a.k, a.v), matrix(a.o), matrix(x.q), matrix(x.o),
-                        matrix(f.wi_0, f.wi_1) if f.gated else matrix(f.wi), matrix(f.wo)]
-                       for a, x, f in ((b.self_attn, b.cross_attn, b.ff) for b in blocks)]
-        self.cross = [torch.stack(b.cross_attn.keys_values(memory)) for b in blocks]        # (2, B, H, S, d_kv)
-        self.past = [x.new_empty(*x.shape[:3], max_length, c.d_kv) for x in self.cross]     # (2, B, H, T, d_kv)
-        self.cross_bias = padding_bias(source)[:, 0].repeat_interleave(c.num_heads, 0)      # (B * H, 1, S)
-        self.self_bias = model.decoder.position_bias(max_length)[0]                         # (H, T, T)
+
+        self.layers = [
+            [
+                matrix(a.q, a.k, a.v),
+                matrix(a.o),
+                matrix(x.q),
+                matrix(x.o),
+                matrix(f.wi_0, f.wi_1) if f.gated else matrix(f.wi),
+                matrix(f.wo),
+            ]
+            for a, x, f in ((b.self_attn, b.cross_attn, b.ff) for b in blocks)
+        ]
+        self.cross = [
+            torch.stack(b.cross_attn.keys_values(memory)) for b in blocks
+        ]  # (2, B, H, S, d_kv)
+        self.past = [
+            x.new_empty(*x.shape[:3], max_length, c.d_kv) for x in self.cross
+        ]  # (2, B, H, T, d_kv)
+        self.cross_bias = padding_bias(source)[:, 0].repeat_interleave(
+            c.num_heads, 0
+        )  # (B * H, 1, S)
+        self.self_bias = model.decoder.position_bias(max_length)[0]  # (H, T, T)
+
     def attend(self, q, keys_values, bias):
         """q (B, H * d_kv) -> (B, H * d_kv)"""
-        k, v = keys_values.flatten(1, 2)                                     # (B * H, S, d_kv)
-        weights = F.softmax(torch.baddbmm(bias, q.reshape(-1, 1, self.width), k.transpose(1, 2)), -1)     # (B * H, 1, S)
+        k, v = keys_values.flatten(1, 2)  # (B * H, S, d_kv)
+        weights = F.softmax(
+            torch.baddbmm(bias, q.reshape(-1, 1, self.width), k.transpose(1, 2)), -1
+        )  # (B * H, 1, S)
         return (weights.to(v.dtype) @ v).view(len(q), -1)
+
     def __call__(self, tokens):
         """Tokens (B,) at the next position -> states (B, D)."""
         x, t = self.model.shared(tokens), self.length
-        bias = self.self_bias[:, t:t + 1, :t + 1].repeat(len(tokens), 1, 1)                 # (B * H, 1, t + 1)
-        for block, (qkv, o, cross_q, cross_o, wi, wo), past, cross in zip(self.blocks, self.layers, self.past, self.cross):
-            q, *kv = (self.norm(block.self_norm, x) @ qkv).view(len(x), 3, self.heads, self.width).unbind(1)
+        bias = self.self_bias[:, t : t + 1, : t + 1].repeat(
+            len(tokens), 1, 1
+        )  # (B * H, 1, t + 1)
+        for block, (qkv, o, cross_q, cross_o, wi, wo), past, cross in zip(
+            self.blocks, self.layers, self.past, self.cross
+        ):
+            q, *kv = (
+                (self.norm(block.self_norm, x) @ qkv)
+                .view(len(x), 3, self.heads, self.width)
+                .unbind(1)
+            )
             past[0, :, :, t], past[1, :, :, t] = kv
-            x = x + self.attend(q.flatten(1), past[:, :, :, :t + 1], bias) @ o
-            x = x + self.attend(self.norm(block.cross_norm, x) @ cross_q, cross, self.cross_bias) @ cross_o
+            x = x + self.attend(q.flatten(1), past[:, :, :, : t + 1], bias) @ o
+            x = (
+                x
+                + self.attend(self.norm(block.cross_norm, x) @ cross_q, cross, self.cross_bias)
+                @ cross_o
+            )
             h = self.norm(block.ff_norm, x) @ wi
-            h = F.gelu(h[:, :len(wo)], approximate="tanh") * h[:, len(wo):] if block.ff.gated else F.relu(h)
+            h = (
+                F.gelu(h[:, : len(wo)], approximate="tanh") * h[:, len(wo) :]
+                if block.ff.gated
+                else F.relu(h)
+            )
             x = x + h @ wo
         self.length += 1
         return self.norm(self.model.decoder.final_norm, x)
+
     def keep(self, rows):
         """Go on with some rows only."""
-        self.cross, self.past = [x[:, rows] for x in self.cross], [x[:, rows] for x in self.past]
+        self.cross, self.past = (
+            [x[:, rows] for x in self.cross],
+            [x[:, rows] for x in self.past],
+        )
         self.cross_bias = self.cross_bias.unflatten(0, (-1, self.heads))[rows].flatten(0, 1)
+
 
 @torch.no_grad()
 def generate(model, source, sampling, banned=(0, 2)):
     """One response for each row of source (B, S), by torch's global generator. banned: ids never sampled (padding, unknown).
     Rows that have ended leave the batch once they are half of it. Returns a Generation with T = the longest response's length."""
-    s, c, device, size = sampling, model.config, source.device, (len(source), sampling.max_length)
-    out = Generation(source.new_zeros(size), torch.zeros(size, device=device), torch.empty(*size, c.d_model, device=device),
-                     source.new_empty(*size, c.vocab_size, dtype=torch.bool))
-    never, too_early = (torch.tensor(ids, device=device) for ids in ([*banned], [*banned, c.eos_token_id]))
-    rows, running = slice(None), source.new_ones(len(source), dtype=torch.bool)      # rows of `out` that are in the batch: all
+    s, c, device, size = (
+        sampling,
+        model.config,
+        source.device,
+        (len(source), sampling.max_length),
+    )
+    out = Generation(
+        source.new_zeros(size),
+        torch.zeros(size, device=device),
+        torch.empty(*size, c.d_model, device=device),
+        source.new_empty(*size, c.vocab_size, dtype=torch.bool),
+    )
+    never, too_early = (
+        torch.tensor(ids, device=device) for ids in ([*banned], [*banned, c.eos_token_id])
+    )
+    rows, running = (
+        slice(None),
+        source.new_ones(len(source), dtype=torch.bool),
+    )  # rows of `out` that are in the batch: all
     token = source.new_full((len(source),), c.decoder_start_token_id)
-    with torch.inference_mode():                                             # as no_grad, with a fifth less overhead
+    with torch.inference_mode():  # as no_grad, with a fifth less overhead
         decode = StepDecoder(model, source, s.max_length)
         for t in range(s.max_length):
-            states = decode(token)                                                                        # (B, D)
-            logits = model.logits(states).float()                                                         # (B, V)
-            token, *drawn = draw(logits.index_fill_(1, too_early if t + 1 < s.min_length else never, -torch.inf), s)
+            states = decode(token)  # (B, D)
+            logits = model.logits(states).float()  # (B, V)
+            token, *drawn = draw(
+                logits.index_fill_(
+                    1, too_early if t + 1 < s.min_length else never, -torch.inf
+                ),
+                s,
+            )
             for kept, x in zip(vars(out).values(), (token, drawn[0], states, drawn[1])):
                 kept[rows, t] = x
             running = running & (token != c.eos_token_id)
@@ -328,14 +529,20 @@ def generate(model, source, sampling, banned=(0, 2)):
             if left == 0:
                 break
             if left * 2 <= len(token):
-                rows, token = torch.arange(len(source), device=device)[rows][running], token[running]
+                rows, token = (
+                    torch.arange(len(source), device=device)[rows][running],
+                    token[running],
+                )
                 decode.keep(running)
                 running = running[running]
-    out = Generation(*(x[:, :t + 1] for x in vars(out).values()))
-    ended = (out.ids == c.eos_token_id).cumsum(1) - (out.ids == c.eos_token_id).long() > 0      # rows may go on after their </s>
+    out = Generation(*(x[:, : t + 1] for x in vars(out).values()))
+    ended = (out.ids == c.eos_token_id).cumsum(1) - (
+        out.ids == c.eos_token_id
+    ).long() > 0  # rows may go on after their </s>
     for kept in vars(out).values() if ended.any() else ():
         kept[ended] = 0
     return out
+
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 def save_atomically(state, path):
@@ -344,30 +551,49 @@ def save_atomically(state, path):
     try:
         torch.save(state, temporary)
         os.replace(temporary, path)
-    except RuntimeError as error:                             # what torch makes of a write that failed
-        raise OSError(errno.ENOSPC, "could not be written, is the disk full?", str(path)) from error
+    except RuntimeError as error:  # what torch makes of a write that failed
+        raise OSError(
+            errno.ENOSPC, "could not be written, is the disk full?", str(path)
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
 
 def load_state(path):
     """A saved state dict, tensors and plain values only (no code is run). Raises CheckpointError."""
     try:
-        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):       # torch itself checks no sums
+        if zipfile.is_zipfile(path) and (
+            part := zipfile.ZipFile(path).testzip()
+        ):  # torch itself checks no sums
             raise ValueError(f"{part} has another checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                # torch raises many kinds for a damaged file
+    except Exception as error:  # torch raises many kinds for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise CheckpointError(f"{path}: can't be read as a checkpoint ({reason}); delete it or put back a good copy") from None
+        raise CheckpointError(
+            f"{path}: can't be read as a checkpoint ({reason}); delete it or put back a good copy"
+        ) from None
 
-OFFICIAL = {"blocks": "block", "self_attn": "layer.0.SelfAttention", "self_norm": "layer.0.layer_norm",
-            "cross_attn": "layer.1.EncDecAttention", "cross_norm": "layer.1.layer_norm", "final_norm": "final_layer_norm",
-            "ff": "layer.{ff}.DenseReluDense", "ff_norm": "layer.{ff}.layer_norm",
-            "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias"}
+
+OFFICIAL = {
+    "blocks": "block",
+    "self_attn": "layer.0.SelfAttention",
+    "self_norm": "layer.0.layer_norm",
+    "cross_attn": "layer.1.EncDecAttention",
+    "cross_norm": "layer.1.layer_norm",
+    "final_norm": "final_layer_norm",
+    "ff": "layer.{ff}.DenseReluDense",
+    "ff_norm": "layer.{ff}.layer_norm",
+    "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias",
+}
+
 
 def official_name(name):
     """Our parameter name -> the name in an official T5 checkpoint."""
     official = ".".join(OFFICIAL.get(part, part) for part in name.split("."))
-    return official.format(ff=1 if name.startswith("encoder") else 2)   # the decoder's layer 1 is cross-attention
+    return official.format(
+        ff=1 if name.startswith("encoder") else 2
+    )  # the decoder's layer 1 is cross-attention
+
 
 def from_pretrained(folder, vocab_size=0):
     """A T5 from an official folder: config.json and pytorch_model.bin or model.safetensors, with vocab_size embeddings or more.
@@ -375,55 +601,105 @@ def from_pretrained(folder, vocab_size=0):
     path = Path(folder) / "config.json"
     try:
         raw = json.loads(path.read_text())
-        config = T5Config(**{f.name: raw[f.name] for f in fields(T5Config) if raw.get(f.name) is not None})
-        config.num_decoder_layers = raw.get("num_decoder_layers") or config.num_layers   # older files give one number
-        config.tie_word_embeddings = raw.get("scale_decoder_outputs", config.tie_word_embeddings)  # transformers >= 5
+        config = T5Config(
+            **{f.name: raw[f.name] for f in fields(T5Config) if raw.get(f.name) is not None}
+        )
+        config.num_decoder_layers = (
+            raw.get("num_decoder_layers") or config.num_layers
+        )  # older files give one number
+        config.tie_word_embeddings = raw.get(
+            "scale_decoder_outputs", config.tie_word_embeddings
+        )  # transformers >= 5
         if config.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise ValueError(f"feed_forward_proj {config.feed_forward_proj!r} is not one of T5's")
+            raise ValueError(
+                f"feed_forward_proj {config.feed_forward_proj!r} is not one of T5's"
+            )
         if config.vocab_size < vocab_size:
-            raise ValueError(f"vocab_size {config.vocab_size}, but its tokenizer has {vocab_size}")
+            raise ValueError(
+                f"vocab_size {config.vocab_size}, but its tokenizer has {vocab_size}"
+            )
         model, path = T5(config), path.with_name("model.safetensors")
         if path.exists():
             from safetensors.torch import load_file
+
             state = load_file(path)
         else:
             path = path.with_name("pytorch_model.bin")
             state = load_state(path)
     except ImportError:
         raise CheckpointError(f"{path}: reading it needs `pip install safetensors`") from None
-    except Exception as error:                                # OSError, json's and safetensors' own kinds
-        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: {error}; give the folder of a T5 checkpoint") from None
-    if "scale_decoder_outputs" in raw:                        # ... which also writes a tied head only once
+    except Exception as error:  # OSError, json's and safetensors' own kinds
+        raise (
+            error
+            if isinstance(error, CheckpointError)
+            else CheckpointError(f"{path}: {error}; give the folder of a T5 checkpoint")
+        ) from None
+    if "scale_decoder_outputs" in raw:  # ... which also writes a tied head only once
         state.setdefault("lm_head.weight", state.get("shared.weight"))
     named = {official_name(name): (name, p.shape) for name, p in model.state_dict().items()}
-    wrong = [f"{name} missing" if name not in state else f"{name} {tuple(state[name].shape)}, not {tuple(shape)}"
-             for name, (_, shape) in named.items() if name not in state or state[name].shape != shape]
+    wrong = [
+        f"{name} missing"
+        if name not in state
+        else f"{name} {tuple(state[name].shape)}, not {tuple(shape)}"
+        for name, (_, shape) in named.items()
+        if name not in state or state[name].shape != shape
+    ]
     if wrong:
         raise CheckpointError(f"{path}: tensors of another configuration: {'; '.join(wrong)}")
     model.load_state_dict({ours: state[name].float() for name, (ours, _) in named.items()})
     return model
 
+
 def save_pretrained(model, folder):
     """Write config.json and pytorch_model.bin so that transformers' T5ForConditionalGeneration loads them."""
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-    kind = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True}
-    (folder / "config.json").write_text(json.dumps({**kind, **asdict(model.config)}, indent=2) + "\n")
-    save_atomically({official_name(n): p for n, p in model.state_dict().items()}, folder / "pytorch_model.bin")
+    kind = {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+    }
+    (folder / "config.json").write_text(
+        json.dumps({**kind, **asdict(model.config)}, indent=2) + "\n"
+    )
+    save_atomically(
+        {official_name(n): p for n, p in model.state_dict().items()},
+        folder / "pytorch_model.bin",
+    )
+
 
 # ---- training -------------------------------------------------------------------------------------------------------
 def autocast(device):
     """bf16 on a GPU, plain fp32 on a CPU. Never fp16: T5's activations overflow it."""
-    return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else nullcontext()
+    return (
+        torch.autocast("cuda", torch.bfloat16)
+        if torch.device(device).type == "cuda"
+        else nullcontext()
+    )
+
 
 def make_optimizers(model, weight_decay=0.0, muon=False, unit=("relative_bias",)):
     """[AdamW] with a parameter group for each tensor, so that `set_lr` can scale each one's step. Tensors whose name
     holds a word of `unit` start near 0 but belong to the scale of 1 (attention's logits, a value). muon: the layers' matrices by
     Muon (Jordan et al. 2024), which makes all singular values of a step equal: as good after half the steps, from scratch."""
-    groups = [{"params": [p], "unit": any(word in name for word in unit), "name": name} for name, p in model.named_parameters()]
-    inside = lambda g: muon and g["params"][0].dim() == 2 and not any(k in g["name"] for k in ("shared", "lm_head", *unit))
-    adam = torch.optim.AdamW([g for g in groups if not inside(g)], lr=0.0, weight_decay=weight_decay, fused=True)
+    groups = [
+        {"params": [p], "unit": any(word in name for word in unit), "name": name}
+        for name, p in model.named_parameters()
+    ]
+    inside = (
+        lambda g: muon
+        and g["params"][0].dim() == 2
+        and not any(k in g["name"] for k in ("shared", "lm_head", *unit))
+    )
+    adam = torch.optim.AdamW(
+        [g for g in groups if not inside(g)], lr=0.0, weight_decay=weight_decay, fused=True
+    )
     matrices = [g for g in groups if inside(g)]
-    return [adam] + ([torch.optim.Muon(matrices, 0.0, weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else [])
+    return [adam] + (
+        [torch.optim.Muon(matrices, 0.0, weight_decay, adjust_lr_fn="match_rms_adamw")]
+        if matrices
+        else []
+    )
+
 
 def set_lr(optimizers, lr, rms_scaled):
     """lr for every tensor; rms_scaled: lr * max(RMS(tensor), 1e-3), Adafactor's "relative step".
@@ -431,13 +707,18 @@ def set_lr(optimizers, lr, rms_scaled):
     the first or too large for the second. A relative one fits both (nanoT5's remedy)."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     tensors = [group["params"][0].detach() for group in groups]
-    for group, p, norm in zip(groups, tensors, torch.stack(torch._foreach_norm(tensors)).tolist()):
+    for group, p, norm in zip(
+        groups, tensors, torch.stack(torch._foreach_norm(tensors)).tolist()
+    ):
         relative = rms_scaled and not group["unit"]
         group["lr"] = lr * (max(norm / math.sqrt(p.numel()), 1e-3) if relative else 1.0)
 
+
 def optimizer_step(optimizers, max_grad_norm):
     """Clip the gradient to a norm, step, clear; a gradient that is not finite is dropped. Returns the norm before."""
-    tensors = [group["params"][0] for optimizer in optimizers for group in optimizer.param_groups]
+    tensors = [
+        group["params"][0] for optimizer in optimizers for group in optimizer.param_groups
+    ]
     norm = nn.utils.clip_grad_norm_(tensors, max_grad_norm).item()
     for optimizer in optimizers:
         if math.isfinite(norm):
@@ -445,51 +726,82 @@ def optimizer_step(optimizers, max_grad_norm):
         optimizer.zero_grad()
     return norm
 
+
 @dataclass
 class TrainConfig:
     steps: int = 600
     batch_size: int = 32
-    micro_batch: int = 0          # rows a forward pass; 0: the whole batch. Fewer need less memory, same gradient
-    lr: float = 3e-2              # relative to each tensor's RMS if rms_scaled (original: AdamW 1e-4, absolute)
-    rms_scaled: bool = True       # from scratch; off for fine-tuning a pretrained T5
-    muon: bool = False            # see make_optimizers
-    warmup: int = 50              # steps of linear warm-up, then linear decay to 0
+    micro_batch: int = (
+        0  # rows a forward pass; 0: the whole batch. Fewer need less memory, same gradient
+    )
+    lr: float = (
+        3e-2  # relative to each tensor's RMS if rms_scaled (original: AdamW 1e-4, absolute)
+    )
+    rms_scaled: bool = True  # from scratch; off for fine-tuning a pretrained T5
+    muon: bool = False  # see make_optimizers
+    warmup: int = 50  # steps of linear warm-up, then linear decay to 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    eval_every: int = 200         # steps between validations; the best state is kept
+    eval_every: int = 200  # steps between validations; the best state is kept
+
 
 class Trainer:
     """Gradient descent on a sum-over-items loss, keeping the weights of the best validation.
     loss_sum(rows) -> (sum of losses, number of items) of some examples; rows_at(step) -> a step's examples;
     validate() -> number, lower is better. Step i depends on i, the state and torch's generator (seeded for each step) only."""
+
     def __init__(self, model, loss_sum, rows_at, validate, config):
-        self.model, self.loss_sum, self.rows_at, self.validate, self.config = model, loss_sum, rows_at, validate, config
+        self.model, self.loss_sum, self.rows_at, self.validate, self.config = (
+            model,
+            loss_sum,
+            rows_at,
+            validate,
+            config,
+        )
         self.optimizers = make_optimizers(model, config.weight_decay, config.muon)
-        self.best = {"score": math.inf}                          # and the weights, from the first validation on
+        self.best = {"score": math.inf}  # and the weights, from the first validation on
+
     def step(self, i):
         """Optimizer step i (from 0). Returns what it measured, as plain numbers."""
         c, rows, model = self.config, self.rows_at(i), self.model.train()
-        lr = c.lr * min((i + 1) / max(c.warmup, 1), (c.steps - i) / max(c.steps - c.warmup, 1), 1)
+        lr = c.lr * min(
+            (i + 1) / max(c.warmup, 1), (c.steps - i) / max(c.steps - c.warmup, 1), 1
+        )
         set_lr(self.optimizers, lr, c.rms_scaled)
         size, total, count = c.micro_batch or len(rows), 0.0, 0
         for start in range(0, len(rows), size):
-            loss, items = self.loss_sum(rows[start:start + size])
+            loss, items = self.loss_sum(rows[start : start + size])
             loss.backward()
             total, count = total + loss.item(), count + items
         torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], count)
         norm = optimizer_step(self.optimizers, c.max_grad_norm)
-        record = {"loss": total / count, "lr": lr, "grad_norm": norm, "skipped": float(not math.isfinite(norm))}
+        record = {
+            "loss": total / count,
+            "lr": lr,
+            "grad_norm": norm,
+            "skipped": float(not math.isfinite(norm)),
+        }
         if (i + 1) % c.eval_every == 0 or i + 1 == c.steps:
             model.eval()
             with torch.no_grad():
                 record["valid"] = self.validate()
             if record["valid"] < self.best["score"]:
-                self.best = {"score": record["valid"], "weights": copy.deepcopy(model.state_dict())}
+                self.best = {
+                    "score": record["valid"],
+                    "weights": copy.deepcopy(model.state_dict()),
+                }
         return record
-    def finish(self):                                            # the best weights are the result
+
+    def finish(self):  # the best weights are the result
         self.model.eval().load_state_dict(self.best.get("weights", self.model.state_dict()))
+
     def state_dict(self):
-        return {"model": self.model.state_dict(), "optimizers": [x.state_dict() for x in self.optimizers], "best": self.best}
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": [x.state_dict() for x in self.optimizers],
+            "best": self.best,
+        }
+
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):

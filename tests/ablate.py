@@ -7,6 +7,7 @@ policies between MLE's weights and EmpRL's, and beyond; nor does `ideal`: it mea
 tests/results/ablate-NAME.json (ablate-NAME-PRESET.json unless toy) and is not measured again, but with --again or when the file
 is deleted. The table of means is printed, and put below the file's name in README.md and coursework/open.md.
 """
+
 import contextlib, copy, json, math, shutil, sys, time
 from collections import namedtuple
 from pathlib import Path
@@ -17,19 +18,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data, emprl, identifiers, ppo, publish
 
 ROOT, RESULTS = publish.ROOT, publish.RESULTS
-SHORT = ["ppo.steps=12", "ppo.warmup=2", "ppo.batch_size=256", "ppo.eval_every=12", "eval.contexts=200", "eval.valid_contexts=32"]
-SEEDS = (0, 1, 2)                     # of what is trained from the start
-GROUP = 4                             # responses a context, of GRPO
-TRIES, SAMPLES = 32, {}               # samples a context, of `ideal`, and what they are, by seed
-BATCHES, POLICY_LOSS, VALUE_LOSS, WHITEN = emprl.batches, ppo.policy_loss, ppo.value_loss, ppo.whiten
+SHORT = [
+    "ppo.steps=12",
+    "ppo.warmup=2",
+    "ppo.batch_size=256",
+    "ppo.eval_every=12",
+    "eval.contexts=200",
+    "eval.valid_contexts=32",
+]
+SEEDS = (0, 1, 2)  # of what is trained from the start
+GROUP = 4  # responses a context, of GRPO
+TRIES, SAMPLES = 32, {}  # samples a context, of `ideal`, and what they are, by seed
+BATCHES, POLICY_LOSS, VALUE_LOSS, WHITEN = (
+    emprl.batches,
+    ppo.policy_loss,
+    ppo.value_loss,
+    ppo.whiten,
+)
 ROLLOUT, SCORE, TOKEN_REWARDS = ppo.rollout, ppo.score, ppo.token_rewards
 
 # ---- what takes the place of the project's functions
+
 
 def reinforce(rewards, values, mask, gamma, lam):
     """In gae's place: every token has the response's whole reward, less the batch's mean. No value head."""
     total = rewards.sum(1, keepdim=True)
     return (total - total.mean()) * mask, torch.zeros_like(rewards)
+
 
 def grpo(rewards, values, mask, gamma, lam):
     """In gae's place: every token has the response's whole reward, compared with those of the same context (GROUP of them)."""
@@ -37,10 +52,16 @@ def grpo(rewards, values, mask, gamma, lam):
     advantages = (total - total.mean(1, keepdim=True)) / (total.std(1, keepdim=True) + 1e-6)
     return advantages.view(-1, 1) * mask, torch.zeros_like(rewards)
 
+
 def grouped(lengths, size, seed):
     """In batches' place: PPO's contexts (their lengths are given as 0) GROUP times each."""
     rows_at = BATCHES(lengths, size if any(lengths) else size // GROUP, seed)
-    return rows_at if any(lengths) else lambda step: [row for row in rows_at(step) for _ in range(GROUP)]
+    return (
+        rows_at
+        if any(lengths)
+        else lambda step: [row for row in rows_at(step) for _ in range(GROUP)]
+    )
+
 
 def later(mask):
     """The original's mask: without the first generated token."""
@@ -48,129 +69,256 @@ def later(mask):
     mask[:, 0] = False
     return mask
 
+
 def rewards_of_later(scores, log_probs, ref_log_probs, mask, kl_coef):
     """In token_rewards' place: no KL at the first token."""
-    return TOKEN_REWARDS(scores, torch.where(later(mask), log_probs, ref_log_probs), ref_log_probs, mask, kl_coef)
+    return TOKEN_REWARDS(
+        scores,
+        torch.where(later(mask), log_probs, ref_log_probs),
+        ref_log_probs,
+        mask,
+        kl_coef,
+    )
+
 
 @torch.no_grad()
 def recomputed(policy, reference, reward, source, index, sampling):
     """In rollout's place: log-probs by a forward pass, not from the sampling."""
     r = ROLLOUT(policy, reference, reward, source, index, sampling)
-    r.log_probs = ppo.score(policy.t5, r.source, r.ids, r.mask, r.support, sampling.temperature)[0]
+    r.log_probs = ppo.score(
+        policy.t5, r.source, r.ids, r.mask, r.support, sampling.temperature
+    )[0]
     return r
+
 
 def unmodified(t5, source, ids, mask, support, temperature, value=None):
     """In score's place: under the distribution before temperature, top-k and minimum length."""
     return SCORE(t5, source, ids, mask, torch.ones_like(support), 1.0, value)
 
+
 def between(share):
     """In Evaluation's place: of EmpRL the policy `share` of the way from MLE's weights to its own; not best of n."""
+
     class Between(emprl.Evaluation):
         def compare(self, policies, *arguments):
             mixed = copy.deepcopy(policies["emprl"])
             for p, start in zip(mixed.parameters(), policies["sft"].parameters()):
                 p.data.lerp_(start, 1 - share)
             return super().compare({"sft": policies["sft"], "emprl": mixed}, *arguments[:3])
+
     return {"emprl.Evaluation": Between}
+
 
 def expected_scores(levels, weights, gold):
     """Emp-F1, its parts and macro Emp-F1, and bits, of a policy that gives the levels (K, N, M) of K responses to each of N contexts
     with probabilities `weights` (K, N): from the expected confusion, so without a draw's noise."""
-    seen, meant = (torch.nn.functional.one_hot(x, identifiers.LEVELS).double() for x in (levels, gold))
-    counts = torch.einsum("kn,nmg,knml->mgl", weights.double(), meant, seen)                   # rows gold, columns generated
+    seen, meant = (
+        torch.nn.functional.one_hot(x, identifiers.LEVELS).double() for x in (levels, gold)
+    )
+    counts = torch.einsum(
+        "kn,nmg,knml->mgl", weights.double(), meant, seen
+    )  # rows gold, columns generated
     f1 = identifiers.f1_scores(counts)
-    return {"emp_f1": f1["weighted_f1"].mean().item(), "emp_macro_f1": f1["macro_f1"].mean().item(),
-            "mutual_information": identifiers.information(counts).mean().item(),
-            **{f"emp_f1_{m}": x for m, x in zip(emprl.MECHANISMS, f1["weighted_f1"].tolist())}}
+    return {
+        "emp_f1": f1["weighted_f1"].mean().item(),
+        "emp_macro_f1": f1["macro_f1"].mean().item(),
+        "mutual_information": identifiers.information(counts).mean().item(),
+        **{f"emp_f1_{m}": x for m, x in zip(emprl.MECHANISMS, f1["weighted_f1"].tolist())},
+    }
+
 
 def tilted(times):
     """In Evaluation's place: of EmpRL what RL with a KL penalty tends to, pi*(y) ~ pi_MLE(y) exp(r(y) / beta) (Ziegler et al. 2019), from
     TRIES samples of MLE for each context with those weights; beta is such that the human responses' perplexity is `times` MLE's.
     With Z the mean of exp(r / beta) over a context's samples, log pi*(human) = log pi_MLE(human) + r(human) / beta - log Z."""
+
     class Tilted(emprl.Evaluation):
         def sampled(self, sft):
             """MLE's figures, TRIES samples of it for each context, and their levels: the same for all variants."""
             self.run.seed("ideal")
-            tries = [self.pairs.but(ppo.respond(sft, self.pairs, self.run.config.sampling)) for _ in range(TRIES)]
+            tries = [
+                self.pairs.but(ppo.respond(sft, self.pairs, self.run.config.sampling))
+                for _ in range(TRIES)
+            ]
             levels = [self.levels(some.responses) for some in tries]
-            return self.measure("sft", sft, self.run.config.sampling), tries, {who: torch.stack([x[who] for x in levels]) for who in self.gold}
+            return (
+                self.measure("sft", sft, self.run.config.sampling),
+                tries,
+                {who: torch.stack([x[who] for x in levels]) for who in self.gold},
+            )
+
         @torch.no_grad()
         def compare(self, policies, train, train_levels, foreseen, promised):
-            seed, options, pairs = self.run.config.seed, self.run.config.reward.options(), self.pairs
-            before, tries, levels = SAMPLES[seed] = SAMPLES.get(seed) or self.sampled(policies["sft"])
-            reward = lambda some: identifiers.empathy_reward(identifiers.predict(self.readers[0], some), promised, **options).double()
-            r, human = torch.stack([*map(reward, tries)]), reward(pairs)                                            # (K, N), (N,)
+            seed, options, pairs = (
+                self.run.config.seed,
+                self.run.config.reward.options(),
+                self.pairs,
+            )
+            before, tries, levels = SAMPLES[seed] = SAMPLES.get(seed) or self.sampled(
+                policies["sft"]
+            )
+            reward = lambda some: identifiers.empathy_reward(
+                identifiers.predict(self.readers[0], some), promised, **options
+            ).double()
+            r, human = torch.stack([*map(reward, tries)]), reward(pairs)  # (K, N), (N,)
             log_z = lambda beta: (r / beta).logsumexp(0) - math.log(len(r))
             low, high = 1e-6, 1e3
-            for _ in range(60):                                  # halve the interval, on the logarithmic scale
+            for _ in range(60):  # halve the interval, on the logarithmic scale
                 beta = math.sqrt(low * high)
-                rise = (log_z(beta) - human / beta).sum().item() / sum(map(len, pairs.responses))                   # nats a token
+                rise = (log_z(beta) - human / beta).sum().item() / sum(
+                    map(len, pairs.responses)
+                )  # nats a token
                 low, high = (beta, high) if rise > math.log(times) else (low, beta)
             weights = (r / beta).softmax(0)
-            drawn = [tries[k].responses[i] for i, k in enumerate(torch.multinomial(weights.T, 1)[:, 0].tolist())]
-            texts = [self.tokenizer.decode(ids) for ids in drawn], [d.response for d in pairs.dialogues]
-            after = {**before, **identifiers.text_scores(*texts), "reward": None, "held_out_reward": None,          # not measured
-                     **{who + key: x for who in levels for key, x in expected_scores(levels[who], weights, self.gold[who]).items()},
-                     "perplexity": before["perplexity"] * math.exp(rise), "kl": ((weights * r / beta).sum(0) - log_z(beta)).mean().item()}
+            drawn = [
+                tries[k].responses[i]
+                for i, k in enumerate(torch.multinomial(weights.T, 1)[:, 0].tolist())
+            ]
+            texts = (
+                [self.tokenizer.decode(ids) for ids in drawn],
+                [d.response for d in pairs.dialogues],
+            )
+            after = {
+                **before,
+                **identifiers.text_scores(*texts),
+                "reward": None,
+                "held_out_reward": None,  # not measured
+                **{
+                    who + key: x
+                    for who in levels
+                    for key, x in expected_scores(levels[who], weights, self.gold[who]).items()
+                },
+                "perplexity": before["perplexity"] * math.exp(rise),
+                "kl": ((weights * r / beta).sum(0) - log_z(beta)).mean().item(),
+            }
             return {"ceiling": {}, "sft": before, "emprl": after, "gain": {}}
+
     return {"emprl.Evaluation": Tilted, "emprl.report": lambda *_: None}
 
-NO_FIRST_TOKEN = {"ppo.token_rewards": rewards_of_later, "ppo.whiten": lambda x, mask, **k: WHITEN(x, later(mask), **k),
-                  "ppo.policy_loss": lambda a, b, c, mask, *d: POLICY_LOSS(a, b, c, later(mask), *d),
-                  "ppo.value_loss": lambda a, b, c, mask, *d: VALUE_LOSS(a, b, c, later(mask), *d)}
+
+NO_FIRST_TOKEN = {
+    "ppo.token_rewards": rewards_of_later,
+    "ppo.whiten": lambda x, mask, **k: WHITEN(x, later(mask), **k),
+    "ppo.policy_loss": lambda a, b, c, mask, *d: POLICY_LOSS(a, b, c, later(mask), *d),
+    "ppo.value_loss": lambda a, b, c, mask, *d: VALUE_LOSS(a, b, c, later(mask), *d),
+}
 
 # ---- the ablations: {variant: settings; what is replaced; the policy that is compared with MLE}
 
 Variant = namedtuple("Variant", "settings replaced after", defaults=("", {}, "emprl"))
-DEFAULT = Variant()                   # measured once for all ablations
+DEFAULT = Variant()  # measured once for all ablations
 TOP_K = "sampling.top_k=20 sampling.temperature=0.9"
 ABLATIONS = {
-    "mechanisms": {"all three": DEFAULT, **{f"without {m.upper()}": Variant(f"reward.mechanisms={rest}") for m, rest in (
-                       ("er", "ip,ex"), ("ip", "er,ex"), ("ex", "er,ip"))},
-                   **{f"only {m.upper()}": Variant(f"reward.mechanisms={m}") for m in emprl.MECHANISMS}},
-    "reward": {"expected, cross-entropy": DEFAULT, "likeliest levels": Variant("reward.target=likeliest"),
-               "one human's levels": Variant("reward.target=human"),
-               "ordinal": Variant("reward.difference=ordinal")},
-    "kl": {**{f"beta {beta}": Variant(f"ppo.kl_coef={beta}") for beta in (0, 0.1, 0.3, 1)},
-           "adaptive, target 1": Variant("ppo.adaptive_kl=on ppo.kl_target=1 ppo.kl_horizon=256")},
-    "algorithm": {"MLE": Variant("ppo.steps=0"), "best of n": Variant("ppo.steps=0", {}, "best_of_n"), "PPO": DEFAULT,
-                  "REINFORCE": Variant("ppo.value_coef=0", {"ppo.gae": reinforce}),
-                  "GRPO": Variant("ppo.value_coef=0", {"ppo.gae": grpo, "emprl.batches": grouped})},
-    "details": {"default": DEFAULT, "advantages not whitened": Variant("ppo.whiten_advantages=off"),
-                "values not clipped": Variant("ppo.value_clip_range=1e9"), "scores not scaled": Variant("ppo.scale_scores=off"),
-                "lambda 0.95": Variant("ppo.lam=0.95"), "4 epochs": Variant("ppo.ppo_epochs=4"),
-                "rewards whitened": Variant("ppo.whiten_rewards=on"),
-                "log-probs recomputed": Variant("", {"ppo.rollout": recomputed}),
-                "first token left out": Variant("", NO_FIRST_TOKEN), "top-k 20, temperature 0.9": Variant(TOP_K),
-                "the same, scored without them": Variant(TOP_K, {"ppo.rollout": recomputed, "ppo.score": unmodified})},
-    "pretraining": {"none": Variant("data.num_train=3000"), "300 steps of spans": Variant("data.num_train=3000 pretrain.steps=300"),
-                    "none, 300 steps of MLE more": Variant("data.num_train=3000 sft.steps=1300")},
+    "mechanisms": {
+        "all three": DEFAULT,
+        **{
+            f"without {m.upper()}": Variant(f"reward.mechanisms={rest}")
+            for m, rest in (("er", "ip,ex"), ("ip", "er,ex"), ("ex", "er,ip"))
+        },
+        **{f"only {m.upper()}": Variant(f"reward.mechanisms={m}") for m in emprl.MECHANISMS},
+    },
+    "reward": {
+        "expected, cross-entropy": DEFAULT,
+        "likeliest levels": Variant("reward.target=likeliest"),
+        "one human's levels": Variant("reward.target=human"),
+        "ordinal": Variant("reward.difference=ordinal"),
+    },
+    "kl": {
+        **{f"beta {beta}": Variant(f"ppo.kl_coef={beta}") for beta in (0, 0.1, 0.3, 1)},
+        "adaptive, target 1": Variant("ppo.adaptive_kl=on ppo.kl_target=1 ppo.kl_horizon=256"),
+    },
+    "algorithm": {
+        "MLE": Variant("ppo.steps=0"),
+        "best of n": Variant("ppo.steps=0", {}, "best_of_n"),
+        "PPO": DEFAULT,
+        "REINFORCE": Variant("ppo.value_coef=0", {"ppo.gae": reinforce}),
+        "GRPO": Variant("ppo.value_coef=0", {"ppo.gae": grpo, "emprl.batches": grouped}),
+    },
+    "details": {
+        "default": DEFAULT,
+        "advantages not whitened": Variant("ppo.whiten_advantages=off"),
+        "values not clipped": Variant("ppo.value_clip_range=1e9"),
+        "scores not scaled": Variant("ppo.scale_scores=off"),
+        "lambda 0.95": Variant("ppo.lam=0.95"),
+        "4 epochs": Variant("ppo.ppo_epochs=4"),
+        "rewards whitened": Variant("ppo.whiten_rewards=on"),
+        "log-probs recomputed": Variant("", {"ppo.rollout": recomputed}),
+        "first token left out": Variant("", NO_FIRST_TOKEN),
+        "top-k 20, temperature 0.9": Variant(TOP_K),
+        "the same, scored without them": Variant(
+            TOP_K, {"ppo.rollout": recomputed, "ppo.score": unmodified}
+        ),
+    },
+    "pretraining": {
+        "none": Variant("data.num_train=3000"),
+        "300 steps of spans": Variant("data.num_train=3000 pretrain.steps=300"),
+        "none, 300 steps of MLE more": Variant("data.num_train=3000 sft.steps=1300"),
+    },
     "data": {f"{n} dialogues": Variant(f"data.num_train={n}") for n in (3000, 6000, 12000)},
     "own": {"your own data": DEFAULT},
-    "frontier": {f"{share:.0%} of the way": Variant("", between(share)) for share in (0.25, 0.5, 0.75, 1, 1.25, 1.5)},
-    "ideal": {**{f"perplexity times {times}": Variant("ppo.steps=0", tilted(times)) for times in (1.01, 1.03, 1.06, 1.1, 1.15)},
-              **{f"likeliest levels, perplexity times {times}": Variant("ppo.steps=0 reward.target=likeliest reward.balance=0.55", tilted(times))
-                 for times in (1.03, 1.06, 1.1)}},
+    "frontier": {
+        f"{share:.0%} of the way": Variant("", between(share))
+        for share in (0.25, 0.5, 0.75, 1, 1.25, 1.5)
+    },
+    "ideal": {
+        **{
+            f"perplexity times {times}": Variant("ppo.steps=0", tilted(times))
+            for times in (1.01, 1.03, 1.06, 1.1, 1.15)
+        },
+        **{
+            f"likeliest levels, perplexity times {times}": Variant(
+                "ppo.steps=0 reward.target=likeliest reward.balance=0.55", tilted(times)
+            )
+            for times in (1.03, 1.06, 1.1)
+        },
+    },
 }
 FROM_THE_START = ("pretraining", "data", "own")
-FINISHED = ("frontier", "ideal")      # PPO is not repeated
-REWARDS = ("learnt reward", "true reward", "KL", "perplexity, times", "dist2, times", "unique, times")
-FRONTIER = [f"{measure}, {reader}" for reader in reversed(publish.READERS) for measure in publish.MEASURES.values()]
-COLUMNS = {None: ("er", "ip", "ex", *REWARDS), **dict.fromkeys(FINISHED, (*FRONTIER, *REWARDS[2:], "words, times")),
-           "kl": ("er", "ip", "ex", "gain, identifiers", "gain, judge", *REWARDS),
-           **dict.fromkeys(("pretraining", "data"), ("MLE's Emp-F1", "MLE's perplexity per word", *REWARDS))}
+FINISHED = ("frontier", "ideal")  # PPO is not repeated
+REWARDS = (
+    "learnt reward",
+    "true reward",
+    "KL",
+    "perplexity, times",
+    "dist2, times",
+    "unique, times",
+)
+FRONTIER = [
+    f"{measure}, {reader}"
+    for reader in reversed(publish.READERS)
+    for measure in publish.MEASURES.values()
+]
+COLUMNS = {
+    None: ("er", "ip", "ex", *REWARDS),
+    **dict.fromkeys(FINISHED, (*FRONTIER, *REWARDS[2:], "words, times")),
+    "kl": ("er", "ip", "ex", "gain, identifiers", "gain, judge", *REWARDS),
+    **dict.fromkeys(
+        ("pretraining", "data"), ("MLE's Emp-F1", "MLE's perplexity per word", *REWARDS)
+    ),
+}
 
 # ---- measuring
 
+
 def settings_of(raw):
     """All options of a config.json as --set has them."""
-    return [f"{section}.{key}={('off', 'on')[x] if isinstance(x, bool) else x}" for section, options in raw.items()
-            if isinstance(options, dict) for key, x in options.items() if key != "corpus"]
+    return [
+        f"{section}.{key}={('off', 'on')[x] if isinstance(x, bool) else x}"
+        for section, options in raw.items()
+        if isinstance(options, dict)
+        for key, x in options.items()
+        if key != "corpus"
+    ]
+
 
 def run(folder, config, replaced):
     """metrics.json of emprl.run_all with some functions replaced, without its output and plots."""
     replaced = replaced | {"emprl.draw_plots": lambda *_: None}
-    places = [(globals()[module], name, f) for key, f in replaced.items() for module, name in [key.split(".")]]
+    places = [
+        (globals()[module], name, f)
+        for key, f in replaced.items()
+        for module, name in [key.split(".")]
+    ]
     before = [(module, name, getattr(module, name)) for module, name, _ in places]
     try:
         for place in places:
@@ -181,42 +329,92 @@ def run(folder, config, replaced):
         for place in before:
             setattr(*place)
 
+
 def measure(source, name, variant):
     """The figures of one variant from a finished run's MLE policy and identifiers."""
-    raw, folder = json.loads((source / "metrics.json").read_text())["config"], source / f"ablate-{name}"
+    raw, folder = (
+        json.loads((source / "metrics.json").read_text())["config"],
+        source / f"ablate-{name}",
+    )
     repeated, settings = (["ppo.pt"], SHORT) if name not in FINISHED else ([], [])
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source / "checkpoints", folder / "checkpoints", ignore=lambda *_: repeated)
-    config = emprl.make_config(raw["preset"], raw["seed"], raw["data_dir"], raw["t5_dir"],
-                               [*settings_of(raw), *settings, *variant.settings.split()])
+    config = emprl.make_config(
+        raw["preset"],
+        raw["seed"],
+        raw["data_dir"],
+        raw["t5_dir"],
+        [*settings_of(raw), *settings, *variant.settings.split()],
+    )
     return figures_of(run(folder, config, variant.replaced), variant.after)
+
 
 def train(seed, name, variant, again):
     """The figures of one variant, trained from the start. `own`: 1,500 dialogues of the embedded world, as if they were yours."""
-    folder = ROOT / "runs" / "-".join(["ablate", name, *variant.settings.replace("=", " ").split()[1::2], f"seed{seed}"])
+    folder = (
+        ROOT
+        / "runs"
+        / "-".join(
+            ["ablate", name, *variant.settings.replace("=", " ").split()[1::2], f"seed{seed}"]
+        )
+    )
     if again:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     if name == "own":
         dialogues = data.embedded_corpus(1000 + seed, 1500, 1, 1, 1).dialogues["train"]
-        records = [{"context": d.context, "response": d.response, **dict(zip(emprl.MECHANISMS, d.levels))} for d in dialogues]
-        (folder / "mine.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        records = [
+            {
+                "context": d.context,
+                "response": d.response,
+                **dict(zip(emprl.MECHANISMS, d.levels)),
+            }
+            for d in dialogues
+        ]
+        (folder / "mine.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in records)
+        )
     file = folder / "mine.jsonl" if name == "own" else ""
-    return figures_of(run(folder, emprl.make_config("toy", seed, file, settings=[*SHORT, *variant.settings.split()]), {}))
+    return figures_of(
+        run(
+            folder,
+            emprl.make_config("toy", seed, file, settings=[*SHORT, *variant.settings.split()]),
+            {},
+        )
+    )
+
 
 def figures_of(m, policy="emprl"):
     """What is kept of a metrics.json: the gain by the oracle where there is one, else by the judge, and by the others too."""
-    truth, before, after = "oracle_" if "oracle_emp_f1" in m["sft"] else "judge_", m["sft"], m[policy]
+    truth, before, after = (
+        "oracle_" if "oracle_emp_f1" in m["sft"] else "judge_",
+        m["sft"],
+        m[policy],
+    )
     gain = {key: after[key] - before[key] for key in before if "emp_f1" in key}
-    return {"gain": gain[truth + "emp_f1"], **{k: gain[f"{truth}emp_f1_{k}"] for k in emprl.MECHANISMS}, "gain, identifiers": gain["emp_f1"],
-            "gain, judge": gain["judge_emp_f1"], "learnt reward": after["reward"], "true reward": after["held_out_reward"],
-            "KL": after["kl"], **{f"{k}, times": after[k] / before[k] for k in ("perplexity", "dist2", "unique")},
-            **{f"{measure}, {reader}": after[prefix + key] for reader, prefix in publish.READERS.items() for key, measure in publish.MEASURES.items()},
-            "words, times": after["length"] / before["length"],
-            "MLE's Emp-F1": before[truth + "emp_f1"], "MLE's perplexity per word": before["perplexity_per_word"]}
+    return {
+        "gain": gain[truth + "emp_f1"],
+        **{k: gain[f"{truth}emp_f1_{k}"] for k in emprl.MECHANISMS},
+        "gain, identifiers": gain["emp_f1"],
+        "gain, judge": gain["judge_emp_f1"],
+        "learnt reward": after["reward"],
+        "true reward": after["held_out_reward"],
+        "KL": after["kl"],
+        **{f"{k}, times": after[k] / before[k] for k in ("perplexity", "dist2", "unique")},
+        **{
+            f"{measure}, {reader}": after[prefix + key]
+            for reader, prefix in publish.READERS.items()
+            for key, measure in publish.MEASURES.items()
+        },
+        "words, times": after["length"] / before["length"],
+        "MLE's Emp-F1": before[truth + "emp_f1"],
+        "MLE's perplexity per word": before["perplexity_per_word"],
+    }
+
 
 def mean(by_seed, key):
     return sum(figures[key] for figures in by_seed.values()) / len(by_seed)
+
 
 def table(figures, name):
     """Means over the runs, the gain with its lowest and highest."""
@@ -228,76 +426,133 @@ def table(figures, name):
         rows.append([variant, gain, *(mean(by_seed, k) for k in columns)])
     return emprl.table(["variant", "gain in Emp-F1, lowest and highest", *columns], rows)
 
+
 def plot(figures, path, truth):
     """Learnt reward, true reward (`truth` says whose) and perplexity against the KL."""
     import matplotlib.pyplot as plt
+
     plt.switch_backend("Agg")
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     points = sorted((mean(by_seed, "KL"), variant) for variant, by_seed in figures.items())
-    for axis, unit, keys in zip(axes, ("reward (0..1)", "perplexity, times MLE's"), (("learnt reward", "true reward"), ("perplexity, times",))):
+    for axis, unit, keys in zip(
+        axes,
+        ("reward (0..1)", "perplexity, times MLE's"),
+        (("learnt reward", "true reward"), ("perplexity, times",)),
+    ):
         for key in keys:
-            axis.plot([kl for kl, _ in points], [mean(figures[variant], key) for _, variant in points], "o-", label=truth if key == "true reward" else key)
+            axis.plot(
+                [kl for kl, _ in points],
+                [mean(figures[variant], key) for _, variant in points],
+                "o-",
+                label=truth if key == "true reward" else key,
+            )
         for kl, variant in points:
-            axis.annotate(variant.removesuffix(" of the way"), (kl, mean(figures[variant], keys[0])), fontsize=7, rotation=20)
+            axis.annotate(
+                variant.removesuffix(" of the way"),
+                (kl, mean(figures[variant], keys[0])),
+                fontsize=7,
+                rotation=20,
+            )
         axis.set(xlabel="KL to the MLE policy (nats a response)", ylabel=unit)
         axis.margins(0.15)
     axes[0].legend()
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
+
 def stored(name, path):
     """{variant: {seed: figures}} of what has been measured; what older code measured does not count."""
     raw = json.loads(path.read_text()) if path.exists() else {}
-    kept = {v: {seed: f for seed, f in raw[v].items() if "gain, judge" in f} for v in ABLATIONS[name] if v in raw}
+    kept = {
+        v: {seed: f for seed, f in raw[v].items() if "gain, judge" in f}
+        for v in ABLATIONS[name]
+        if v in raw
+    }
     return {v: by_seed for v, by_seed in kept.items() if by_seed}
+
 
 def known(path, variant, seed):
     """The default's figures, if another ablation of the same preset has them."""
     for other, variants in ABLATIONS.items():
-        figures = stored(other, path.with_name("-".join(["ablate", other, *path.stem.split("-")[2:]]) + ".json"))
+        figures = stored(
+            other,
+            path.with_name("-".join(["ablate", other, *path.stem.split("-")[2:]]) + ".json"),
+        )
         for v, what in variants.items():
-            if what == variant == DEFAULT and other not in FROM_THE_START and seed in figures.get(v, {}):
+            if (
+                what == variant == DEFAULT
+                and other not in FROM_THE_START
+                and seed in figures.get(v, {})
+            ):
                 return figures[v][seed]
+
 
 def main(name, *runs, again=False):
     if name not in ABLATIONS:
-        raise data.DataError(f"ablate {name}: no such ablation; choose one of {', '.join(ABLATIONS)}")
+        raise data.DataError(
+            f"ablate {name}: no such ablation; choose one of {', '.join(ABLATIONS)}"
+        )
     if bool(runs) == (name in FROM_THE_START):
-        raise data.DataError(f"ablate {name}: {'takes no RUN, it trains its own' if runs else 'give one finished RUN or more'}")
+        raise data.DataError(
+            f"ablate {name}: {'takes no RUN, it trains its own' if runs else 'give one finished RUN or more'}"
+        )
     configs = {}
     for folder in map(Path, runs):
         try:
             configs[folder] = json.loads((folder / "metrics.json").read_text())["config"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise data.DataError(f"ablate: {folder}: no finished run there; make one with `python emprl.py --run {folder}`") from None
+            raise data.DataError(
+                f"ablate: {folder}: no finished run there; make one with `python emprl.py --run {folder}`"
+            ) from None
     presets = {c["preset"] for c in configs.values()} or {"toy"}
     if len(presets) > 1 or len({c["seed"] for c in configs.values()}) < len(runs):
-        raise data.DataError("ablate: the RUNs must be of one preset and of different seeds; give others")
+        raise data.DataError(
+            "ablate: the RUNs must be of one preset and of different seeds; give others"
+        )
     path = RESULTS / f"ablate-{name}{''.join(f'-{p}' for p in presets - {'toy'})}.json"
     figures = {} if again else stored(name, path)
-    seeds = {str(c["seed"]): folder for folder, c in configs.items()} or dict.fromkeys(map(str, SEEDS))
+    seeds = {str(c["seed"]): folder for folder, c in configs.items()} or dict.fromkeys(
+        map(str, SEEDS)
+    )
     todo = [(v, s) for s in seeds for v in ABLATIONS[name] if s not in figures.get(v, {})]
     started, slow, done = time.time(), 0, 0
     try:
         for done, (v, seed) in enumerate(todo):
             variant = ABLATIONS[name][v]
-            left = f", {(time.time() - started) / slow * (len(todo) - done) / 60:.0f} min left" if slow else ""
+            left = (
+                f", {(time.time() - started) / slow * (len(todo) - done) / 60:.0f} min left"
+                if slow
+                else ""
+            )
             emprl.say(f"{done + 1}/{len(todo)}  {v}, seed {seed}{left}")
             found = None if again or name in FROM_THE_START else known(path, variant, seed)
             if not found:
                 slow += 1
-                found = measure(seeds[seed], name, variant) if seeds[seed] else train(int(seed), name, variant, again)
+                found = (
+                    measure(seeds[seed], name, variant)
+                    if seeds[seed]
+                    else train(int(seed), name, variant, again)
+                )
             figures.setdefault(v, {})[seed] = found
-            figures = {v: figures[v] for v in ABLATIONS[name] if v in figures}           # in the order above
+            figures = {
+                v: figures[v] for v in ABLATIONS[name] if v in figures
+            }  # in the order above
             path.with_suffix(".tmp").write_text(json.dumps(figures, indent=1) + "\n")
             path.with_suffix(".tmp").replace(path)
     except KeyboardInterrupt:
-        emprl.say(f"\nkept: {done} of {len(todo)}, in {path}; the same command, without --again, goes on from there")
+        emprl.say(
+            f"\nkept: {done} of {len(todo)}, in {path}; the same command, without --again, goes on from there"
+        )
         raise
     if name in ("kl", "frontier"):
-        plot(figures, path.with_suffix(".png"), "the oracle's" if presets <= {"toy", "smoke"} else "the judge's")
+        plot(
+            figures,
+            path.with_suffix(".png"),
+            "the oracle's" if presets <= {"toy", "smoke"} else "the judge's",
+        )
     pages = publish.put(f"tests/results/{path.name}", table(figures, name))
     emprl.say(f"{table(figures, name)}\nwritten to {', '.join(map(str, [path, *pages]))}")
+
 
 if __name__ == "__main__":
     sys.exit(emprl.main(["ablate", *sys.argv[1:]]))

@@ -1,4 +1,5 @@
 """What is done with a finished run: python emprl.py evaluate | chat | rate | ablate. See python emprl.py --help."""
+
 import json
 import re
 import sys
@@ -14,39 +15,63 @@ from identifiers import MECHANISMS, Identifiers, before_after, predict_levels
 from ppo import respond
 from t5_small import from_pretrained, load_state
 
-CRISIS = re.compile(r"suicid|\b(kill|hurt|harm|cut|cutt|hang)(ing)? (my|him|her|them)sel|self.?harm|overdos|wish i (was|were) dead|"
-                    r"(i|i.m|i am) (\w+ )?(want|wish|going|plan\w*) to die|end (it all|my (own )?life)|better off (dead|without me)|"
-                    r"(n.?t|no reason to|no point in) (want to )?(live|living|be alive)", re.I)
-HELP = ("If you or someone near you may be in danger, please talk to a person now: the emergency number (112, 911, 999), a crisis "
-        "line (988 in the US; findahelpline.com lists others), or someone you trust. This program can not help with that.")
+CRISIS = re.compile(
+    r"suicid|\b(kill|hurt|harm|cut|cutt|hang)(ing)? (my|him|her|them)sel|self.?harm|overdos|wish i (was|were) dead|"
+    r"(i|i.m|i am) (\w+ )?(want|wish|going|plan\w*) to die|end (it all|my (own )?life)|better off (dead|without me)|"
+    r"(n.?t|no reason to|no point in) (want to )?(live|living|be alive)",
+    re.I,
+)
+HELP = (
+    "If you or someone near you may be in danger, please talk to a person now: the emergency number (112, 911, 999), a crisis "
+    "line (988 in the US; findahelpline.com lists others), or someone you trust. This program can not help with that."
+)
 
 
 def load_run(folder):
     """A finished run -> (Run, Tokenizer, readers, {"sft": T5, "emprl": T5}). Raises DataError where there is none."""
     folder = Path(folder)
     if not (folder / "metrics.json").exists():
-        raise DataError(f"--run {folder}: no finished run there; make one with `python emprl.py --run {folder}`")
+        raise DataError(
+            f"--run {folder}: no finished run there; make one with `python emprl.py --run {folder}`"
+        )
     try:
         raw = json.loads((folder / "config.json").read_text())
         sections = [k for k, v in asdict(Config()).items() if isinstance(v, dict)]
-        config = make_config(seed=raw["seed"], settings=ablations.settings_of({s: raw[s] for s in sections}))
+        config = make_config(
+            seed=raw["seed"], settings=ablations.settings_of({s: raw[s] for s in sections})
+        )
         tokenizer, run = Tokenizer(folder / "tokenizer.model"), Run(folder, config)
-        models = {name: from_pretrained(folder / name, tokenizer.vocab_size).to(run.device).eval() for name in ("sft", "emprl")}
+        models = {
+            name: from_pretrained(folder / name, tokenizer.vocab_size).to(run.device).eval()
+            for name in ("sft", "emprl")
+        }
         readers = []
         for stage in ("identifiers", "judge"):
-            reader = Identifiers(models["sft"].config, config.identifiers.shared, config.identifiers.ngrams).to(run.device)
-            reader.load_state_dict(load_state(folder / "checkpoints" / f"{stage}.pt")["weights"])
+            reader = Identifiers(
+                models["sft"].config, config.identifiers.shared, config.identifiers.ngrams
+            ).to(run.device)
+            reader.load_state_dict(
+                load_state(folder / "checkpoints" / f"{stage}.pt")["weights"]
+            )
             readers.append(reader.eval())
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         words = " ".join(str(error).split())[:200]
-        raise DataError(f"--run {folder}: a file of it is damaged or of another run ({words}); make it again") from None
+        raise DataError(
+            f"--run {folder}: a file of it is damaged or of another run ({words}); make it again"
+        ) from None
     return run, tokenizer, readers, models
 
 
 def evaluate(arguments, folder):
     """Before and after on any dialogue file; prints the table and writes it into the run folder."""
     run, tokenizer, readers, models = load_run(folder)
-    pairs = Pairs(data.read_dialogues(arguments.data), tokenizer, run.config.data.max_source, run.config.data.max_target, run.device)
+    pairs = Pairs(
+        data.read_dialogues(arguments.data),
+        tokenizer,
+        run.config.data.max_source,
+        run.config.data.max_target,
+        run.device,
+    )
     metrics = Evaluation(run, tokenizer, readers, models["sft"], pairs, {}).compare(models)
     name = f"evaluate-{Path(arguments.data).stem}.json"
     run.write(name, json.dumps(metrics, indent=2) + "\n")
@@ -56,7 +81,9 @@ def evaluate(arguments, folder):
 def chat(arguments, folder):
     """You write, both policies answer, with the levels that the identifiers read in each answer."""
     run, tokenizer, readers, models = load_run(folder)
-    say("A research model, not a counsellor. An empty line starts a new conversation; Ctrl-D ends.")
+    say(
+        "A research model, not a counsellor. An empty line starts a new conversation; Ctrl-D ends."
+    )
     history, c = (), run.config.data
     getattr(sys.stdin, "reconfigure", lambda **_: None)(errors="replace")
     for line in map(data.clean, sys.stdin):
@@ -64,11 +91,15 @@ def chat(arguments, folder):
         if CRISIS.search(line):
             say(HELP)
             history = ()
-        pairs = Pairs([data.Dialogue(history, "")], tokenizer, c.max_source, c.max_target, run.device)
+        pairs = Pairs(
+            [data.Dialogue(history, "")], tokenizer, c.max_source, c.max_target, run.device
+        )
         for name, t5 in models.items() if history else ():
             answered = pairs.but(respond(t5, pairs, run.config.sampling))
             reply = tokenizer.decode(answered.responses[0])
-            say(f"{name:<6} {reply}   {dict(zip(MECHANISMS, predict_levels(readers[0], answered)[0].tolist()))}")
+            say(
+                f"{name:<6} {reply}   {dict(zip(MECHANISMS, predict_levels(readers[0], answered)[0].tolist()))}"
+            )
         history = (*history, reply) if history else ()
 
 

@@ -3,6 +3,7 @@
 Prints how long each cell took. --write stores what the cells printed and drew in the notebook, as Jupyter would, and which
 source they came from: test_notebook.py tells when a cell has been changed since.
 """
+
 import ast
 import base64
 import contextlib
@@ -27,16 +28,34 @@ def outputs_of(source, namespace):
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     with contextlib.redirect_stdout(printed):
         exec(compile(tree, "<cell>", "exec"), namespace)
-        value = eval(compile(ast.Expression(last.value), "<cell>", "eval"), namespace) if last else None
+        value = (
+            eval(compile(ast.Expression(last.value), "<cell>", "eval"), namespace)
+            if last
+            else None
+        )
     if value is not None and not source.rstrip().endswith(";"):
         printed.write(f"{value!r}\n")
     if printed.getvalue():
-        outputs.append({"name": "stdout", "output_type": "stream", "text": printed.getvalue().splitlines(True)})
+        outputs.append(
+            {
+                "name": "stdout",
+                "output_type": "stream",
+                "text": printed.getvalue().splitlines(True),
+            }
+        )
     for number in plt.get_fignums():
         picture = io.BytesIO()
         plt.figure(number).savefig(picture, format="png")
-        outputs.append({"output_type": "display_data", "metadata": {}, "data": {
-            "image/png": base64.b64encode(picture.getvalue()).decode(), "text/plain": ["<Figure>"]}})
+        outputs.append(
+            {
+                "output_type": "display_data",
+                "metadata": {},
+                "data": {
+                    "image/png": base64.b64encode(picture.getvalue()).decode(),
+                    "text/plain": ["<Figure>"],
+                },
+            }
+        )
     plt.close("all")
     return outputs
 
@@ -51,13 +70,17 @@ def run(notebook, reduced=False, progress=lambda text: None):
         if reduced:
             source = source.replace("REDUCED = False", "REDUCED = True")
         cell["outputs"], cell["execution_count"] = outputs_of(source, namespace), count
-        progress(f"cell {count:2d}  {time.time() - started:6.1f} s  {source.splitlines()[0][:80]}")
+        progress(
+            f"cell {count:2d}  {time.time() - started:6.1f} s  {source.splitlines()[0][:80]}"
+        )
     return namespace
 
 
 def source_hash(notebook):
     """Of all code cells."""
-    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    code = [
+        "".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"
+    ]
     return hashlib.sha256("\n".join(code).encode()).hexdigest()
 
 

@@ -5,6 +5,7 @@ also the levels of its responses, without texts, to tests/results/levels-NAME.js
 contexts to tests/results/real-page.md. topk-seedN is `real` with the original's sampling; topk-seed0 has such a page, too.
 Then writes the tables of README.md anew, each below the paragraph that names it in parentheses; see `tables`.
 """
+
 import itertools
 import json
 import random
@@ -22,7 +23,7 @@ from identifiers import LEVELS, MECHANISMS, emp_f1, f1_scores
 ROOT = Path(emprl.__file__).parent
 RESULTS = ROOT / "tests" / "results"
 PAGES = (ROOT / "README.md", ROOT / "tests" / "coursework" / "open.md")
-LEFT_OUT = ("_er", "_ip", "_ex")        # by mechanism: in tests/results, too long for a README
+LEFT_OUT = ("_er", "_ip", "_ex")  # by mechanism: in tests/results, too long for a README
 READERS = {"identifiers": "", "judge": "judge_"}
 SYSTEMS = {"sft": "MLE", "best_of_n": "best of n", "emprl": "EmpRL"}
 MEASURES = {"emp_f1": "weighted", "emp_macro_f1": "macro", "mutual_information": "bits"}
@@ -30,6 +31,7 @@ F1 = {"emp_f1": "weighted_f1", "emp_macro_f1": "macro_f1"}
 
 
 # ---- pages
+
 
 def shown(page, anchor):
     """(start, end) of the table below an anchor of a page."""
@@ -50,9 +52,18 @@ def put(anchor, table):
 
 def tables():
     """{anchor: table} of README's results, but for the ablations."""
-    found = {f"tests/results/{preset}-seed{m['seed']}.json": table(m) for preset in ("toy", "real") for m in load(preset)}
-    for part, environments in bench.results().items():           # of a part the environment where most was measured
-        rows = max(environments.values(), key=lambda x: sum(map(len, x["rows"].values())))["rows"]
+    found = {
+        f"tests/results/{preset}-seed{m['seed']}.json": table(m)
+        for preset in ("toy", "real")
+        for m in load(preset)
+    }
+    for (
+        part,
+        environments,
+    ) in bench.results().items():  # of a part the environment where most was measured
+        rows = max(environments.values(), key=lambda x: sum(map(len, x["rows"].values())))[
+            "rows"
+        ]
         found[f"bench: {part}"] = bench.sheet(rows)
     if (RESULTS / "identifiers.json").exists():
         found["tests/results/identifiers.json"] = identifiers()
@@ -61,12 +72,18 @@ def tables():
     if load("toy") and load("real"):
         found["at a glance"] = glance()
     if load("real"):
-        found |= {"real seeds: levels": real_levels(), "real seeds: text": real_text(), "real seeds: classes": real_classes(),
-                  "real seeds: dealt out": real_dealt_out(), "real seeds: sampling": real_sampling()}
+        found |= {
+            "real seeds: levels": real_levels(),
+            "real seeds: text": real_text(),
+            "real seeds: classes": real_classes(),
+            "real seeds: dealt out": real_dealt_out(),
+            "real seeds: sampling": real_sampling(),
+        }
     return found
 
 
 # ---- the tables
+
 
 def table(metrics):
     """The rows of the report that the README shows."""
@@ -75,7 +92,9 @@ def table(metrics):
 
 
 def load(preset):
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{preset}-seed?.json"))]
+    return [
+        json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{preset}-seed?.json"))
+    ]
 
 
 def share(old, new, best):
@@ -90,33 +109,92 @@ def seeds():
         before, after, best = m["sft"], m["emprl"], m["ceiling"]["best"]["oracle_emp_f1"]
         old, new = before["oracle_emp_f1"], after["oracle_emp_f1"]
         shares.append(share(old, new, best))
-        rows.append([m["seed"], old, new, best, interval(m["gain"]["oracle_emp_f1"]), f"{shares[-1]:.0%}",
-                     *(after[k] / before[k] for k in ("perplexity", "dist2", "unique")), after["reward"], after["held_out_reward"]])
-    mean = [sum(column) / len(rows) for column in zip(*([x for x in row[1:] if isinstance(x, float)] for row in rows))]
+        rows.append(
+            [
+                m["seed"],
+                old,
+                new,
+                best,
+                interval(m["gain"]["oracle_emp_f1"]),
+                f"{shares[-1]:.0%}",
+                *(after[k] / before[k] for k in ("perplexity", "dist2", "unique")),
+                after["reward"],
+                after["held_out_reward"],
+            ]
+        )
+    mean = [
+        sum(column) / len(rows)
+        for column in zip(*([x for x in row[1:] if isinstance(x, float)] for row in rows))
+    ]
     rows.append(["mean", *mean[:3], "", f"{sum(shares) / len(shares):.0%}", *mean[3:]])
-    return emprl.table(["seed", "MLE", "EmpRL", "ceiling", "gain, 95 % interval", "of the gap", "perplexity, times", "dist2, times",
-                        "unique, times", "learnt reward", "oracle's"], rows)
+    return emprl.table(
+        [
+            "seed",
+            "MLE",
+            "EmpRL",
+            "ceiling",
+            "gain, 95 % interval",
+            "of the gap",
+            "perplexity, times",
+            "dist2, times",
+            "unique, times",
+            "learnt reward",
+            "oracle's",
+        ],
+        rows,
+    )
 
 
 def identifiers():
     """EPITOME's test part: mean (standard deviation) over the seeds of tests/identify.py."""
     means = json.loads((RESULTS / "identifiers.json").read_text())["mean_and_std"]
-    measures = [(m, k) for m in MECHANISMS for k in ("macro_f1", "weighted_f1", "accuracy", "f1_0", "f1_1", "f1_2")]
-    rows = [[f"{m.upper()} {k}", *("{:.3f} ({:.3f})".format(*scores[m][k]) for scores in means.values())] for m, k in measures]
+    measures = [
+        (m, k)
+        for m in MECHANISMS
+        for k in ("macro_f1", "weighted_f1", "accuracy", "f1_0", "f1_1", "f1_2")
+    ]
+    rows = [
+        [
+            f"{m.upper()} {k}",
+            *("{:.3f} ({:.3f})".format(*scores[m][k]) for scores in means.values()),
+        ]
+        for m, k in measures
+    ]
     return emprl.table(["", *means], rows)
 
 
 def glance():
     """A row for what matters most: means over the seeds, by the reader that never gave the reward."""
     rows = []
-    for what, preset, key, top in (("`toy`, oracle, weighted", "toy", "oracle_emp_f1", "best"), ("`real`, judge, weighted", "real", "judge_emp_f1", "context_balanced"),
-                                   ("`real`, judge, macro", "real", "judge_emp_macro_f1", "context_balanced")):
-        found = [(m["floors"]["majority"][key], *(m[system][key] for system in SYSTEMS), m["ceiling"][top][key],
-                  m["emprl"]["perplexity"] / m["sft"]["perplexity"]) for m in load(preset)]
+    for what, preset, key, top in (
+        ("`toy`, oracle, weighted", "toy", "oracle_emp_f1", "best"),
+        ("`real`, judge, weighted", "real", "judge_emp_f1", "context_balanced"),
+        ("`real`, judge, macro", "real", "judge_emp_macro_f1", "context_balanced"),
+    ):
+        found = [
+            (
+                m["floors"]["majority"][key],
+                *(m[system][key] for system in SYSTEMS),
+                m["ceiling"][top][key],
+                m["emprl"]["perplexity"] / m["sft"]["perplexity"],
+            )
+            for m in load(preset)
+        ]
         *scores, times = (sum(column) / len(found) for column in zip(*found))
         _, mle, _, empathic, ceiling = scores
         rows.append([what, len(found), *scores, f"{share(mle, empathic, ceiling):.0%}", times])
-    return emprl.table(["Emp-F1 by", "seeds", "majority", *SYSTEMS.values(), "ceiling", "of the gap", "perplexity, times MLE's"], rows)
+    return emprl.table(
+        [
+            "Emp-F1 by",
+            "seeds",
+            "majority",
+            *SYSTEMS.values(),
+            "ceiling",
+            "of the gap",
+            "perplexity, times MLE's",
+        ],
+        rows,
+    )
 
 
 def interval(gain):
@@ -129,25 +207,81 @@ def real_levels():
     runs, rows = load("real"), []
     for reader, prefix in reversed(READERS.items()):
         for key, measure in MEASURES.items():
-            columns = [[m.get(part, {}).get(name, {}).get(prefix + key) if name else m.get(part, {}).get(prefix + key) for m in runs]
-                       for part, name in (*((s, "") for s in SYSTEMS), ("floors", "majority"), ("floors", "random_copy"), ("ceiling", "context_balanced"))]
+            columns = [
+                [
+                    m.get(part, {}).get(name, {}).get(prefix + key)
+                    if name
+                    else m.get(part, {}).get(prefix + key)
+                    for m in runs
+                ]
+                for part, name in (
+                    *((s, "") for s in SYSTEMS),
+                    ("floors", "majority"),
+                    ("floors", "random_copy"),
+                    ("ceiling", "context_balanced"),
+                )
+            ]
             columns = [c + [sum(c) / len(c) if None not in c else None] for c in columns]
             gain = bootstrap(reader, key) if key in F1 else None
             for who, row in zip([m["seed"] for m in runs] + ["mean"], zip(*columns)):
                 old, new, best = row[0], row[2], row[-1]
-                relative = interval(gain) if gain and who == "mean" else f"{new / old - 1:+.1%}" if key in F1 else ""
+                relative = (
+                    interval(gain)
+                    if gain and who == "mean"
+                    else f"{new / old - 1:+.1%}"
+                    if key in F1
+                    else ""
+                )
                 closed = f"{share(old, new, best):.0%}" if best > old and key in F1 else ""
-                rows.append([f"{reader}, {measure}", who, *("" if x is None else x for x in row), closed, relative])
-    return emprl.table(["", "seed", *SYSTEMS.values(), "majority", "random copy", "context ceiling", "of the gap", "gain, 95 % interval"], rows)
+                rows.append(
+                    [
+                        f"{reader}, {measure}",
+                        who,
+                        *("" if x is None else x for x in row),
+                        closed,
+                        relative,
+                    ]
+                )
+    return emprl.table(
+        [
+            "",
+            "seed",
+            *SYSTEMS.values(),
+            "majority",
+            "random copy",
+            "context ceiling",
+            "of the gap",
+            "gain, 95 % interval",
+        ],
+        rows,
+    )
 
 
 def real_text():
     """What the gain costs: EmpRL's figures over MLE's, its length over the human responses'."""
-    rows = [[m["seed"], m["sft"]["perplexity_per_word"], *(m["emprl"][k] / m["sft"][k] for k in ("perplexity", "dist2", "unique")),
-             m["emprl"]["length"] / m["target"]["length"] if "target" in m else "", m["emprl"]["kl"]] for m in load("real")]
+    rows = [
+        [
+            m["seed"],
+            m["sft"]["perplexity_per_word"],
+            *(m["emprl"][k] / m["sft"][k] for k in ("perplexity", "dist2", "unique")),
+            m["emprl"]["length"] / m["target"]["length"] if "target" in m else "",
+            m["emprl"]["kl"],
+        ]
+        for m in load("real")
+    ]
     mean = [sum(c) / len(c) if "" not in c else "" for c in zip(*(row[1:] for row in rows))]
-    return emprl.table(["seed", "MLE's perplexity per word", "perplexity, times MLE's", "dist2, times MLE's", "unique, times MLE's",
-                        "length, times the humans'", "KL"], [*rows, ["mean", *mean]])
+    return emprl.table(
+        [
+            "seed",
+            "MLE's perplexity per word",
+            "perplexity, times MLE's",
+            "dist2, times MLE's",
+            "unique, times MLE's",
+            "length, times the humans'",
+            "KL",
+        ],
+        [*rows, ["mean", *mean]],
+    )
 
 
 def real_classes():
@@ -157,63 +291,140 @@ def real_classes():
         for level in range(LEVELS):
             row = [f"{m.upper()} {level}"]
             for reader in reversed(READERS):
-                hits = [[one[reader][name][:, i] == level for name in ("target", *SYSTEMS)] for one in found]
+                hits = [
+                    [one[reader][name][:, i] == level for name in ("target", *SYSTEMS)]
+                    for one in found
+                ]
                 row.append(sum(h[0].double().mean().item() for h in hits) / max(len(hits), 1))
                 for k in range(1, 1 + len(SYSTEMS)):
-                    row.append(sum(2 * (h[0] & h[k]).sum().item() / max((h[0].sum() + h[k].sum()).item(), 1) for h in hits) / max(len(hits), 1))
+                    row.append(
+                        sum(
+                            2
+                            * (h[0] & h[k]).sum().item()
+                            / max((h[0].sum() + h[k].sum()).item(), 1)
+                            for h in hits
+                        )
+                        / max(len(hits), 1)
+                    )
             rows.append(row)
-    header = [f"{reader}: {what}" for reader in reversed(READERS) for what in ("share", *SYSTEMS.values())]
+    header = [
+        f"{reader}: {what}"
+        for reader in reversed(READERS)
+        for what in ("share", *SYSTEMS.values())
+    ]
     return emprl.table(["", *header], rows) if found else ""
 
 
 def real_sampling():
     """`real` as it is and with the original's sampling: by the judge, and what it costs, means over the seeds."""
     rows = []
-    for what, runs in (("temperature 1", load("real")), ("top-k 20, temperature 0.9", load("topk"))):
+    for what, runs in (
+        ("temperature 1", load("real")),
+        ("top-k 20, temperature 0.9", load("topk")),
+    ):
         if not runs:
             continue
         mean = lambda value: sum(map(value, runs)) / len(runs)
-        rows.append([what, len(runs), *(mean(lambda m: m[system]["judge_" + key]) for key in MEASURES for system in SYSTEMS),
-                     *(mean(lambda m: m["emprl"][k] / m["sft"][k]) for k in ("perplexity", "dist2")), mean(lambda m: m["emprl"]["unique"]),
-                     mean(lambda m: m["emprl"]["length"] / m["target"]["length"])])
-    header = [f"{system}, {measure}" for measure in MEASURES.values() for system in SYSTEMS.values()]
-    return emprl.table(["", "seeds", *header, "perplexity, times MLE's", "dist2, times MLE's", "unique", "length, times the humans'"], rows)
+        rows.append(
+            [
+                what,
+                len(runs),
+                *(
+                    mean(lambda m: m[system]["judge_" + key])
+                    for key in MEASURES
+                    for system in SYSTEMS
+                ),
+                *(
+                    mean(lambda m: m["emprl"][k] / m["sft"][k])
+                    for k in ("perplexity", "dist2")
+                ),
+                mean(lambda m: m["emprl"]["unique"]),
+                mean(lambda m: m["emprl"]["length"] / m["target"]["length"]),
+            ]
+        )
+    header = [
+        f"{system}, {measure}" for measure in MEASURES.values() for system in SYSTEMS.values()
+    ]
+    return emprl.table(
+        [
+            "",
+            "seeds",
+            *header,
+            "perplexity, times MLE's",
+            "dist2, times MLE's",
+            "unique",
+            "length, times the humans'",
+        ],
+        rows,
+    )
 
 
 def dealt_out(given, gold, kind):
     """Emp-F1 of levels (N, M) that are dealt out to the contexts at random: by the expected confusion, in which a level that gold has
     A times and the replies B times meet in A B / N contexts."""
-    gold, given = (torch.nn.functional.one_hot(x, LEVELS).double() for x in (gold, given))                     # (N, M, L)
-    return f1_scores(torch.einsum("mg,ml->mgl", gold.sum(0), given.mean(0)))[kind].mean().item()
+    gold, given = (
+        torch.nn.functional.one_hot(x, LEVELS).double() for x in (gold, given)
+    )  # (N, M, L)
+    return (
+        f1_scores(torch.einsum("mg,ml->mgl", gold.sum(0), given.mean(0)))[kind].mean().item()
+    )
 
 
 def real_dealt_out():
     """How much of Emp-F1 comes from how often each level is given, and how much from where: means over the seeds; "" without levels."""
     rows, found = [], levels("real")
-    for reader, (key, kind) in itertools.product(reversed(READERS), F1.items()) if found else ():
+    for reader, (key, kind) in (
+        itertools.product(reversed(READERS), F1.items()) if found else ()
+    ):
         row = [f"{reader}, {MEASURES[key]}"]
         for name in SYSTEMS:
-            plain, dealt = (sum(f(one[reader][name], one[reader]["target"], kind) for one in found) / len(found) for f in (emp_f1, dealt_out))
+            plain, dealt = (
+                sum(f(one[reader][name], one[reader]["target"], kind) for one in found)
+                / len(found)
+                for f in (emp_f1, dealt_out)
+            )
             row += [plain, dealt, plain - dealt]
         rows.append(row)
-    header = [f"{system}{what}" for system in SYSTEMS.values() for what in ("", ", dealt out", ", difference")]
+    header = [
+        f"{system}{what}"
+        for system in SYSTEMS.values()
+        for what in ("", ", dealt out", ", difference")
+    ]
     return emprl.table(["", *header], rows) if found else ""
 
 
 # ---- levels and intervals
 
+
 def levels(preset):
     """[{reader: {"target" or system: (N, M) levels}} of each committed run of a preset], [] if one lacks them."""
-    files = [RESULTS / f"levels-{path.name}" for path in sorted(RESULTS.glob(f"{preset}-seed?.json"))]
-    texts = [json.loads(path.read_text()) for path in files] if all(path.exists() for path in files) else []
-    return [{reader: {name: torch.tensor([*map(int, digits)]).view(-1, len(MECHANISMS)) for name, digits in systems.items()}
-             for reader, systems in text.items()} for text in texts]
+    files = [
+        RESULTS / f"levels-{path.name}"
+        for path in sorted(RESULTS.glob(f"{preset}-seed?.json"))
+    ]
+    texts = (
+        [json.loads(path.read_text()) for path in files]
+        if all(path.exists() for path in files)
+        else []
+    )
+    return [
+        {
+            reader: {
+                name: torch.tensor([*map(int, digits)]).view(-1, len(MECHANISMS))
+                for name, digits in systems.items()
+            }
+            for reader, systems in text.items()
+        }
+        for text in texts
+    ]
 
 
 def scores(predicted, gold, draws, key):
     """Emp-F1 of resamples: (N, M) levels, (R, N) indices -> (R,)."""
-    cell = (gold * LEVELS + predicted)[draws] + LEVELS ** 2 * torch.arange(len(MECHANISMS))                    # (R, N, M)
-    counts = torch.zeros(len(draws), len(MECHANISMS) * LEVELS ** 2)
+    cell = (gold * LEVELS + predicted)[draws] + LEVELS**2 * torch.arange(
+        len(MECHANISMS)
+    )  # (R, N, M)
+    counts = torch.zeros(len(draws), len(MECHANISMS) * LEVELS**2)
     counts.scatter_add_(1, cell.flatten(1), torch.ones(cell.flatten(1).shape))
     return f1_scores(counts.view(-1, len(MECHANISMS), LEVELS, LEVELS))[F1[key]].mean(-1)
 
@@ -224,9 +435,14 @@ def bootstrap(reader, key, preset="real", resamples=2000, seed=0):
     runs, generator = levels(preset), torch.Generator().manual_seed(seed)
     if not runs:
         return None
-    old, new = torch.zeros(resamples + 1, dtype=torch.double), torch.zeros(resamples + 1, dtype=torch.double)  # first: as they are
+    old, new = (
+        torch.zeros(resamples + 1, dtype=torch.double),
+        torch.zeros(resamples + 1, dtype=torch.double),
+    )  # first: as they are
     for slot in range(len(runs)):
-        chosen = torch.cat([torch.tensor([slot]), torch.randint(len(runs), (resamples,), generator=generator)])
+        chosen = torch.cat(
+            [torch.tensor([slot]), torch.randint(len(runs), (resamples,), generator=generator)]
+        )
         for k, run in enumerate(runs):
             gold, before, after = (run[reader][name] for name in ("target", "sft", "emprl"))
             rows = (chosen == k).nonzero()[:, 0]
@@ -235,36 +451,66 @@ def bootstrap(reader, key, preset="real", resamples=2000, seed=0):
             old[rows] += scores(before, gold, draws, key)
             new[rows] += scores(after, gold, draws, key)
     gain = (new - old) / old.clamp(min=1e-9)
-    low, high = torch.quantile(gain[1:], torch.tensor([0.025, 0.975], dtype=gain.dtype)).tolist()
+    low, high = torch.quantile(
+        gain[1:], torch.tensor([0.025, 0.975], dtype=gain.dtype)
+    ).tolist()
     return {"relative": gain[0].item(), "low": low, "high": high}
 
 
 # ---- a run's responses
 
+
 def responses(run):
-    records = [json.loads(line) for line in (Path(run) / "responses.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (Path(run) / "responses.jsonl").read_text().splitlines()
+    ]
     if not records or not {*READERS} <= {*records[0]["levels"]}:
-        raise DataError(f"{run}/responses.jsonl: of an older version; delete {run}/metrics.json and run the same command again")
+        raise DataError(
+            f"{run}/responses.jsonl: of an older version; delete {run}/metrics.json and run the same command again"
+        )
     return records
 
 
 def compact(records):
     """{reader: {"target" or system: one digit a level}}: what the intervals need, and no text."""
     names = [name for name in ("target", *SYSTEMS) if name in records[0]["levels"]["judge"]]
-    return {reader: {name: "".join(str(x) for r in records for x in r["levels"][reader][name]) for name in names}
-            for reader in records[0]["levels"]}
+    return {
+        reader: {
+            name: "".join(str(x) for r in records for x in r["levels"][reader][name])
+            for name in names
+        }
+        for reader in records[0]["levels"]
+    }
 
 
 def page(records, name, number=40, seed=0):
     """The page of some test contexts: ids, generated responses and all levels. The corpus's own text stays out (licence)."""
     rows = sorted(random.Random(seed).sample(range(len(records)), min(number, len(records))))
-    lines = [f"# {len(rows)} test contexts of {name}", f"Drawn by `random.Random({seed}).sample` from {len(records)}; nothing is selected. "
-             "Levels are [ER, IP, EX], by the reward's identifiers and by the judge. The contexts and the human responses are EmpatheticDialogues' "
-             "own (CC BY-NC 4.0): the run folder's responses.jsonl has them; here stand their ids (conversation / utterance)."]
+    lines = [
+        f"# {len(rows)} test contexts of {name}",
+        f"Drawn by `random.Random({seed}).sample` from {len(records)}; nothing is selected. "
+        "Levels are [ER, IP, EX], by the reward's identifiers and by the judge. The contexts and the human responses are EmpatheticDialogues' "
+        "own (CC BY-NC 4.0): the run folder's responses.jsonl has them; here stand their ids (conversation / utterance).",
+    ]
     for r in (records[i] for i in rows):
-        cells = [["human", "(not shown)", "target"], *([label, escaped(r["responses"][s]), s] for s, label in SYSTEMS.items() if s in r["responses"])]
-        lines.append(f"`{r['id']}`\n\n" + emprl.table(["", "response", *READERS], [
-            [label, text, *(str(r["levels"][reader][key]) for reader in READERS)] for label, text, key in cells]))
+        cells = [
+            ["human", "(not shown)", "target"],
+            *(
+                [label, escaped(r["responses"][s]), s]
+                for s, label in SYSTEMS.items()
+                if s in r["responses"]
+            ),
+        ]
+        lines.append(
+            f"`{r['id']}`\n\n"
+            + emprl.table(
+                ["", "response", *READERS],
+                [
+                    [label, text, *(str(r["levels"][reader][key]) for reader in READERS)]
+                    for label, text, key in cells
+                ],
+            )
+        )
     return "\n\n".join(lines) + "\n"
 
 
@@ -279,9 +525,13 @@ def main(run="", name=""):
             metrics["config"]["data_dir"] = "../shared/data"
         (RESULTS / f"{name}.json").write_text(json.dumps(metrics, indent=2) + "\n")
         if name.startswith("real"):
-            (RESULTS / f"levels-{name}.json").write_text(json.dumps(compact(records), indent=0) + "\n")
+            (RESULTS / f"levels-{name}.json").write_text(
+                json.dumps(compact(records), indent=0) + "\n"
+            )
         if name in ("real-seed0", "topk-seed0"):
-            (RESULTS / f"{name.removesuffix('-seed0')}-page.md").write_text(page(records, name))
+            (RESULTS / f"{name.removesuffix('-seed0')}-page.md").write_text(
+                page(records, name)
+            )
     for anchor, new in tables().items():
         put(anchor, new)
 

@@ -1,4 +1,5 @@
 """data.py: the embedded world and its oracle, tokenizer, batches, readers, download (loopback only)."""
+
 import csv
 import hashlib
 import http.server
@@ -26,8 +27,14 @@ from conftest import check
 import download
 from data import DataError, Dialogue, Tokenizer, batches, oracle_levels
 
-REAL = Path(os.environ.get("EMPRL_DATA", Path(data.__file__).resolve().parent.parent / "shared" / "data"))
-real = pytest.mark.skipif(not REAL.is_dir(), reason="no real data: set EMPRL_DATA to their folder")
+REAL = Path(
+    os.environ.get(
+        "EMPRL_DATA", Path(data.__file__).resolve().parent.parent / "shared" / "data"
+    )
+)
+real = pytest.mark.skipif(
+    not REAL.is_dir(), reason="no real data: set EMPRL_DATA to their folder"
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,26 +44,39 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
-    return Tokenizer.train([t for d in corpus.dialogues["train"] for t in (*d.context, d.response)], 1000)
+    return Tokenizer.train(
+        [t for d in corpus.dialogues["train"] for t in (*d.context, d.response)], 1000
+    )
 
 
 def everything(corpus):
-    return [d for part in (*corpus.dialogues.values(), *corpus.labelled.values()) for d in part]
+    return [
+        d for part in (*corpus.dialogues.values(), *corpus.labelled.values()) for d in part
+    ]
 
 
 # ---- the embedded world
+
 
 def test_32_emotions_with_six_situations_and_level_rule():
     assert len(data.EMOTIONS) == len({e.name for e in data.EMOTIONS}) == 32
     assert all(len(e.situations) >= 6 and len(e.feelings) >= 2 for e in data.EMOTIONS)
     assert Counter((e.valence, e.family) for e in data.EMOTIONS) == dict.fromkeys(
-        itertools.product(("neg", "pos"), ("inward", "outward")), 8)
+        itertools.product(("neg", "pos"), ("inward", "outward")), 8
+    )
     assert data.modal_levels("neg", "outward", True, 1) == (2, 0, 2)
     assert data.modal_levels("neg", "inward", False, 1) == (1, 2, 1)
     assert data.modal_levels("pos", "outward", False, 3) == (0, 1, 0)
     assert data.modal_levels("pos", "inward", True, 2) == (1, 1, 1)
-    for options in (("neg", "pos"), ("inward", "outward"), (False, True), (1, 2, 3)):     # every feature matters
-        index = (("neg", "pos"), ("inward", "outward"), (False, True), (1, 2, 3)).index(options)
+    for options in (
+        ("neg", "pos"),
+        ("inward", "outward"),
+        (False, True),
+        (1, 2, 3),
+    ):  # every feature matters
+        index = (("neg", "pos"), ("inward", "outward"), (False, True), (1, 2, 3)).index(
+            options
+        )
         rules = set()
         for option in options:
             features = ["neg", "outward", False, 1]
@@ -70,33 +90,60 @@ def test_texts_are_unambiguous():
     topics = sorted(set(data.TOPICS.values()))
     assert all(not any(c in opener for c in ".?!") for opener in openers)
     # no topic is the beginning of another (they would be neighbours once sorted), else cutting could help
-    assert not [pair for pair in itertools.pairwise(topics) if f"{pair[1]} ".startswith(f"{pair[0]} ")]
-    same = {data._plain(o): {data._plain(t) for e in data.EMOTIONS for s in e.situations for q, t in s if q == o}
-            for o in openers[::97]}
+    assert not [
+        pair for pair in itertools.pairwise(topics) if f"{pair[1]} ".startswith(f"{pair[0]} ")
+    ]
+    same = {
+        data._plain(o): {
+            data._plain(t) for e in data.EMOTIONS for s in e.situations for q, t in s if q == o
+        }
+        for o in openers[::97]
+    }
     assert all(len(topics) == 1 for topics in same.values())
     for key, phrases in data.SENTENCES.items():
-        texts = [phrase.replace("TOPIC", "the dog").replace("FEELING", "sad") for phrase in phrases]
-        if key[:2] not in data.MECHANISMS:      # what a context or a filler says is of no level
+        texts = [
+            phrase.replace("TOPIC", "the dog").replace("FEELING", "sad") for phrase in phrases
+        ]
+        if key[:2] not in data.MECHANISMS:  # what a context or a filler says is of no level
             assert {oracle_levels((), text) for text in texts} == {(0, 0, 0)}, key
             continue
         assert len(phrases) >= 5
         mechanism, level = data.MECHANISMS.index(key[:2]), int(key[3])
-        for phrase, text in zip(phrases, texts):                  # a phrase of one mechanism is none of another
-            assert oracle_levels(("I have a dog.",), text) == tuple(int(m == mechanism) for m in range(3)), text
+        for phrase, text in zip(
+            phrases, texts
+        ):  # a phrase of one mechanism is none of another
+            assert oracle_levels(("I have a dog.",), text) == tuple(
+                int(m == mechanism) for m in range(3)
+            ), text
             assert (level == 2) == ("TOPIC" in phrase)
     assert len(data.SENTENCES["filler"]) >= 10
 
 
 def test_sizes_ids_turns_and_notes(corpus):
-    assert {name: len(part) for name, part in corpus.dialogues.items()} == {"train": 3000, "valid": 300, "test": 600}
+    assert {name: len(part) for name, part in corpus.dialogues.items()} == {
+        "train": 3000,
+        "valid": 300,
+        "test": 600,
+    }
     assert {name: len(part) for name, part in corpus.labelled.items()} == {
-        "train": 1500, "valid": 400, "test": 600, "judge_train": 1500, "judge_valid": 400}
+        "train": 1500,
+        "valid": 400,
+        "test": 600,
+        "judge_train": 1500,
+        "judge_valid": 400,
+    }
     assert len(corpus.notes) == 1
     ids = [d.id for d in everything(corpus)]
     assert len(ids) == len(set(ids))
-    assert set(corpus.level_probs) == {d.id for part in corpus.dialogues.values() for d in part}
+    assert set(corpus.level_probs) == {
+        d.id for part in corpus.dialogues.values() for d in part
+    }
     turns = Counter(len(d.context) for d in corpus.dialogues["train"])
-    assert set(turns) == {1, 3, 5} and abs(turns[1] / 3000 - 0.5) < 0.04 and abs(turns[5] / 3000 - 0.2) < 0.04
+    assert (
+        set(turns) == {1, 3, 5}
+        and abs(turns[1] / 3000 - 0.5) < 0.04
+        and abs(turns[5] / 3000 - 0.2) < 0.04
+    )
     words = [sum(len(t.split()) for t in d.context) for d in everything(corpus)]
     assert max(words) <= 50
     assert max(len(d.response.split()) for d in everything(corpus)) <= 48
@@ -111,25 +158,33 @@ def test_deterministic_and_test_part_independent_of_training_size(corpus):
     again = data.embedded_corpus(seed=3, num_train=3000, num_labelled=1500)
     assert again == corpus
     small = data.embedded_corpus(seed=3, num_train=10, num_labelled=10)
-    assert small.dialogues["test"] == corpus.dialogues["test"] and small.labelled["valid"] == corpus.labelled["valid"]
-    assert data.embedded_corpus(seed=4, num_train=10, num_labelled=10).dialogues["test"] != corpus.dialogues["test"]
+    assert (
+        small.dialogues["test"] == corpus.dialogues["test"]
+        and small.labelled["valid"] == corpus.labelled["valid"]
+    )
+    assert (
+        data.embedded_corpus(seed=4, num_train=10, num_labelled=10).dialogues["test"]
+        != corpus.dialogues["test"]
+    )
 
 
 def test_default_sizes_are_fast():
     start = time.perf_counter()
     data.embedded_corpus()
-    assert time.perf_counter() - start < 6      # about 1 s; room for a busy machine
+    assert time.perf_counter() - start < 6  # about 1 s; room for a busy machine
 
 
 def test_levels_follow_level_probs(corpus):
     pairs = [(d.levels, corpus.level_probs[d.id]) for d in corpus.dialogues["train"]]
     for m in range(3):
-        hits = sum(max(range(3), key=probs[m].__getitem__) == levels[m] for levels, probs in pairs)
+        hits = sum(
+            max(range(3), key=probs[m].__getitem__) == levels[m] for levels, probs in pairs
+        )
         assert abs(hits / len(pairs) - 0.76) < 0.03
         for level in range(3):
             expected = sum(probs[m][level] for _, probs in pairs) / len(pairs)
             seen = sum(levels[m] == level for levels, _ in pairs) / len(pairs)
-            assert abs(seen - expected) < 0.03 and 0.2 < seen < 0.5          # no level is rare
+            assert abs(seen - expected) < 0.03 and 0.2 < seen < 0.5  # no level is rare
     assert all(abs(sum(p) - 1) < 1e-9 for _, probs in pairs for p in probs)
 
 
@@ -138,43 +193,64 @@ def test_levels_follow_level_probs(corpus):
 FIELD = ("My dog died this week. It is too much for me.",)
 
 
-@pytest.mark.parametrize("response, levels", [
-    ("My heart hurts for you over the death of your dog.", (2, 0, 0)),
-    ("my heart hurts for you over the death of your dog", (2, 0, 0)),
-    ("MY HEART HURTS for you over  the death of your dog !", (2, 0, 0)),
-    ("My heart hurts for you over death of your dog.", (2, 0, 0)),
-    ("My heart hurts for you over the death of your cat.", (1, 0, 0)),
-    ("My heart hurts for you over the", (1, 0, 0)),
-    ("My heart hurts for", (0, 0, 0)),
-    ("I am so sorry. I am so sorry. Oh no, that is sad.", (1, 0, 0)),
-    ("You must feel broken about the death of your dog. What happened exactly?", (0, 2, 1)),
-    ("No wonder the death of your dog makes you feel sad. I see.", (0, 2, 0)),
-    ("No wonder the fire in your attic makes you feel sad.", (0, 1, 0)),
-    ("I understand how you feel. How long have you been dealing with the death of your dog?", (0, 1, 2)),
-    ("How lovely.", (1, 0, 0)),
-    ("I see. Time will tell.", (0, 0, 0)),
-    ("", (0, 0, 0)),
-    ("dog dog dog the death of your dog", (0, 0, 0)),
-    ("Wow, how lovelyish", (0, 0, 0)),
-])
+@pytest.mark.parametrize(
+    "response, levels",
+    [
+        ("My heart hurts for you over the death of your dog.", (2, 0, 0)),
+        ("my heart hurts for you over the death of your dog", (2, 0, 0)),
+        ("MY HEART HURTS for you over  the death of your dog !", (2, 0, 0)),
+        ("My heart hurts for you over death of your dog.", (2, 0, 0)),
+        ("My heart hurts for you over the death of your cat.", (1, 0, 0)),
+        ("My heart hurts for you over the", (1, 0, 0)),
+        ("My heart hurts for", (0, 0, 0)),
+        ("I am so sorry. I am so sorry. Oh no, that is sad.", (1, 0, 0)),
+        (
+            "You must feel broken about the death of your dog. What happened exactly?",
+            (0, 2, 1),
+        ),
+        ("No wonder the death of your dog makes you feel sad. I see.", (0, 2, 0)),
+        ("No wonder the fire in your attic makes you feel sad.", (0, 1, 0)),
+        (
+            "I understand how you feel. How long have you been dealing with the death of your dog?",
+            (0, 1, 2),
+        ),
+        ("How lovely.", (1, 0, 0)),
+        ("I see. Time will tell.", (0, 0, 0)),
+        ("", (0, 0, 0)),
+        ("dog dog dog the death of your dog", (0, 0, 0)),
+        ("Wow, how lovelyish", (0, 0, 0)),
+    ],
+)
 def test_oracle_by_hand(response, levels):
     assert oracle_levels(FIELD, response) == levels
 
 
 def test_oracle_outside_its_world():
     text = "My heart hurts for you over the death of your dog."
-    for context in ((), ("",), ("Hello there, how are you?",), ("My dog did something else.",)):
+    for context in (
+        (),
+        ("",),
+        ("Hello there, how are you?",),
+        ("My dog did something else.",),
+    ):
         assert oracle_levels(context, text) == (1, 0, 0)
-    assert oracle_levels(("my dog died this week . it is too much for me .", "oh ?", "it is new ."), text) == (2, 0, 0)
+    assert oracle_levels(
+        ("my dog died this week . it is too much for me .", "oh ?", "it is new ."), text
+    ) == (2, 0, 0)
 
 
 def test_oracle_reads_its_own_corpus(corpus, tokenizer):
     dialogues = everything(corpus)
     right = [oracle_levels(d.context, d.response) == d.levels for d in dialogues]
     assert np.mean(right) >= 0.995
-    through = [oracle_levels([tokenizer.decode(tokenizer.encode(t)) for t in d.context],
-                             tokenizer.decode(tokenizer.encode_response(d.response, 128))) == d.levels
-               for d in dialogues[:2000]]
+    through = [
+        oracle_levels(
+            [tokenizer.decode(tokenizer.encode(t)) for t in d.context],
+            tokenizer.decode(tokenizer.encode_response(d.response, 128)),
+        )
+        == d.levels
+        for d in dialogues[:2000]
+    ]
     assert np.mean(through) >= 0.995
 
 
@@ -183,11 +259,19 @@ def test_oracle_on_damaged_texts(corpus):
     for d in everything(corpus)[:1500]:
         words, sentences = d.response.split(), re.findall("[^.?]+[.?]", d.response)
         levels = oracle_levels(d.context, d.response)
-        assert oracle_levels(d.context, " ".join(rng.sample(sentences, len(sentences)))) == levels
+        assert (
+            oracle_levels(d.context, " ".join(rng.sample(sentences, len(sentences)))) == levels
+        )
         assert oracle_levels(d.context, d.response + " " + d.response) == levels
-        for worse in (" ".join(words[:rng.randrange(len(words) + 1)]), " ".join(rng.sample(words, len(words))),
-                      d.response[:rng.randrange(len(d.response))]):
-            assert all(a <= b for a, b in zip(oracle_levels(d.context, worse), levels)), (worse, d.response)
+        for worse in (
+            " ".join(words[: rng.randrange(len(words) + 1)]),
+            " ".join(rng.sample(words, len(words))),
+            d.response[: rng.randrange(len(d.response))],
+        ):
+            assert all(a <= b for a, b in zip(oracle_levels(d.context, worse), levels)), (
+                worse,
+                d.response,
+            )
 
 
 def test_other_situations_count_one(corpus):
@@ -195,7 +279,9 @@ def test_other_situations_count_one(corpus):
     test = corpus.dialogues["test"]
     for d in test:
         other = rng.choice(test)
-        topic, others = (data.TOPICS[data._plain(x.context[0].split(".")[0])] for x in (d, other))
+        topic, others = (
+            data.TOPICS[data._plain(x.context[0].split(".")[0])] for x in (d, other)
+        )
         expected = other.levels if topic == others else tuple(min(1, n) for n in other.levels)
         assert oracle_levels(d.context, other.response) == expected
 
@@ -203,14 +289,21 @@ def test_other_situations_count_one(corpus):
 def test_labelled_parts_have_mismatched_responses(corpus):
     """About 8 % are of another scene; where they name its topic, the oracle's level is 1 instead of 2."""
     part, strong, foreign, near = corpus.labelled["train"], 0, 0, 0
-    marks = [re.sub("TOPIC|FEELING", "(.+)", p[:-1]) for key, ps in data.SENTENCES.items() if " 2 " in key for p in ps]
+    marks = [
+        re.sub("TOPIC|FEELING", "(.+)", p[:-1])
+        for key, ps in data.SENTENCES.items()
+        if " 2 " in key
+        for p in ps
+    ]
     for d in part:
         assert d.levels == oracle_levels(d.context, d.response)
         topic = data.TOPICS[data._plain(d.context[0].split(".")[0])]
         if any(re.search(mark, d.response) for mark in marks):
             strong += 1
             foreign += topic not in data._plain(d.response)
-            near += topic not in data._plain(d.response) and topic.split()[0] in data._plain(d.response)
+            near += topic not in data._plain(d.response) and topic.split()[0] in data._plain(
+                d.response
+            )
     assert 0.05 < foreign / strong < 0.11 and near > 0.1 * foreign
 
 
@@ -223,16 +316,26 @@ def test_oracle_is_fast(corpus):
 
 # ---- tokenizer
 
+
 def test_tokenizer_ids(tokenizer):
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2)
     assert 500 < tokenizer.vocab_size <= 1000
-    assert tokenizer.sentinels[0] == tokenizer.vocab_size - 1 and tokenizer.sentinels[99] == tokenizer.vocab_size - 100
+    assert (
+        tokenizer.sentinels[0] == tokenizer.vocab_size - 1
+        and tokenizer.sentinels[99] == tokenizer.vocab_size - 100
+    )
     ids = tokenizer.encode("I am so sorry.")
-    assert 1 not in ids and max(ids) < tokenizer.sentinels[99] and tokenizer.decode(ids) == "i am so sorry."
+    assert (
+        1 not in ids
+        and max(ids) < tokenizer.sentinels[99]
+        and tokenizer.decode(ids) == "i am so sorry."
+    )
 
 
 def test_tokenizer_has_every_character_of_the_world(corpus, tokenizer):
-    assert not any(2 in tokenizer.encode(t) for d in everything(corpus) for t in (*d.context, d.response))
+    assert not any(
+        2 in tokenizer.encode(t) for d in everything(corpus) for t in (*d.context, d.response)
+    )
 
 
 def test_decode_stops_at_eos_and_skips_padding_and_sentinels(tokenizer):
@@ -246,7 +349,11 @@ def test_context_keeps_the_newest_and_marks_every_utterance(tokenizer):
     first, second = tokenizer.encode("it is new for me."), tokenizer.encode("oh?")
     whole = tokenizer.encode_context(("it is new for me.", "oh?"), 100)
     assert whole == [*first, 1, *second, 1]
-    assert tokenizer.encode_context(("it is new for me.", "oh?"), len(second) + 2) == [1, *second, 1]
+    assert tokenizer.encode_context(("it is new for me.", "oh?"), len(second) + 2) == [
+        1,
+        *second,
+        1,
+    ]
     assert tokenizer.encode_context(("it is new for me.", "oh?"), 1) == [1]
     assert tokenizer.encode_context((), 10) == [1]
 
@@ -255,7 +362,11 @@ def test_response_always_ends(tokenizer):
     ids = tokenizer.encode("i am so sorry.")
     assert tokenizer.encode_response("i am so sorry.", 50) == [*ids, 1]
     assert tokenizer.encode_response("i am so sorry.", 3) == [*ids[:2], 1]
-    assert tokenizer.encode_response("i am so sorry.", 1) == tokenizer.encode_response("", 9) == [1]
+    assert (
+        tokenizer.encode_response("i am so sorry.", 1)
+        == tokenizer.encode_response("", 9)
+        == [1]
+    )
 
 
 def test_marker_written_by_a_user_is_only_text(tokenizer):
@@ -277,8 +388,16 @@ def test_t5_like_model_keeps_t5_ids(corpus):
     """T5's spiece.model: pad 0, eos 1, unk 2, sentinels not in the file; it need not fold case."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter([d.response for d in corpus.dialogues["train"]]), model_writer=model, vocab_size=300,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=3)
+        sentence_iterator=iter([d.response for d in corpus.dialogues["train"]]),
+        model_writer=model,
+        vocab_size=300,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=3,
+    )
     tokenizer = Tokenizer(model.getvalue())
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     assert tokenizer.encode("How lovely.") == pieces.EncodeAsIds("How lovely.")
@@ -290,8 +409,12 @@ def test_t5_like_model_keeps_t5_ids(corpus):
 def test_damaged_models_are_refused(corpus, tokenizer, tmp_path):
     foreign = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter([d.response for d in corpus.dialogues["train"][:200]]), model_writer=foreign,
-        vocab_size=200, hard_vocab_limit=False, minloglevel=3)
+        sentence_iterator=iter([d.response for d in corpus.dialogues["train"][:200]]),
+        model_writer=foreign,
+        vocab_size=200,
+        hard_vocab_limit=False,
+        minloglevel=3,
+    )
     for model in (b"", b"rubbish", tokenizer.model[:1000], foreign.getvalue(), b"\0" * 100):
         with pytest.raises(DataError, match="; train it again"):
             Tokenizer(model)
@@ -305,6 +428,7 @@ def test_damaged_models_are_refused(corpus, tokenizer, tmp_path):
 
 # ---- batches
 
+
 def test_pad():
     batch = data.pad([[5, 6], [7], []])
     assert batch.dtype == torch.long and batch.tolist() == [[5, 6], [7, 0], [0, 0]]
@@ -313,7 +437,10 @@ def test_pad():
 
 @pytest.mark.parametrize("count, size", [(1, 1), (7, 3), (100, 8), (1000, 8), (1601, 16)])
 def test_every_example_once_an_epoch(count, size):
-    rows_at, per_epoch = batches(np.random.default_rng(0).integers(1, 60, count), size, seed=5), -(-count // size)
+    rows_at, per_epoch = (
+        batches(np.random.default_rng(0).integers(1, 60, count), size, seed=5),
+        -(-count // size),
+    )
     for epoch in range(2):
         parts = [rows_at(epoch * per_epoch + i) for i in range(per_epoch)]
         assert sorted(i for part in parts for i in part) == list(range(count))
@@ -321,7 +448,7 @@ def test_every_example_once_an_epoch(count, size):
 
 
 def test_batches_depend_on_seed_and_step_alone():
-    lengths = list(np.random.default_rng(0).integers(1, 60, 500))           # 63 batches an epoch
+    lengths = list(np.random.default_rng(0).integers(1, 60, 500))  # 63 batches an epoch
     one, two, other = batches(lengths, 8, 1), batches(lengths, 8, 1), batches(lengths, 8, 2)
     steps = [200, 3, 70, 199, 0, 63]
     assert {s: one(s) for s in steps} == {s: two(s) for s in sorted(steps)}
@@ -331,9 +458,16 @@ def test_batches_depend_on_seed_and_step_alone():
 
 def test_batches_are_of_like_length():
     lengths = np.random.default_rng(0).integers(1, 100, 2000)
+
     def padding(parts):
         return sum(len(b) * lengths[b].max() for b in parts) / lengths.sum()
-    assert padding(map(batches(lengths, 8, 0), range(250))) < 1.06 < 1.5 < padding(range(i, i + 8) for i in range(0, 2000, 8))
+
+    assert (
+        padding(map(batches(lengths, 8, 0), range(250)))
+        < 1.06
+        < 1.5
+        < padding(range(i, i + 8) for i in range(0, 2000, 8))
+    )
 
 
 def test_no_examples():
@@ -345,24 +479,43 @@ def test_no_examples():
 # ---- rubbish files: one line 'path:line: what is wrong; what to do', never a traceback of another kind
 
 RUBBISH = {
-    "empty": b"", "blank": b" \n\n \n", "binary": bytes(range(256)) * 8, "nul": b"context,response\na\0b,c\n",
-    "latin1": "context,response\ncaf\u00e9,x\n".encode("latin-1"), "one column": b"context\nhello\n",
-    "long": b"context,response\n" + b"x" * 1_000_000 + b",y\n", "prose": b"This is not a table.\n",
-    "header only": b"context,response\n", "quote": b'context,response\n"open,x\ny,z\n',
+    "empty": b"",
+    "blank": b" \n\n \n",
+    "binary": bytes(range(256)) * 8,
+    "nul": b"context,response\na\0b,c\n",
+    "latin1": "context,response\ncaf\u00e9,x\n".encode("latin-1"),
+    "one column": b"context\nhello\n",
+    "long": b"context,response\n" + b"x" * 1_000_000 + b",y\n",
+    "prose": b"This is not a table.\n",
+    "header only": b"context,response\n",
+    "quote": b'context,response\n"open,x\ny,z\n',
     "utf16": "\ufeffa".encode("utf-16"),
-    "deep": b"[" * 90_000, "json list": b"[1, 2]\n", "json null": b"null\n", "json cut": b'{"context": ["a"], "resp',
-    "short row": b"context,response\na\n", "long row": b"context,response\na,b,c\n",
-    "empty response": b"context,response\na,\n", "empty context": b"context,response\n,b\n",
+    "deep": b"[" * 90_000,
+    "json list": b"[1, 2]\n",
+    "json null": b"null\n",
+    "json cut": b'{"context": ["a"], "resp',
+    "short row": b"context,response\na\n",
+    "long row": b"context,response\na,b,c\n",
+    "empty response": b"context,response\na,\n",
+    "empty context": b"context,response\n,b\n",
 }
 
 
 @pytest.mark.parametrize("name", RUBBISH)
 def test_rubbish(name, tmp_path):
     (tmp_path / "epitome").mkdir()
-    for path in (tmp_path / "x.csv", tmp_path / "x.jsonl", *(tmp_path / "epitome" / f for f in data.EPITOME_FILES)):
+    for path in (
+        tmp_path / "x.csv",
+        tmp_path / "x.jsonl",
+        *(tmp_path / "epitome" / f for f in data.EPITOME_FILES),
+    ):
         path.write_bytes(RUBBISH[name])
-    for read, path in ((data.read_dialogues, tmp_path / "x.csv"), (data.read_dialogues, tmp_path / "x.jsonl"),
-                       (data.read_empathetic_dialogues, tmp_path / "x.csv"), (data.read_epitome, tmp_path / "epitome")):
+    for read, path in (
+        (data.read_dialogues, tmp_path / "x.csv"),
+        (data.read_dialogues, tmp_path / "x.jsonl"),
+        (data.read_empathetic_dialogues, tmp_path / "x.csv"),
+        (data.read_epitome, tmp_path / "epitome"),
+    ):
         with pytest.raises(DataError) as error:
             read(path)
         message = str(error.value)
@@ -372,7 +525,12 @@ def test_rubbish(name, tmp_path):
 
 
 def test_missing_files_and_folders(tmp_path):
-    for read in (data.read_dialogues, data.read_empathetic_dialogues, data.read_epitome, data.real_corpus):
+    for read in (
+        data.read_dialogues,
+        data.read_empathetic_dialogues,
+        data.read_epitome,
+        data.real_corpus,
+    ):
         for path in (tmp_path / "none.csv", tmp_path):
             with pytest.raises(DataError, match="; "):
                 read(path)
@@ -384,16 +542,26 @@ def test_byte_order_mark_and_windows_lines(tmp_path):
     path = tmp_path / "x.csv"
     path.write_bytes(b"\xef\xbb\xbfcontext,response\r\nHello. </s> Hm? </s> Bye.,Good\r\n")
     assert data.read_dialogues(path)[0].context == ("Hello.", "Hm?", "Bye.")
-    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([ED_HEADER, *ed_rows("c:1", "a", "b")]).encode())
+    path.write_bytes(
+        b"\xef\xbb\xbf" + "\r\n".join([ED_HEADER, *ed_rows("c:1", "a", "b")]).encode()
+    )
     assert data.read_empathetic_dialogues(path)[0][0].response == "b"
 
 
 # ---- yours
 
+
 def test_yours_jsonl_and_csv_agree(tmp_path):
     levels = {"er": 0, "ip": 1, "ex": 2}
-    records = [{"context": ["Hello.", "Hm?", "It rained."], "response": "I see.", "emotion": "sad", **levels},
-               {"context": ["One, two"], "response": 'He said "no".'}]
+    records = [
+        {
+            "context": ["Hello.", "Hm?", "It rained."],
+            "response": "I see.",
+            "emotion": "sad",
+            **levels,
+        },
+        {"context": ["One, two"], "response": 'He said "no".'},
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n")
     with open(tmp_path / "a.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["context", "response", "emotion", "er", "ip", "ex"])
@@ -401,32 +569,40 @@ def test_yours_jsonl_and_csv_agree(tmp_path):
         writer.writerows({**r, "context": " </s> ".join(r["context"])} for r in records)
     read = data.read_dialogues(tmp_path / "a.jsonl")
     assert [(d.context, d.response, d.emotion, d.levels) for d in read] == [
-        (("Hello.", "Hm?", "It rained."), "I see.", "sad", (0, 1, 2)), (("One, two",), 'He said "no".', "", None)]
+        (("Hello.", "Hm?", "It rained."), "I see.", "sad", (0, 1, 2)),
+        (("One, two",), 'He said "no".', "", None),
+    ]
     assert [d.__dict__ | {"id": ""} for d in data.read_dialogues(tmp_path / "a.csv")] == [
-        d.__dict__ | {"id": ""} for d in read]
+        d.__dict__ | {"id": ""} for d in read
+    ]
     assert len({d.id for d in read}) == 2
-    (tmp_path / "b.jsonl").write_text('{"context": "One </s> two", "response": "x\\u0000\\ud800 y", "er": null}')
+    (tmp_path / "b.jsonl").write_text(
+        '{"context": "One </s> two", "response": "x\\u0000\\ud800 y", "er": null}'
+    )
     assert data.read_dialogues(tmp_path / "b.jsonl")[0].context == ("One", "two")
     assert data.read_dialogues(tmp_path / "b.jsonl")[0].response == "x y"
 
 
-@pytest.mark.parametrize("record, problem", [
-    ({"context": ["a"], "response": "b", "er": 0, "ip": 1, "ex": 3}, "level '3'"),
-    ({"context": ["a"], "response": "b", "er": 0, "ip": 1, "ex": -1}, "level '-1'"),
-    ({"context": ["a"], "response": "b", "er": 0, "ip": 1, "ex": True}, "level 'True'"),
-    ({"context": ["a"], "response": "b", "er": 0, "ip": 1, "ex": [1]}, "level"),
-    ({"context": ["a"], "response": "b", "er": 0}, "1 of 3 levels"),
-    ({"context": ["a"], "response": " "}, "empty response"),
-    ({"context": [], "response": "b"}, "empty"),
-    ({"context": ["a", ""], "response": "b"}, "empty"),
-    ({"context": [1], "response": "b"}, "not a record"),
-    ({"context": None, "response": "b"}, "not a record"),
-    ({"context": ["a"], "response": None}, "not a record"),
-    ({"context": ["a"], "response": "b", "emotion": 5}, "not a record"),
-    ({"context": {"a": 1}, "response": "b"}, "not a record"),
-    ({"context": ["a"], "answer": "b"}, "not a record"),
-    ({"context": ["a"], "response": "b", "empotion": "sad"}, "not a record"),
-])
+@pytest.mark.parametrize(
+    "record, problem",
+    [
+        ({"context": ["a"], "response": "b", "er": 0, "ip": 1, "ex": 3}, "level '3'"),
+        ({"context": ["a"], "response": "b", "er": 0, "ip": 1, "ex": -1}, "level '-1'"),
+        ({"context": ["a"], "response": "b", "er": 0, "ip": 1, "ex": True}, "level 'True'"),
+        ({"context": ["a"], "response": "b", "er": 0, "ip": 1, "ex": [1]}, "level"),
+        ({"context": ["a"], "response": "b", "er": 0}, "1 of 3 levels"),
+        ({"context": ["a"], "response": " "}, "empty response"),
+        ({"context": [], "response": "b"}, "empty"),
+        ({"context": ["a", ""], "response": "b"}, "empty"),
+        ({"context": [1], "response": "b"}, "not a record"),
+        ({"context": None, "response": "b"}, "not a record"),
+        ({"context": ["a"], "response": None}, "not a record"),
+        ({"context": ["a"], "response": "b", "emotion": 5}, "not a record"),
+        ({"context": {"a": 1}, "response": "b"}, "not a record"),
+        ({"context": ["a"], "answer": "b"}, "not a record"),
+        ({"context": ["a"], "response": "b", "empotion": "sad"}, "not a record"),
+    ],
+)
 def test_yours_names_the_line(record, problem, tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"context": ["a"], "response": "b"}\n\n' + json.dumps(record) + "\n")
@@ -441,7 +617,10 @@ ED_HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval
 
 
 def ed_rows(conversation, *utterances, emotion="proud", end=","):
-    return [f"{conversation},{i},{emotion},A situation.,{i % 2},{text},{end}" for i, text in enumerate(utterances, 1)]
+    return [
+        f"{conversation},{i},{emotion},A situation.,{i % 2},{text},{end}"
+        for i, text in enumerate(utterances, 1)
+    ]
 
 
 def read_ed(tmp_path, *rows):
@@ -451,23 +630,37 @@ def read_ed(tmp_path, *rows):
 
 def test_ed_pairs_quotes_and_commas(tmp_path):
     dialogues, note = read_ed(
-        tmp_path, *ed_rows("hit:0_conv:1", 'I said "yes_comma_ dear', "Oh?", "True.", 'And "then'),
-        *ed_rows("hit:1_conv:2", "One", "Two", "Three", end=",a|b|c", emotion="sad"))     # 9 fields
+        tmp_path,
+        *ed_rows("hit:0_conv:1", 'I said "yes_comma_ dear', "Oh?", "True.", 'And "then'),
+        *ed_rows("hit:1_conv:2", "One", "Two", "Three", end=",a|b|c", emotion="sad"),
+    )  # 9 fields
     assert dialogues == [
         Dialogue(('I said "yes, dear',), "Oh?", "proud", None, "hit:0_conv:1/2"),
-        Dialogue(('I said "yes, dear', "Oh?", "True."), 'And "then', "proud", None, "hit:0_conv:1/4"),
-        Dialogue(("One",), "Two", "sad", None, "hit:1_conv:2/2")]
+        Dialogue(
+            ('I said "yes, dear', "Oh?", "True."), 'And "then', "proud", None, "hit:0_conv:1/4"
+        ),
+        Dialogue(("One",), "Two", "sad", None, "hit:1_conv:2/2"),
+    ]
     assert note == f"{tmp_path / 'ed.csv'}: 3 pairs"
 
 
 def test_ed_bad_rows_cut_their_conversation(tmp_path):
     ragged = ed_rows("c:1", "a", "b", "c", "d", "e", "f")
-    ragged[3] = "c:1,4,proud,A situation.,0,too,many,fields,in,it"           # line 5: it and the two after it
-    empty = ed_rows("c:2", "a", " ", "c", "d")                              # three rows
+    ragged[3] = (
+        "c:1,4,proud,A situation.,0,too,many,fields,in,it"  # line 5: it and the two after it
+    )
+    empty = ed_rows("c:2", "a", " ", "c", "d")  # three rows
     gap = ed_rows("c:3", "a", "b", "c", "d")
-    del gap[2]                                                               # 1, 2, 4: the last row
-    dialogues, note = read_ed(tmp_path, *ragged, *empty, *gap, "c:4,1,short", *ed_rows("c:5", "a", "b"),
-                              *ed_rows("c:1", "x", "y"))                     # and it comes back: two rows
+    del gap[2]  # 1, 2, 4: the last row
+    dialogues, note = read_ed(
+        tmp_path,
+        *ragged,
+        *empty,
+        *gap,
+        "c:4,1,short",
+        *ed_rows("c:5", "a", "b"),
+        *ed_rows("c:1", "x", "y"),
+    )  # and it comes back: two rows
     assert [d.id for d in dialogues] == ["c:1/2", "c:3/2", "c:5/2"]
     assert "3 pairs; 10 rows skipped" in note and note.endswith("as in line 5")
 
@@ -476,50 +669,82 @@ def test_ed_bad_rows_cut_their_conversation(tmp_path):
 def test_ed_real_counts():
     """Listener pairs of shared/data/README.md. All its utterances can be used, so nothing is cut."""
     for name, pairs in (("valid", 4880), ("test", 4463), ("train", 34225)):
-        dialogues, note = data.read_empathetic_dialogues(REAL / "empatheticdialogues" / f"{name}.csv")
+        dialogues, note = data.read_empathetic_dialogues(
+            REAL / "empatheticdialogues" / f"{name}.csv"
+        )
         assert len(dialogues) == pairs, note
-        assert len({d.emotion for d in dialogues}) == 32 and all(len(d.context) % 2 for d in dialogues)
+        assert len({d.emotion for d in dialogues}) == 32 and all(
+            len(d.context) % 2 for d in dialogues
+        )
         assert len({d.id for d in dialogues}) == pairs
 
 
 # ---- EPITOME
+
 
 def write_epitome(folder, rows, change=None):
     """rows: (sp_id, rp_id, seeker, response, (er, ip, ex)); change(file number, row number, fields)."""
     folder.mkdir(exist_ok=True)
     for m, name in enumerate(data.EPITOME_FILES):
         with open(folder / name, "w", newline="") as file:
-            writer = csv.writer(file)           # CRLF and quotes where needed, as in the originals
-            writer.writerow(["sp_id", "rp_id", "seeker_post", "response_post", "level", "rationales"])
+            writer = csv.writer(file)  # CRLF and quotes where needed, as in the originals
+            writer.writerow(
+                ["sp_id", "rp_id", "seeker_post", "response_post", "level", "rationales"]
+            )
             for i, (seeker, responder, post, answer, levels) in enumerate(rows):
                 fields = [seeker, responder, post, answer, levels[m], ""]
                 writer.writerow(change(m, i, fields) if change else fields)
 
 
 def test_epitome_join_cleaning_and_duplicates(tmp_path):
-    write_epitome(tmp_path, [
-        ("s1", "r1", "Rain, &amp;amp; wind", 'He said\n"go"  &gt;&#x200B; on\ufffd', (0, 1, 2)),
-        ("s2", "r2", "a", "b", (0, 0, 0)), ("s2", "r2", "a", "b", (0, 0, 2)), ("s2", "r2", "a", "b", (0, 0, 2)),
-        ("s2", "r3", "a", "c", (1, 0, 0)), ("s2", "r3", "a", "c", (0, 0, 0)),
-        ("s3", "r4", "a", "d", (1, 1, 1)), ("s3", "r4", "a", "d", (1, 1, 1)), ("s4", "r5", "a", "&#x200B;", (0, 0, 0))],
-        change=lambda m, i, fields: fields if m == 0 else [*fields[:2], fields[2] + "  ", "other text", *fields[4:]])
+    write_epitome(
+        tmp_path,
+        [
+            (
+                "s1",
+                "r1",
+                "Rain, &amp;amp; wind",
+                'He said\n"go"  &gt;&#x200B; on\ufffd',
+                (0, 1, 2),
+            ),
+            ("s2", "r2", "a", "b", (0, 0, 0)),
+            ("s2", "r2", "a", "b", (0, 0, 2)),
+            ("s2", "r2", "a", "b", (0, 0, 2)),
+            ("s2", "r3", "a", "c", (1, 0, 0)),
+            ("s2", "r3", "a", "c", (0, 0, 0)),
+            ("s3", "r4", "a", "d", (1, 1, 1)),
+            ("s3", "r4", "a", "d", (1, 1, 1)),
+            ("s4", "r5", "a", "&#x200B;", (0, 0, 0)),
+        ],
+        change=lambda m, i, fields: fields
+        if m == 0
+        else [*fields[:2], fields[2] + "  ", "other text", *fields[4:]],
+    )
     dialogues, note = data.read_epitome(tmp_path)
     assert dialogues == [
         Dialogue(("Rain, & wind",), 'He said "go" > on', "", (0, 1, 2), "s1/r1"),
-        Dialogue(("a",), "b", "", (0, 0, 2), "s2/r2"),                       # majority
-        Dialogue(("a",), "c", "", (1, 0, 0), "s2/r3"),                       # tie: the first row
-        Dialogue(("a",), "d", "", (1, 1, 1), "s3/r4")]
-    assert "4 pairs from 9 rows; 1 pairs without text skipped, 2 with conflicting levels" in note
+        Dialogue(("a",), "b", "", (0, 0, 2), "s2/r2"),  # majority
+        Dialogue(("a",), "c", "", (1, 0, 0), "s2/r3"),  # tie: the first row
+        Dialogue(("a",), "d", "", (1, 1, 1), "s3/r4"),
+    ]
+    assert (
+        "4 pairs from 9 rows; 1 pairs without text skipped, 2 with conflicting levels" in note
+    )
 
 
-@pytest.mark.parametrize("change, file, line, problem", [
-    (lambda m, i, f: [*f[:4], 3, ""] if (m, i) == (1, 2) else f, 1, 4, "level '3'"),
-    (lambda m, i, f: [*f[:4], "", ""] if (m, i) == (2, 0) else f, 2, 2, "level ''"),
-    (lambda m, i, f: ["other", *f[1:]] if (m, i) == (2, 1) else f, 2, 3, "pair other/r1"),
-    (lambda m, i, f: f[:3] if (m, i) == (0, 1) else f, 0, 3, "not 6 fields"),
-])
+@pytest.mark.parametrize(
+    "change, file, line, problem",
+    [
+        (lambda m, i, f: [*f[:4], 3, ""] if (m, i) == (1, 2) else f, 1, 4, "level '3'"),
+        (lambda m, i, f: [*f[:4], "", ""] if (m, i) == (2, 0) else f, 2, 2, "level ''"),
+        (lambda m, i, f: ["other", *f[1:]] if (m, i) == (2, 1) else f, 2, 3, "pair other/r1"),
+        (lambda m, i, f: f[:3] if (m, i) == (0, 1) else f, 0, 3, "not 6 fields"),
+    ],
+)
 def test_epitome_errors_name_file_and_line(change, file, line, problem, tmp_path):
-    write_epitome(tmp_path, [(f"s{i}", f"r{i}", "a", "b", (0, 1, 2)) for i in range(4)], change)
+    write_epitome(
+        tmp_path, [(f"s{i}", f"r{i}", "a", "b", (0, 1, 2)) for i in range(4)], change
+    )
     with pytest.raises(DataError) as error:
         data.read_epitome(tmp_path)
     where = f"{tmp_path / data.EPITOME_FILES[file]}:{line}: "
@@ -535,15 +760,26 @@ def test_epitome_files_of_different_length(tmp_path):
 
 
 def test_split_labelled_by_seeker():
-    dialogues = [Dialogue(("a",), "b", "", (0, 0, 0), f"s{i % 1000}/r{i}") for i in range(1300)]
+    dialogues = [
+        Dialogue(("a",), "b", "", (0, 0, 0), f"s{i % 1000}/r{i}") for i in range(1300)
+    ]
     parts = data.split_labelled(dialogues, seed=0)
     seekers = {name: {d.id.split("/")[0] for d in part} for name, part in parts.items()}
     assert {name: len(s) for name, s in seekers.items()} == {
-        "train": 375, "judge_train": 337, "judge_valid": 38, "valid": 50, "test": 200}
+        "train": 375,
+        "judge_train": 337,
+        "judge_valid": 38,
+        "valid": 50,
+        "test": 200,
+    }
     assert not any(a & b for a, b in itertools.combinations(seekers.values(), 2))
-    assert sorted(d.id for part in parts.values() for d in part) == sorted(d.id for d in dialogues)
+    assert sorted(d.id for part in parts.values() for d in part) == sorted(
+        d.id for d in dialogues
+    )
     again = data.split_labelled(dialogues[::-1], seed=0)
-    assert {n: {d.id for d in p} for n, p in again.items()} == {n: {d.id for d in p} for n, p in parts.items()}
+    assert {n: {d.id for d in p} for n, p in again.items()} == {
+        n: {d.id for d in p} for n, p in parts.items()
+    }
     assert data.split_labelled(dialogues, seed=1) != parts
 
 
@@ -554,8 +790,14 @@ def test_real_corpus():
     # 3,023 distinct pairs in the original; a response that is empty once cleaned is left out and counted
     assert 3015 <= len(labelled) <= 3023 and any("3084 rows" in note for note in corpus.notes)
     assert all(d.levels and d.response and all(d.context) for d in labelled)
-    assert not any(c in t for d in labelled for t in (*d.context, d.response) for c in "\u200b\ufffd\n")
-    assert set(corpus.dialogues) == {"train", "valid", "test", "turns"} and corpus.level_probs == {} and len(corpus.notes) == 4
+    assert not any(
+        c in t for d in labelled for t in (*d.context, d.response) for c in "\u200b\ufffd\n"
+    )
+    assert (
+        set(corpus.dialogues) == {"train", "valid", "test", "turns"}
+        and corpus.level_probs == {}
+        and len(corpus.notes) == 4
+    )
 
 
 @real
@@ -563,20 +805,30 @@ def test_turns_for_pretraining_are_of_the_training_parts_only():
     """Both speakers' turns of the training conversations and the labelled training pairs; nothing of another part."""
     corpus = data.real_corpus(REAL)
     turns, train = corpus.dialogues["turns"], corpus.dialogues["train"]
-    assert {d.id for d in train} < {d.id for d in turns}, "each of them, and the speakers' turns beside"
+    assert {d.id for d in train} < {d.id for d in turns}, (
+        "each of them, and the speakers' turns beside"
+    )
     allowed = {d.id.partition("/")[0] for d in train}
     conversations = [d for d in turns if d.levels is None]
     assert {d.id.partition("/")[0] for d in conversations} == allowed
-    assert [d for d in turns if d.levels] == corpus.labelled["train"] + corpus.labelled["judge_train"]
-    kept_out = {d.id.partition("/")[0] for part in ("valid", "test") for d in corpus.dialogues[part]}
-    assert not kept_out & allowed and sum(len(d.context) % 2 == 0 for d in conversations) > 20_000
+    assert [d for d in turns if d.levels] == corpus.labelled["train"] + corpus.labelled[
+        "judge_train"
+    ]
+    kept_out = {
+        d.id.partition("/")[0] for part in ("valid", "test") for d in corpus.dialogues[part]
+    }
+    assert (
+        not kept_out & allowed and sum(len(d.context) % 2 == 0 for d in conversations) > 20_000
+    )
 
 
 # ---- download, from a server on this machine
 
+
 @pytest.fixture
 def server(tmp_path):
     """A server on a free port: `files` {path: bytes}; `log` of (path, Range); `limit` bytes before it hangs up."""
+
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             state = self.server.state
@@ -596,7 +848,7 @@ def server(tmp_path):
             self.send_header("Content-Length", str(len(body) - start))
             self.end_headers()
             for at in range(start, len(body), 100_000):
-                self.wfile.write(body[at:at + 100_000][:state["limit"]])
+                self.wfile.write(body[at : at + 100_000][: state["limit"]])
                 time.sleep(state["pause"])
                 if state["limit"]:
                     break
@@ -605,8 +857,17 @@ def server(tmp_path):
             pass
 
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.state = {"files": {}, "log": [], "ranges": True, "limit": None, "moved": {}, "pause": 0}
-    threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    httpd.state = {
+        "files": {},
+        "log": [],
+        "ranges": True,
+        "limit": None,
+        "moved": {},
+        "pause": 0,
+    }
+    threading.Thread(
+        target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    ).start()
     httpd.state["url"] = f"http://127.0.0.1:{httpd.server_address[1]}"
     yield httpd.state
     httpd.shutdown()
@@ -618,14 +879,23 @@ BODY = bytes(i * 7 % 251 for i in range(300_000))
 
 def source(server, body=BODY, members=(), digest=None):
     server["files"]["/f"] = body
-    return [(server["url"] + "/f", "sub/f.csv", digest or hashlib.sha256(body).hexdigest(), list(members))]
+    return [
+        (
+            server["url"] + "/f",
+            "sub/f.csv",
+            digest or hashlib.sha256(body).hexdigest(),
+            list(members),
+        )
+    ]
 
 
 def test_download_then_nothing_to_do(server, tmp_path):
     lines = []
     sources = source(server)
     download.download(tmp_path / "new", sources, lines.append)
-    assert (tmp_path / "new/sub/f.csv").read_bytes() == BODY and os.listdir(tmp_path / "new/sub") == ["f.csv"]
+    assert (tmp_path / "new/sub/f.csv").read_bytes() == BODY and os.listdir(
+        tmp_path / "new/sub"
+    ) == ["f.csv"]
     assert any("100 %" in line for line in lines)
     download.download(tmp_path / "new", sources, lines.append)
     assert server["log"] == [("/f", None)] and "already there" in lines[-1]
@@ -635,9 +905,14 @@ def test_download_then_nothing_to_do(server, tmp_path):
 def test_download_goes_on_after_a_cut(ranges, server, tmp_path):
     server.update(limit=100_000, ranges=ranges)
     sources = source(server)
-    with pytest.raises(DataError, match="cut off at 100000 of 300000|IncompleteRead|same command"):
+    with pytest.raises(
+        DataError, match="cut off at 100000 of 300000|IncompleteRead|same command"
+    ):
         download.download(tmp_path, sources, str)
-    assert os.listdir(tmp_path / "sub") == ["f.csv.part"] and (tmp_path / "sub/f.csv.part").stat().st_size == 100_000
+    assert (
+        os.listdir(tmp_path / "sub") == ["f.csv.part"]
+        and (tmp_path / "sub/f.csv.part").stat().st_size == 100_000
+    )
     server["limit"] = None
     download.download(tmp_path, sources, str)
     assert (tmp_path / "sub/f.csv").read_bytes() == BODY
@@ -648,13 +923,17 @@ def test_download_follows_a_redirection(server, tmp_path):
     sources = source(server)
     server["moved"]["/f"], server["files"]["/g"] = "/g", BODY
     download.download(tmp_path, sources, str)
-    assert (tmp_path / "sub/f.csv").read_bytes() == BODY and [path for path, _ in server["log"]] == ["/f", "/g"]
+    assert (tmp_path / "sub/f.csv").read_bytes() == BODY and [
+        path for path, _ in server["log"]
+    ] == ["/f", "/g"]
 
 
 def test_download_slow_and_stalled(server, tmp_path, monkeypatch):
     """A slow server is waited for, a silent one is given up; what came is kept."""
     urlopen = download.urlopen
-    monkeypatch.setattr(download, "urlopen", lambda request, timeout: urlopen(request, timeout=0.5))
+    monkeypatch.setattr(
+        download, "urlopen", lambda request, timeout: urlopen(request, timeout=0.5)
+    )
     server["pause"] = 0.1
     download.download(tmp_path / "slow", source(server), str)
     assert (tmp_path / "slow/sub/f.csv").read_bytes() == BODY
@@ -705,7 +984,9 @@ def archive(*entries):
         for entry in entries:
             info = entry if isinstance(entry, tarfile.TarInfo) else tarfile.TarInfo(entry[0])
             info.size = 0 if isinstance(entry, tarfile.TarInfo) else len(entry[1])
-            tar.addfile(info, None if isinstance(entry, tarfile.TarInfo) else io.BytesIO(entry[1]))
+            tar.addfile(
+                info, None if isinstance(entry, tarfile.TarInfo) else io.BytesIO(entry[1])
+            )
     return body.getvalue()
 
 
@@ -717,7 +998,10 @@ def test_download_unpacks_what_is_expected_only(server, tmp_path):
     for _ in range(2):
         download.download(tmp_path, sources, str)
     assert len(server["log"]) == 1 and os.listdir(tmp_path / "sub") == []
-    assert sorted(os.listdir(tmp_path / "d")) == ["a.csv", "b.csv"] and (tmp_path / "d/a.csv").read_bytes() == b"A"
+    assert (
+        sorted(os.listdir(tmp_path / "d")) == ["a.csv", "b.csv"]
+        and (tmp_path / "d/a.csv").read_bytes() == b"A"
+    )
 
 
 def special(name, kind):
@@ -726,13 +1010,26 @@ def special(name, kind):
     return info
 
 
-@pytest.mark.parametrize("entry", [
-    ("../evil.csv", b"x"), ("d/../../evil.csv", b"x"), ("/tmp/evil.csv", b"x"), special("d/a.csv", tarfile.SYMTYPE),
-    special("d/a.csv", tarfile.LNKTYPE), special("d/a.csv", tarfile.FIFOTYPE), special("d/a.csv", tarfile.CHRTYPE)],
-    ids=lambda e: e[0] if isinstance(e, tuple) else f"type {e.type.decode()}")
+@pytest.mark.parametrize(
+    "entry",
+    [
+        ("../evil.csv", b"x"),
+        ("d/../../evil.csv", b"x"),
+        ("/tmp/evil.csv", b"x"),
+        special("d/a.csv", tarfile.SYMTYPE),
+        special("d/a.csv", tarfile.LNKTYPE),
+        special("d/a.csv", tarfile.FIFOTYPE),
+        special("d/a.csv", tarfile.CHRTYPE),
+    ],
+    ids=lambda e: e[0] if isinstance(e, tuple) else f"type {e.type.decode()}",
+)
 def test_download_refuses_unsafe_archives(entry, server, tmp_path):
     with pytest.raises(DataError, match="unsafe entry"):
-        download.download(tmp_path / "in", source(server, archive(("d/a.csv", b"A"), entry), ["d/a.csv"]), str)
+        download.download(
+            tmp_path / "in",
+            source(server, archive(("d/a.csv", b"A"), entry), ["d/a.csv"]),
+            str,
+        )
     assert not (tmp_path / "in/d").exists() and not list(tmp_path.glob("**/evil.csv"))
 
 
@@ -740,9 +1037,18 @@ def test_download_bad_archives(server, tmp_path):
     huge = tarfile.TarInfo("d/a.csv")
     huge.size = 300_000_000
     cut = archive(("d/a.csv", random.Random(0).randbytes(9000)))[:5000]
-    bomb = archive(*((f"d/{i}", bytes(30_000_000)) for i in range(7)), ("d/a.csv", b"A"))          # 210 MB of zeros in 0.2 MB
-    for i, (body, problem) in enumerate(((huge.tobuf(), "unsafe"), (b"no archive", "damaged"), (cut, "damaged"), (bomb, "unsafe"),
-                                         (archive(("d/b.csv", b"B")), "no d/a.csv"))):
+    bomb = archive(
+        *((f"d/{i}", bytes(30_000_000)) for i in range(7)), ("d/a.csv", b"A")
+    )  # 210 MB of zeros in 0.2 MB
+    for i, (body, problem) in enumerate(
+        (
+            (huge.tobuf(), "unsafe"),
+            (b"no archive", "damaged"),
+            (cut, "damaged"),
+            (bomb, "unsafe"),
+            (archive(("d/b.csv", b"B")), "no d/a.csv"),
+        )
+    ):
         with pytest.raises(DataError, match=problem):
             download.download(tmp_path / str(i), source(server, body, ["d/a.csv"]), str)
         assert not (tmp_path / str(i) / "d").exists()
@@ -750,25 +1056,41 @@ def test_download_bad_archives(server, tmp_path):
 
 def test_official_sources():
     assert [name for _, name, _, _ in download.SOURCES] == [
-        "empatheticdialogues.tar.gz", *(f"epitome/{name}" for name in data.EPITOME_FILES)]
-    assert all(url.startswith("https://") and len(digest) == 64 for url, _, digest, _ in download.SOURCES)
+        "empatheticdialogues.tar.gz",
+        *(f"epitome/{name}" for name in data.EPITOME_FILES),
+    ]
+    assert all(
+        url.startswith("https://") and len(digest) == 64
+        for url, _, digest, _ in download.SOURCES
+    )
 
 
 def test_command_line():
     usage = subprocess.run([sys.executable, data.__file__], capture_output=True, text=True)
-    assert usage.returncode == 2 and usage.stderr == "data.py: usage: python data.py download DIR\n"
+    assert (
+        usage.returncode == 2
+        and usage.stderr == "data.py: usage: python data.py download DIR\n"
+    )
 
 
 # ---- span corruption -------------------------------------------------------------------------------
+
 
 def test_span_corruption():
     """The paper's figure 2: Thank you [for inviting] me to your party [last] week."""
     thank, you, for_, inviting, me, to, your, party, last, week = range(10, 20)
     x, y, z = 99, 98, 97
     source, target = data.span_corrupt(list(range(10, 20)), [(2, 2), (8, 1)], [x, y, z, 96])
-    check("source: Thank you <X> me to your party <Y> week </s>", source,
-          [thank, you, x, me, to, your, party, y, week, 1])
-    check("target: <X> for inviting <Y> last <Z> </s>", target, [x, for_, inviting, y, last, z, 1])
+    check(
+        "source: Thank you <X> me to your party <Y> week </s>",
+        source,
+        [thank, you, x, me, to, your, party, y, week, 1],
+    )
+    check(
+        "target: <X> for inviting <Y> last <Z> </s>",
+        target,
+        [x, for_, inviting, y, last, z, 1],
+    )
     source, target = data.span_corrupt([5, 6, 7, 8], [(1, 1), (3, 1)], [x, y, z])
     check("a span at the end", source, [5, x, 7, y, 1])
     check("a span at the end", target, [x, 6, y, 8, z, 1])
@@ -782,14 +1104,21 @@ def test_random_spans():
         for seed in range(3):
             spans = data.random_spans(length, generator=torch.Generator().manual_seed(seed))
             noise, end = sum(n for _, n in spans), 0
-            assert noise == max(round(0.15 * length), 1), f"{noise} of {length} positions are noise"
-            assert len(spans) == max(round(noise / 3), 1), f"{len(spans)} spans for {noise} positions"
+            assert noise == max(round(0.15 * length), 1), (
+                f"{noise} of {length} positions are noise"
+            )
+            assert len(spans) == max(round(noise / 3), 1), (
+                f"{len(spans)} spans for {noise} positions"
+            )
             for start, n in spans:
                 assert start > end or start > 0 == end, f"spans touch, or start at 0: {spans}"
                 assert n >= 1
                 end = start + n
             assert end <= length
-    draws = {tuple(data.random_spans(60, generator=torch.Generator().manual_seed(s))) for s in range(20)}
+    draws = {
+        tuple(data.random_spans(60, generator=torch.Generator().manual_seed(s)))
+        for s in range(20)
+    }
     assert len(draws) >= 15, "spans are hardly random"
     half = data.random_spans(100, density=0.5, mean_span=5.0)
     assert sum(n for _, n in half) == 50 and len(half) == 10

@@ -4,6 +4,7 @@ RUN0.. are finished toy runs of different seeds. For each bug and run PPO's firs
 bug planted (bug 7 also retrains the identifiers there, bug 8 the MLE policy; bug 9 is in a metric only and is left out).
 Writes bugs.json and bugs.png beside this file; a figure that is there already is not measured again.
 """
+
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ import matplotlib.pyplot as plt
 from plant_bug import BUGS, plant
 
 HERE = Path(__file__).resolve().parent
-DRIVER = '''
+DRIVER = """
 import json, sys
 from pathlib import Path
 import torch
@@ -58,18 +59,29 @@ rows_at, train = data.batches([0] * len(pairs["train"]), config.ppo.batch_size, 
 trainer = ppo.PPOTrainer(t5, identifiers.make_reward(reader.eval(), targets), lambda i: (train.batch(rows_at(i))[0], torch.tensor(rows_at(i))),
                          lambda t5: {}, config.sampling, config.ppo)
 print(json.dumps([{k: record[k] for k in ("reward", "kl", "length", "value_loss")} for record in fit(trainer, steps)]))
-'''
+"""
 
 
 def measure(runs):
     path = HERE / "bugs.json"
     figures = json.loads(path.read_text()) if path.exists() else {}
-    todo = [(bug, i, run) for bug in [0, *(b for b in BUGS if b != 9)] for i, run in enumerate(runs) if f"{bug}/{i}" not in figures]
+    todo = [
+        (bug, i, run)
+        for bug in [0, *(b for b in BUGS if b != 9)]
+        for i, run in enumerate(runs)
+        if f"{bug}/{i}" not in figures
+    ]
     for done, (bug, i, run) in enumerate(todo, 1):
         with tempfile.TemporaryDirectory() as folder:
             plant(bug, f"{folder}/copy")
-            out = subprocess.run([sys.executable, "-c", DRIVER, str(Path(run).resolve()), str(bug)], cwd=f"{folder}/copy",
-                                 env={**os.environ, "PYTHONPATH": f"{folder}/copy"}, stdout=subprocess.PIPE, text=True, check=True).stdout
+            out = subprocess.run(
+                [sys.executable, "-c", DRIVER, str(Path(run).resolve()), str(bug)],
+                cwd=f"{folder}/copy",
+                env={**os.environ, "PYTHONPATH": f"{folder}/copy"},
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            ).stdout
         figures[f"{bug}/{i}"] = json.loads(out.splitlines()[-1])
         path.with_suffix(".tmp").write_text(json.dumps(figures) + "\n")
         path.with_suffix(".tmp").replace(path)
@@ -80,7 +92,13 @@ def measure(runs):
 def draw(figures, keys=("reward", "kl", "length", "value_loss")):
     """One row a figure, one column a bug; the grey curves are the correct program's."""
     bugs = sorted({int(name.split("/")[0]) for name in figures} - {0})
-    fig, axes = plt.subplots(len(keys), len(bugs), figsize=(1.9 * len(bugs), 1.7 * len(keys)), sharex=True, layout="constrained")
+    fig, axes = plt.subplots(
+        len(keys),
+        len(bugs),
+        figsize=(1.9 * len(bugs), 1.7 * len(keys)),
+        sharex=True,
+        layout="constrained",
+    )
     for row, key in zip(axes, keys):
         for axis, bug in zip(row, bugs):
             for number, colour in ((0, "#888888"), (bug, "#E69F00")):
@@ -91,12 +109,16 @@ def draw(figures, keys=("reward", "kl", "length", "value_loss")):
             if key == keys[0]:
                 axis.set_title(f"bug {bug}", fontsize=8)
         row[0].set_ylabel(key.replace("_", " "), fontsize=8)
-    fig.supxlabel("PPO iteration (grey: correct, orange: with the bug; one line a seed)", fontsize=8)
+    fig.supxlabel(
+        "PPO iteration (grey: correct, orange: with the bug; one line a seed)", fontsize=8
+    )
     fig.savefig(HERE / "bugs.png", dpi=80)
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        sys.exit("usage: python tests/coursework/measure_bugs.py RUN0 [RUN1 ..] (finished toy runs)")
+        sys.exit(
+            "usage: python tests/coursework/measure_bugs.py RUN0 [RUN1 ..] (finished toy runs)"
+        )
     draw(measure(sys.argv[1:]))
     print(f"written: {HERE / 'bugs.json'}, {HERE / 'bugs.png'}")

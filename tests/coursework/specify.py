@@ -3,6 +3,7 @@
 Every graded function with its signature, docstring (formula, shapes, source) and a worked example, to be written
 by the student. Grade it with: pytest tests --impl my_solution.py
 """
+
 import ast
 import importlib
 import sys
@@ -34,8 +35,14 @@ MECHANISMS, LEVELS = ("er", "ip", "ex"), 3
 
 def stub(function, lines):
     """The lines of a function with its body, but for the docstring, replaced."""
-    documented = isinstance(function.body[0], ast.Expr) and isinstance(function.body[0].value, ast.Constant)
-    head = lines[function.lineno - 1:function.body[0].end_lineno if documented else function.body[0].lineno - 1]
+    documented = isinstance(function.body[0], ast.Expr) and isinstance(
+        function.body[0].value, ast.Constant
+    )
+    head = lines[
+        function.lineno - 1 : function.body[0].end_lineno
+        if documented
+        else function.body[0].lineno - 1
+    ]
     return [*head, " " * function.body[0].col_offset + "raise NotImplementedError"]
 
 
@@ -43,20 +50,29 @@ def specification(name, graded):
     """Source of one exercise and the comment with its example."""
     module = importlib.import_module(graded.module)
     source = Path(module.__file__).read_text()
-    lines, node = source.splitlines(), next(n for n in ast.parse(source).body if getattr(n, "name", "") == name)
+    lines, node = (
+        source.splitlines(),
+        next(n for n in ast.parse(source).body if getattr(n, "name", "") == name),
+    )
     if graded.methods:
         text, at = [], node.lineno - 1
         for method in node.body:
             if getattr(method, "name", "") in graded.methods:
-                text += [*lines[at:method.lineno - 1], *stub(method, lines)]
+                text += [*lines[at : method.lineno - 1], *stub(method, lines)]
                 at = method.end_lineno
-        text += lines[at:node.end_lineno]
+        text += lines[at : node.end_lineno]
     else:
         text = stub(node, lines)
     torch.manual_seed(0)
     value = eval(graded.example, {**vars(module), "tensor": torch.tensor})
     shown = " ".join(repr(value.detach() if torch.is_tensor(value) else value).split())
-    return "\n".join([f"# About {graded.minutes} minutes. Example: {graded.example}", f"#     gives {shown}", *text])
+    return "\n".join(
+        [
+            f"# About {graded.minutes} minutes. Example: {graded.example}",
+            f"#     gives {shown}",
+            *text,
+        ]
+    )
 
 
 def write(path):
@@ -69,6 +85,10 @@ def write(path):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or Path(sys.argv[1]).exists():
-        sys.exit("usage: python tests/coursework/specify.py NEW_FILE.py (it must not exist yet)")
+        sys.exit(
+            "usage: python tests/coursework/specify.py NEW_FILE.py (it must not exist yet)"
+        )
     write(sys.argv[1])
-    print(f"written: {sys.argv[1]}; grade it with: python -m pytest -q tests --impl {sys.argv[1]}")
+    print(
+        f"written: {sys.argv[1]}; grade it with: python -m pytest -q tests --impl {sys.argv[1]}"
+    )

@@ -48,7 +48,16 @@ def results(folder):
     for name in ("metrics.jsonl", "responses.jsonl"):
         yield name, digest((folder / name).read_bytes())
     metrics = json.loads((folder / "metrics.json").read_text())
-    for key in ("sft", "emprl", "best_of_n", "identifiers", "judge", "floors", "ceiling", "gain"):
+    for key in (
+        "sft",
+        "emprl",
+        "best_of_n",
+        "identifiers",
+        "judge",
+        "floors",
+        "ceiling",
+        "gain",
+    ):
         yield key, digest(json.dumps(metrics[key], sort_keys=True).encode())
     yield "emprl reward", metrics["emprl"]["reward"]
 

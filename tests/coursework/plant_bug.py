@@ -12,9 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 BUGS = {  # number: (file, right, wrong)
     1: (
         "ppo.py",
-        """    return Rollout(source,""",
-        """    mask[:, 0] &= mask.sum(1) == 1
-    return Rollout(source,""",
+        "    return Rollout(\n",
+        "    mask[:, 0] &= mask.sum(1) == 1\n    return Rollout(\n",
     ),
     2: (
         "t5_small.py",

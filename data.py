@@ -20,6 +20,17 @@ class DataError(ValueError):
     """A file or option that can not be used. One line: 'path:line: what is wrong; what to do'."""
 
 
+# Control characters, line ends, marks that change the direction of writing, and half surrogates.
+_UNSAFE = re.compile(
+    "[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text):
+    """One line that is safe in a terminal: what could steer it is written out, as in "\\x1b"."""
+    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
 @dataclass(frozen=True)
 class Dialogue:
     context: tuple[str, ...]  # the utterances before the response, oldest first

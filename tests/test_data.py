@@ -476,6 +476,33 @@ def test_no_examples():
             batches(lengths, size, 0)
 
 
+# ---- what is printed
+
+
+def test_printable_shows_what_would_steer_a_terminal():
+    for unsafe in (
+        "\x1b[2J",  # clears the screen
+        "\x9b31m",  # the same introducer in one character
+        "\x07\x08\r\n\t\0\x7f",
+        "\u202eevil\u202c",  # right to left from here on
+        "\u2066\u2069\u200e\u200f\u061c",
+        "\u2028\u2029",
+        "\udc9b\ud83d",  # half surrogates, as in a file's name that is not UTF-8
+    ):
+        shown = data.printable(f"a{unsafe}b")
+        assert shown.isprintable() and shown[0] == "a" and shown[-1] == "b"
+        shown.encode()
+        assert "\\" in shown, "nothing vanishes without a trace"
+    for text in (
+        "",
+        "I am sad, caf\u00e9 \u0422\u0430\u043a!",
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "C:\\new\\table.csv",
+    ):
+        assert data.printable(text) == text
+
+
 # ---- rubbish files: one line 'path:line: what is wrong; what to do', never a traceback of another kind
 
 RUBBISH = {

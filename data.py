@@ -5,7 +5,7 @@ EmpatheticDialogues (dialogue) and EPITOME (responses with levels); and `yours`,
 Levels: 0 none, 1 weak, 2 strong, for each of emotional reaction (er), interpretation (ip) and exploration (ex):
 Sharma et al. 2020, arXiv 2009.08441. `python data.py download DIR` fetches the two public data sets."""
 
-import copy, csv, functools, hashlib, html, io, itertools, json, os, random, re, sys
+import copy, csv, functools, hashlib, html, io, itertools, json, os, random, re, stat, sys, unicodedata
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, field
 
@@ -14,10 +14,6 @@ import sentencepiece
 import torch
 
 MECHANISMS, LEVELS = ("er", "ip", "ex"), 3
-
-
-class DataError(ValueError):
-    """A file or option that can not be used. One line: 'path:line: what is wrong; what to do'."""
 
 
 # Control characters, line ends, marks that change the direction of writing, and half surrogates.
@@ -29,6 +25,13 @@ _UNSAFE = re.compile(
 def printable(text):
     """One line that is safe in a terminal: what could steer it is written out, as in "\\x1b"."""
     return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
+class DataError(ValueError):
+    """A file or option that can not be used. One line: 'path:line: what is wrong; what to do'."""
+
+    def __init__(self, message):
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
@@ -248,6 +251,11 @@ class Tokenizer:
 
     def __init__(self, model):
         """model: the bytes of a sentencepiece model, or the path of its file."""
+        if not isinstance(model, bytes) and not os.path.exists(model):
+            raise DataError(
+                f"{model}: can not be read (no such file); it is the tokenizer of the weights "
+                "beside it: fetch it from where they come from"
+            )
         self.model, self._pieces = (
             model if isinstance(model, bytes) else _read_bytes(model),
             sentencepiece.SentencePieceProcessor(),
@@ -413,18 +421,60 @@ def span_corrupt(ids, spans, sentinels, eos_id=1):
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
-def _read_bytes(path):
+MAX_FILE = 500_000_000  # bytes; thirty times the largest file of EmpatheticDialogues
+
+
+def _open(path):
+    """The file, open for reading bytes. Its kind is looked at first: a pipe or device may never end."""
     try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
+        kind = os.stat(path).st_mode
+        file = open(path, "rb") if stat.S_ISREG(kind) else None
+    except FileNotFoundError as error:
+        problem, remedy = error.strerror, "check the path and the name"
+    except PermissionError as error:
+        problem, remedy = error.strerror, "allow yourself to read it"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        problem, remedy = getattr(error, "strerror", error), "check the path and the disk"
+    else:
+        if file:
+            return file
+        if stat.S_ISDIR(kind):
+            raise DataError(f"{path}: a folder; give the path of a file in it")
+        raise DataError(f"{path}: a pipe or a device; give the path of an ordinary file")
+    raise DataError(f"{path}: can not be read ({problem}); {remedy}")
+
+
+def _read_bytes(path):
+    """All of a file that is not too large, and that is not something else saved under its name."""
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_FILE:
+            raise DataError(
+                f"{path}: {size:,} bytes, and {MAX_FILE:,} are the limit; give a smaller file"
+            )
+        try:
+            content = file.read()
+        except OSError as error:
+            raise DataError(
+                f"{path}: can not be read ({error.strerror}); check the disk"
+            ) from None
+    start = content[:100].lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
         raise DataError(
-            f"{path}: can not be read ({error.strerror}); give the path of a file"
-        ) from None
+            f"{path}:1: a Git LFS pointer, not the file itself; `git lfs pull` fetches the file"
+        )
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise DataError(f"{path}:1: a web page, not the file itself; fetch the raw file")
+    return content
 
 
 def sha256(path):
-    return hashlib.sha256(_read_bytes(path)).hexdigest()
+    """Of any file, however large: read in pieces."""
+    digest = hashlib.sha256()
+    with _open(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _read_lines(path):

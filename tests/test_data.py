@@ -565,6 +565,90 @@ def test_missing_files_and_folders(tmp_path):
         data.real_corpus(tmp_path / "none")
 
 
+READERS = {
+    "own.jsonl": data.read_dialogues,
+    "own.csv": data.read_dialogues,
+    "ed.csv": data.read_empathetic_dialogues,
+    "spiece.model": Tokenizer,
+    "hashed": data.sha256,
+}
+
+
+def test_what_is_no_ordinary_file_is_refused_before_it_is_opened(tmp_path):
+    """A pipe that no one writes to would wait for ever, /dev/zero never ends: so in a process that can be stopped."""
+    os.mkfifo(tmp_path / "pipe.csv")
+    paths = [str(tmp_path / "pipe.csv"), "/dev/zero", "/dev/null", str(tmp_path)]
+    code = """
+import sys, data
+for read in data.read_dialogues, data.read_empathetic_dialogues, data.Tokenizer, data.sha256:
+    for path in sys.argv[1:]:
+        try:
+            read(path)
+        except data.DataError as error:
+            print(error)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *paths],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(data.__file__).parent,
+    )
+    endings = ["a pipe or a device; give the path of an ordinary file"] * 3
+    endings += ["a folder; give the path of a file in it"]
+    assert (
+        ended.stdout.splitlines()
+        == [f"{path}: {ending}" for path, ending in zip(paths, endings)] * 4
+    )
+
+
+def test_a_file_in_the_place_of_epitome_s_may_be_a_pipe(tmp_path):
+    for name in data.EPITOME_FILES:
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match="a pipe or a device"):
+        data.read_epitome(tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name != "hashed"])
+def test_a_huge_file_is_refused_by_its_size(name, tmp_path):
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(10**13)  # 10 TB that take no room
+    with pytest.raises(DataError, match="10,000,000,000,000 bytes, .* are the limit"):
+        READERS[name](tmp_path / name)
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name != "hashed"])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "a Git LFS pointer.*lfs pull",
+        ),
+        (b"\n<!DOCTYPE html>\n<html>", "a web page.*fetch the raw file"),
+    ],
+)
+def test_what_is_saved_in_the_place_of_a_file_is_named(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        READERS[name](tmp_path / name)
+
+
+def test_each_cause_has_its_own_remedy(tmp_path):
+    with pytest.raises(DataError, match="spiece.model: .*no such file.*where they come from"):
+        Tokenizer(tmp_path / "spiece.model")
+    with pytest.raises(DataError, match="No such file.*; check the path"):
+        data.read_dialogues(tmp_path / "none.csv")
+    with pytest.raises(DataError, match="; check the path"):
+        data.read_dialogues("a\0b.csv")
+
+
+def test_a_message_is_one_line_and_safe_whatever_a_file_is_called(tmp_path):
+    with pytest.raises(DataError) as error:
+        data.read_dialogues(tmp_path / "a\n\x1b[2J\u202eb.csv")
+    assert str(error.value).isprintable()
+
+
 def test_byte_order_mark_and_windows_lines(tmp_path):
     path = tmp_path / "x.csv"
     path.write_bytes(b"\xef\xbb\xbfcontext,response\r\nHello. </s> Hm? </s> Bye.,Good\r\n")

@@ -496,13 +496,38 @@ def _read_lines(path):
     return lines
 
 
+# What no one sees and no model should learn: control characters, marks of the direction of
+# writing, blanks of no width, U+FFFD, half surrogates.
+_INVISIBLE = (
+    "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
+    "\u2060-\u206f\ufeff\ufff9-\ufffb\ufffd\ud800-\udfff]"
+)
+# The joiners U+200C and U+200D shape Persian words and make families of emoji. They stay between
+# two characters that can join, and after a virama (the sign of a half letter in Hindi and its kin).
+_JOINS = (
+    "\u0600-\u1fff\u2070-\u2fff\u3001-\ud7ff\uf900-\ufefe\uff00-\uffef\U00010000-\U000dffff"
+)
+_VIRAMA = "\u094d\u09cd\u0a4d\u0acd\u0b4d\u0bcd\u0c4d\u0ccd\u0d4d\u0dca"
+_LOOSE_JOINER = (
+    f"(?<![{_JOINS}\u200c\u200d])[\u200c\u200d]+"
+    f"|(?<![{_VIRAMA}\u200c\u200d])[\u200c\u200d]+(?![{_JOINS}\u200c\u200d])"
+)
+# Tags spell the flags of England, Scotland and Wales after a black flag, and are loose elsewhere.
+_TAGS = "\U000e0000-\U000e007f"
+_LOOSE_TAGS = f"(?<![\U0001f3f4{_TAGS}])[{_TAGS}]+"
+_REMOVED = re.compile(f"{_INVISIBLE}|{_LOOSE_JOINER}|{_LOOSE_TAGS}")
+_BLANK_LETTERS = (
+    "\u115f\u1160\u2800\u3164\uffa0"  # called letters or symbols, shown as nothing
+)
+
+
 def clean(text):
-    """Without zero-width and control characters, U+FFFD and half surrogates; white space collapsed."""
-    return " ".join(
-        re.sub(
-            "[\0-\x08\x0e-\x1b\x7f\u200b-\u200d\u2060\ufeff\ufffd\ud800-\udfff]", "", text
-        ).split()
+    """Without what no one sees; white space collapsed. Empty where nothing can be seen at all."""
+    text = " ".join(_REMOVED.sub("", text).split())
+    visible = any(
+        unicodedata.category(c)[0] in "LNPS" and c not in _BLANK_LETTERS for c in text
     )
+    return text if visible else ""
 
 
 def _csv_rows(path, required):

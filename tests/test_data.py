@@ -649,6 +649,51 @@ def test_a_message_is_one_line_and_safe_whatever_a_file_is_called(tmp_path):
     assert str(error.value).isprintable()
 
 
+# ---- text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467",  # a family
+        "\U0001f469\U0001f3fd\u200d\U0001f4bb",  # with a colour of skin
+        "\u2764\ufe0f\u200d\U0001f525",  # a heart on fire
+        "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",  # England
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",  # Persian: I want
+        "\u0915\u094d\u200d\u0937",  # Hindi, a half letter
+        "\u0d28\u0d4d\u200d",  # Malayalam, at the end of a word
+        "caf\u00e9, 5 \u20ac ...",
+    ],
+)
+def test_clean_leaves_every_script_as_it_is(text):
+    assert data.clean(f"  so {text} \n it is ") == f"so {text} it is"
+
+
+@pytest.mark.parametrize(
+    "invisible",
+    [
+        *"\0\x07\x1b\x7f\x80\x9b\x9f\xad\ufeff\ufffd\u2060\u200b",
+        *"\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069",
+        *"\u200c\u200d",
+        "\U000e0067\U000e0062",
+        "\ud800",
+    ],
+    ids=ascii,
+)
+def test_clean_takes_out_what_no_one_sees(invisible):
+    assert data.clean(f"I am {invisible}sa{invisible}d{invisible}.") == "I am sad."
+    assert data.clean(f" {invisible} ") == ""
+
+
+def test_a_text_without_a_visible_character_is_no_text(tmp_path):
+    path = tmp_path / "x.jsonl"
+    for blank in ("\u3164", "\u2800", "\ufe0f", "\u200c", "\u00ad \u115f", "\u202e\u202c"):
+        for context, response in ((blank, "Oh."), ("Hello.", blank)):
+            path.write_text(json.dumps({"context": [context], "response": response}))
+            with pytest.raises(DataError, match=":1: empty response or utterance"):
+                data.read_dialogues(path)
+
+
 def test_byte_order_mark_and_windows_lines(tmp_path):
     path = tmp_path / "x.csv"
     path.write_bytes(b"\xef\xbb\xbfcontext,response\r\nHello. </s> Hm? </s> Bye.,Good\r\n")

@@ -559,6 +559,26 @@ def _level(value, where):
 ED_HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags"
 
 
+MAX_BAD_ROWS = (
+    0.02  # of a file of EmpatheticDialogues; with more it is not the file that was published
+)
+_DOUBLED_QUOTES = re.compile(
+    '"[^"]*(""[^"]*)+"'
+)  # how a table program writes a text with quotes in it
+
+
+def _is_ed_row(fields):
+    """Numbers where numbers belong, and no quoting. A ninth field may hold candidates, joined by "|"."""
+    if len(fields) not in (8, 9) or not all(
+        map(re.compile("[0-9]+").fullmatch, fields[1:5:3])
+    ):
+        return False
+    rating, ninth = fields[6], "".join(fields[8:])
+    if not re.fullmatch("[0-9|_]*", rating) or (ninth and "|" not in ninth):
+        return False
+    return not any(map(_DOUBLED_QUOTES.fullmatch, (fields[3], fields[5])))
+
+
 def read_empathetic_dialogues(path, both=False):
     """One file of EmpatheticDialogues (Rashkin et al. 2019, arXiv 1811.00207) -> (dialogues, note).
     Every listener utterance (even utterance_idx; `both`: any but the first) is a response, all before it are the context. The files have
@@ -568,14 +588,17 @@ def read_empathetic_dialogues(path, both=False):
         raise DataError(
             f"{path}:1: not the header of EmpatheticDialogues; it must begin with {ED_HEADER}"
         )
-    dialogues, skipped, histories = [], [], defaultdict(list)
-    for number, fields in enumerate((line.split(",") for line in lines), 2):
-        history, utterance = (
-            histories[fields[0]],
-            clean(fields[5].replace("_comma_", ",")) if len(fields) in (8, 9) else "",
+    rows = [(number, line.split(",")) for number, line in enumerate(lines, 2) if line]
+    if lines and lines[-1] and not _is_ed_row(rows[-1][1]):
+        raise DataError(
+            f"{path}:{rows[-1][0]}: the file ends within this row, it is cut short; fetch it again"
         )
+    dialogues, skipped, histories = [], [], defaultdict(list)
+    for number, fields in rows:
+        history = histories[fields[0]]
+        utterance = clean(fields[5].replace("_comma_", ",")) if _is_ed_row(fields) else ""
         if not utterance or fields[1] != str(len(history) + 1):
-            skipped += [number] if fields != [""] else []
+            skipped.append(number)
             continue
         if (
             len(history) % 2 or both and history
@@ -584,16 +607,22 @@ def read_empathetic_dialogues(path, both=False):
                 Dialogue(tuple(history), utterance, fields[2], id=f"{fields[0]}/{fields[1]}")
             )
         history.append(utterance)
+    if len(skipped) > MAX_BAD_ROWS * len(rows):
+        raise DataError(
+            f"{path}:{skipped[0]}: {len(skipped)} of {len(rows)} rows are not as they were published, this one "
+            "first: fields too many, empty, missing or out of place, or quoted as by a table program; fetch it again"
+        )
     if not dialogues:
         raise DataError(
             f"{path}:2: no listener utterance that can be used; fetch the file again"
         )
-    return dialogues, f"{path}: {len(dialogues)} pairs" + (
-        f"; {len(skipped)} rows skipped: not 8 or 9 fields, empty, or without the "
-        f"utterance before, as in line {skipped[0]}"
-        if skipped
-        else ""
-    )
+    note = f"{path}: {len(dialogues)} pairs"
+    if skipped:
+        note += (
+            f"; {len(skipped)} rows skipped: fields out of place, empty, or without the "
+            f"utterance before, as in line {skipped[0]}"
+        )
+    return dialogues, printable(note)
 
 
 EPITOME_FILES = (
@@ -640,10 +669,18 @@ def read_epitome(folder):
         raise DataError(
             f"{os.path.join(folder, EPITOME_FILES[0])}:2: no rows with text; fetch it again"
         )
-    conflicts = sum(any(len(vote) > 1 for vote in votes[d.id]) for d in dialogues)
-    return dialogues, (
+    conflicts = [
+        [count for _, count in vote.most_common(2)]
+        for d in dialogues
+        for vote in votes[d.id]
+        if len(vote) > 1
+    ]
+    pairs = sum(any(len(vote) > 1 for vote in votes[d.id]) for d in dialogues)
+    ties = sum(first == second for first, second in conflicts)
+    return dialogues, printable(
         f"{folder}: {len(dialogues)} pairs from {len(files[0])} rows; {len(texts) - len(dialogues)} pairs without "
-        f"text skipped, {conflicts} with conflicting levels settled by majority"
+        f"text skipped, {pairs} with conflicting levels: of {len(conflicts)} conflicts "
+        f"{len(conflicts) - ties} settled by majority, {ties} ties by the first row"
     )
 
 

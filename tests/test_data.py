@@ -808,17 +808,91 @@ def test_ed_bad_rows_cut_their_conversation(tmp_path):
     empty = ed_rows("c:2", "a", " ", "c", "d")  # three rows
     gap = ed_rows("c:3", "a", "b", "c", "d")
     del gap[2]  # 1, 2, 4: the last row
-    dialogues, note = read_ed(
-        tmp_path,
+    rows = [
         *ragged,
         *empty,
         *gap,
         "c:4,1,short",
         *ed_rows("c:5", "a", "b"),
         *ed_rows("c:1", "x", "y"),
-    )  # and it comes back: two rows
-    assert [d.id for d in dialogues] == ["c:1/2", "c:3/2", "c:5/2"]
-    assert "3 pairs; 10 rows skipped" in note and note.endswith("as in line 5")
+    ]  # and it comes back: two rows
+    good = many_ed_rows(520)[20:]
+    dialogues, note = read_ed(tmp_path, *rows, *good)
+    assert [d.id for d in dialogues if d.id[0] == "c"] == ["c:1/2", "c:3/2", "c:5/2"]
+    assert "; 10 rows skipped" in note and note.endswith("as in line 5")
+    with pytest.raises(DataError, match=":5: 10 of 498 rows are not as they were published"):
+        read_ed(tmp_path, *rows, *good[:-20])  # more than 2 %
+
+
+def many_ed_rows(count):
+    """Rows of conversations of four utterances; with quotes and commas, as in the original."""
+    texts = (
+        'He said "no_comma_ never" to me',
+        "Oh_comma_ why?",
+        "I do not know.",
+        '"Hm" he says',
+    )
+    return [
+        row.replace("A situation.", 'I asked_comma_ he said "no"')
+        for i in range(count // 4)
+        for row in ed_rows(f"hit:{i}_conv:{i}", *texts)
+    ]
+
+
+REWRITTEN = {  # how programs write a file that they have read
+    "real commas, quoted": lambda rows: [
+        [f.replace("_comma_", ",") for f in row] for row in rows
+    ],
+    "quotes doubled": lambda rows: rows,
+    "an utterance's comma alone": lambda rows: [
+        [*row[:5], row[5].replace("_comma_", ",").replace('"', ""), *row[6:]] for row in rows
+    ],
+    "all rows shifted": lambda rows: [[*row[:4], "", *row[4:]][:8] for row in rows],
+    "no numbers": lambda rows: [[*row[:4], "speaker", *row[5:]] for row in rows],
+    "a ninth field": lambda rows: [[*row, "unnamed"] for row in rows],
+}
+
+
+@pytest.mark.parametrize("change", REWRITTEN)
+def test_ed_rewritten_by_a_table_program_is_refused(change, tmp_path):
+    """Else half the pairs are lost, and those that are read have cut texts or another column's."""
+    rows = [row.split(",") for row in many_ed_rows(400)]
+    assert len(read_ed(tmp_path, *map(",".join, rows))[0]) == 200
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(REWRITTEN[change](rows))
+    with pytest.raises(DataError, match=r"ed.csv:\d+: \d+ of 400 rows .*; fetch it again"):
+        read_ed(tmp_path, *text.getvalue().splitlines())
+
+
+def test_ed_read_and_written_by_csv_is_refused(tmp_path):
+    """A reader with quoting swallows rows: a quote at the beginning of a text opens a field."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(csv.reader(many_ed_rows(400)))
+    with pytest.raises(DataError, match="fetch it again"):
+        read_ed(tmp_path, *text.getvalue().splitlines())
+
+
+def test_ed_cut_short_is_refused_wherever_the_cut_is(tmp_path):
+    """Within a row, that is: a file cut at the end of a row is a shorter file."""
+    whole = "\n".join([ED_HEADER, *many_ed_rows(2000)]) + "\n"
+    last = whole.rstrip("\n").rfind("\n") + 1
+    for end in [*range(last + 1, len(whole) - 2)]:
+        (tmp_path / "ed.csv").write_text(whole[:end])
+        with pytest.raises(DataError, match="ed.csv:2001: .*cut short; fetch it again"):
+            data.read_empathetic_dialogues(tmp_path / "ed.csv")
+    (tmp_path / "ed.csv").write_text(whole[:-1])  # only the last end of line is missing
+    assert len(data.read_empathetic_dialogues(tmp_path / "ed.csv")[0]) == 1000
+
+
+@real
+def test_ed_real_rewritten_is_refused(tmp_path):
+    for part in ("valid", "test"):
+        lines = (REAL / "empatheticdialogues" / f"{part}.csv").read_text().splitlines()
+        rows = [[f.replace("_comma_", ",") for f in line.split(",")] for line in lines]
+        with open(tmp_path / f"{part}.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+        with pytest.raises(DataError, match="rows are not as they were published"):
+            data.read_empathetic_dialogues(tmp_path / f"{part}.csv")
 
 
 @real
@@ -884,7 +958,8 @@ def test_epitome_join_cleaning_and_duplicates(tmp_path):
         Dialogue(("a",), "d", "", (1, 1, 1), "s3/r4"),
     ]
     assert (
-        "4 pairs from 9 rows; 1 pairs without text skipped, 2 with conflicting levels" in note
+        "4 pairs from 9 rows; 1 pairs without text skipped, 2 with conflicting levels: "
+        "of 2 conflicts 1 settled by majority, 1 ties by the first row" in note
     )
 
 

@@ -7,7 +7,7 @@ Sharma et al. 2020, arXiv 2009.08441. `python data.py download DIR` fetches the 
 
 import copy, csv, functools, hashlib, html, io, itertools, json, os, random, re, stat, sys, unicodedata
 from collections import Counter, defaultdict, namedtuple
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import sentencepiece
@@ -465,6 +465,10 @@ def _read_bytes(path):
         )
     if start.startswith((b"<!doctype html", b"<html")):
         raise DataError(f"{path}:1: a web page, not the file itself; fetch the raw file")
+    if start.startswith((b"pk\3\4", b"\x1f\x8b")):
+        raise DataError(
+            f"{path}:1: a packed file (zip, xlsx or gz); unpack it, or save the table as csv"
+        )
     return content
 
 
@@ -530,30 +534,64 @@ def clean(text):
     return text if visible else ""
 
 
-def _csv_rows(path, required):
-    """(path:line, row as dict), one by one, of a quoted csv file that must have the required columns."""
-    reader = csv.DictReader(
-        (line + "\n" for line in _read_lines(path)), restkey="", strict=True
-    )
+def _csv_rows(path, required, optional=None):
+    """(path:line, row as dict), one by one, of a quoted csv file; the line is where the row begins.
+    It must have the required columns; it may have the optional ones, or any where there is no list."""
+    reader = csv.reader((line + "\n" for line in _read_lines(path)), strict=True)
+    header, begin = [], 1
     try:
-        if not {*required} <= {*reader.fieldnames}:
-            raise DataError(
-                f"{path}:1: not the columns {', '.join(required)}; the first line must name them"
-            )
+        while not header:
+            begin, header = reader.line_num + 1, [name.strip() for name in next(reader)]
+        _check_header(header, f"{path}:{begin}", required, optional)
+        begin = reader.line_num + 1
         for row in reader:
-            if "" in row or None in row.values():
-                raise csv.Error(f"not {len(reader.fieldnames)} fields, as in the first line")
-            yield f"{path}:{reader.line_num}", row
+            if row and len(row) != len(header):
+                raise csv.Error(
+                    f"not {len(header)} fields, as in the first line, but {len(row)}"
+                )
+            if row:
+                yield f"{path}:{begin}", dict(zip(header, row))
+            begin = reader.line_num + 1
     except csv.Error as error:
+        raise DataError(f"{path}:{begin}: {error}; check the commas and quotes") from None
+
+
+def _check_header(header, where, required, optional):
+    """DataError unless the columns have all names that they need, each once, and no other."""
+    if missing := [name for name in required if name not in header]:
+        for sign, name in ("\t", "tabs"), (";", "semicolons"):
+            if sign in "".join(header):
+                raise DataError(f"{where}: columns separated by {name}; save it with commas")
         raise DataError(
-            f"{path}:{reader.line_num}: {error}; check the commas and quotes"
-        ) from None
+            f"{where}: no column {' and no column '.join(missing)}; the first line must name the columns, "
+            f"and it is {','.join(header)[:100]!r}"
+        )
+    for i, name in enumerate(header):
+        if not name:
+            raise DataError(
+                f"{where}: column {i + 1} has no name; name it or take it out (an index of pandas: index=False)"
+            )
+        if name in header[:i]:
+            raise DataError(f"{where}: two columns {name[:40]!r}; take one of them out")
+        if optional is not None and name not in (*required, *optional):
+            raise DataError(
+                f"{where}: a column {name[:40]!r}; take it out, there may be {', '.join((*required, *optional))}"
+            )
+
+
+def _shown(value):
+    """A value of a record in a few characters, for a message."""
+    if isinstance(value, (dict, list)):
+        return "a list" if isinstance(value, list) else "a record"
+    return str(value)[:20]
 
 
 def _level(value, where):
-    if str(value).strip() not in ("0", "1", "2"):
-        raise DataError(f"{where}: level {str(value)[:20]!r}; levels are 0, 1 or 2")
-    return int(value)
+    """0, 1 or 2, also as text, with blanks, or as the decimal number that a table program makes of it."""
+    text = _shown(value).strip()
+    if isinstance(value, bool) or not re.fullmatch(r"[012](\.0*)?", text):
+        raise DataError(f"{where}: level {text!r}; levels are 0, 1 or 2")
+    return int(text[0])
 
 
 ED_HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags"
@@ -728,81 +766,159 @@ def real_corpus(folder, seed=0):
 
 
 def own_corpus(path, seed=0):
-    """A corpus of one file of yours: dialogue and identifiers from the same dialogues, which must have levels."""
+    """A corpus of one file of yours: dialogue and identifiers from the same dialogues, which must have levels.
+    Conversations stay whole: no part has dialogues of another's. So the judge is trained on none of those that
+    the reward is trained on, and tested on neither's. (The policy learns replies from both.)"""
     dialogues = read_dialogues(path)
-    if len(dialogues) < 50 or any(d.levels is None for d in dialogues):
+    for d in dialogues:
+        if d.levels is None:
+            raise DataError(
+                f"{path}:{d.id.rpartition('/')[2]}: no levels; training needs er, ip and ex in every record "
+                "(`evaluate` needs none)"
+            )
+    conversations = len({d.id.rpartition("/")[0] for d in dialogues})
+    if len(dialogues) < 50 or conversations < 20:
         raise DataError(
-            f"{path}:1: training needs 50 dialogues or more, each with er, ip and ex; add what is missing"
+            f"{path}: {len(dialogues)} dialogues of {conversations} conversations (by id or first utterance); "
+            "training needs 50 of 20, add some"
         )
     labelled = split_labelled(dialogues, seed)
     train = labelled["train"] + labelled["judge_train"] + labelled["judge_valid"]
-    return Corpus(
-        {"train": train, "valid": labelled["valid"], "test": labelled["test"]},
-        labelled,
-        [f"{path}: {len(dialogues)} dialogues"],
-    )
+    parts = {"train": train, "valid": labelled["valid"], "test": labelled["test"]}
+    sizes = " / ".join(str(len(part)) for part in parts.values())
+    notes = [
+        f"{path}: {len(dialogues)} dialogues of {conversations} conversations, which stay whole: {sizes}"
+    ]
+    if equal := len(dialogues) - len(set(map(_texts, dialogues))):
+        notes.append(f"{path}: {equal} records equal to an earlier one, in its part")
+    for m, name in enumerate(MECHANISMS):
+        if len(levels := {d.levels[m] for d in dialogues}) == 1:
+            notes.append(f"{path}: {name} is {levels.pop()} everywhere, nothing to learn from")
+    return Corpus(parts, labelled, list(map(printable, notes)))
 
 
-FIELDS = ("context", "response", "emotion", *MECHANISMS)
+FIELDS = ("context", "response", "emotion", *MECHANISMS, "id")
 
 
 def read_dialogues(path):
-    """Your own dialogues. Emotion and levels (er, ip, ex: all three or none) may be left out.
-    .jsonl  {"context": ["..", ".."] or "..", "response": "..", "emotion": "..", "er": 0, "ip": 2, "ex": 1}
-    .csv    columns context,response[,emotion,er,ip,ex]; " </s> " between the utterances of a context"""
-    dialogues, records = (
-        [],
-        _csv_rows(path, FIELDS[:2])
-        if str(path).endswith(".csv")
-        else (
-            (f"{path}:{n}", line)
-            for n, line in enumerate(_read_lines(path), 1)
-            if line.strip()
-        ),
-    )
-    for where, record in records:
-        try:
-            record = json.loads(record) if isinstance(record, str) else record
-            context = (
-                record["context"].split("</s>")
-                if isinstance(record["context"], str)
-                else record["context"]
-            )
-            context, response, emotion = (
-                [clean(c) for c in context],
-                clean(record["response"]),
-                clean(record.get("emotion") or ""),
-            )
-            if not {*record} <= {*FIELDS} or not isinstance(record["context"], (str, list)):
-                raise KeyError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    """Your own dialogues. Emotion, levels (er, ip, ex: all three or none) and id may be left out.
+    .jsonl  {"context": ["..", ".."] or "..", "response": "..", "emotion": "..", "er": 0, "ip": 2, "ex": 1, "id": ".."}
+    .csv    columns context,response[,emotion,er,ip,ex,id]; " </s> " between the utterances of a context
+    id: the conversation that a record is of; without it, those with the same first utterance are one."""
+    dialogues, keys = [], []
+    is_table = str(path).lower().endswith(".csv")
+    for where, record in (
+        _csv_rows(path, FIELDS[:2], FIELDS[2:]) if is_table else _json_rows(path)
+    ):
+        context = record["context"]
+        context = context.split("</s>") if isinstance(context, str) else context
+        if not isinstance(context, list):
             raise DataError(
-                f"{where}: not a record with the texts context and response; it may also have "
-                f"{', '.join(FIELDS[2:])}"
-            ) from None
-        levels = tuple(
-            _level(record[m], where) for m in MECHANISMS if record.get(m) not in (None, "")
-        )
+                f"{where}: not a record: context is {_shown(context)}; write a text or a list of texts"
+            )
+        emotion = record.get("emotion")
+        texts = {"response": record["response"], "emotion": "" if emotion is None else emotion}
+        for name, text in (*texts.items(), *(("an utterance of context", c) for c in context)):
+            if not isinstance(text, str):
+                raise DataError(
+                    f"{where}: not a record: {name} is {_shown(text)}; write a text, or drop the record"
+                )
+        context, response = [clean(c) for c in context], clean(texts["response"])
         if not response or not context or not all(context):
             raise DataError(
                 f"{where}: empty response or utterance; fill it in or drop the row"
             )
+        levels = tuple(
+            _level(record[m], where) for m in MECHANISMS if record.get(m) not in (None, "")
+        )
         if len(levels) not in (0, len(MECHANISMS)):
             raise DataError(
                 f"{where}: {len(levels)} of 3 levels; give er, ip and ex, or none of them"
             )
-        dialogues.append(
-            Dialogue(
-                tuple(context),
-                response,
-                emotion,
-                levels or None,
-                where.rpartition(":")[2] + "/",
+        name = "" if record.get("id") is None else record["id"]
+        if isinstance(name, bool) or name != name or not isinstance(name, (str, int, float)):
+            raise DataError(
+                f"{where}: not a record: id is {_shown(name)}; write a text or a number"
             )
+        keys.append(
+            ("id", str(name)) if clean(str(name)) else ("first", context[0].casefold())
+        )
+        line = where.rpartition(":")[2]
+        dialogues.append(
+            Dialogue(tuple(context), response, clean(texts["emotion"]), levels or None, line)
         )
     if not dialogues:
         raise DataError(f"{path}:2: no dialogues; write at least one")
-    return dialogues
+    first = _conversations(dialogues, keys)
+    return [replace(d, id=f"{c}/{d.id}") for d, c in zip(dialogues, first)]
+
+
+def _json_rows(path):
+    """(path:line, record), one by one, of a file with a record in JSON on every line."""
+    for number, line in enumerate(_read_lines(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        record = _json_record(line.strip(), where)
+        if missing := [name for name in FIELDS[:2] if name not in record]:
+            raise DataError(
+                f"{where}: not a record: no {' and no '.join(missing)}; add what is missing"
+            )
+        if other := [name for name in record if name not in FIELDS]:
+            raise DataError(
+                f"{where}: not a record: a field {other[0][:40]!r}; take it out, there may be {', '.join(FIELDS)}"
+            )
+        yield where, record
+
+
+def _json_record(line, where):
+    """The record {..} of a line; DataError for anything else."""
+    if line.startswith("["):
+        raise DataError(
+            f"{where}: a JSON array; write one record a line, without brackets around them and commas between"
+        )
+    if not line.startswith("{"):
+        raise DataError(
+            f"{where}: not a record: {line[:20]!r}; write one {{..}} a line (a table must be called .csv)"
+        )
+    try:
+        return json.loads(line, object_pairs_hook=_each_once)
+    except RecursionError:
+        problem = "nested too deeply"
+    except ValueError as error:
+        problem = getattr(error, "msg", str(error).partition(";")[0][:80])
+    raise DataError(
+        f"{where}: not a record in JSON: {problem}; write one {{..}} a line, whole"
+    )
+
+
+def _each_once(pairs):
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError("a field is there twice")
+    return record
+
+
+def _texts(dialogue):
+    """What makes two records equal, whatever their levels."""
+    return tuple(text.casefold() for text in (*dialogue.context, dialogue.response))
+
+
+def _conversations(dialogues, keys):
+    """For each dialogue the id of the first one of its conversation: of those with the same key. Where equal records
+    stand in two conversations, these count as one."""
+    parent = {}  # a forest: every key and every record points to another one of its conversation
+
+    def root(node):
+        while parent.setdefault(node, node) != node:
+            parent[node] = parent[parent[node]]  # shorter for the next time
+            node = parent[node]
+        return node
+
+    for d, key in zip(dialogues, keys):
+        parent[root(("record", _texts(d)))] = root(key)
+    first = {}
+    return [first.setdefault(root(key), d.id) for d, key in zip(dialogues, keys)]
 
 
 if __name__ == "__main__":

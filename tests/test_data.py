@@ -767,6 +767,254 @@ def test_yours_names_the_line(record, problem, tmp_path):
     assert str(error.value).startswith(f"{path}:3: ") and problem in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "value, level", [(1.0, 1), ("2 ", 2), (" 0", 0), ("2.0", 2), ("1.", 1)]
+)
+def test_a_level_as_table_programs_write_it(value, level, tmp_path):
+    (tmp_path / "x.jsonl").write_text(
+        json.dumps({"context": "a", "response": "b", "er": value, "ip": 0, "ex": 2})
+    )
+    (tmp_path / "x.csv").write_text(f"context,response,er,ip,ex\na,b,{value},0,2\n")
+    for name in ("x.jsonl", "x.csv"):
+        assert data.read_dialogues(tmp_path / name)[0].levels == (level, 0, 2)
+
+
+@pytest.mark.parametrize(
+    "value", ["1.5", "12", "0.1", "-0", "1e0", "\u0661", "nan", "1 2", "+1"]
+)
+def test_what_is_no_level(value, tmp_path):
+    (tmp_path / "x.csv").write_text(f"context,response,er,ip,ex\na,b,{value},0,2\n")
+    with pytest.raises(DataError, match="x.csv:2: level .*; levels are 0, 1 or 2"):
+        data.read_dialogues(tmp_path / "x.csv")
+
+
+def test_the_extension_may_be_in_capitals(tmp_path):
+    (tmp_path / "A.CSV").write_text("context,response\na,b\n")
+    (tmp_path / "A.JSONL").write_text('{"context": "a", "response": "b"}\n')
+    one, two = (data.read_dialogues(tmp_path / name)[0] for name in ("A.CSV", "A.JSONL"))
+    assert one.context == two.context == ("a",) and one.response == two.response == "b"
+
+
+TABLES = {
+    "an index without a name": (
+        ",context,response\n0,a,b\n",
+        1,
+        "column 1 has no name.*index=False",
+    ),
+    "a blank column": ("context,response, \na,b,\n", 1, "column 3 has no name"),
+    "a column twice": ("context,response,response\na,b,c\n", 1, "two columns 'response'"),
+    "a surplus column": (
+        "context,response,split\na,b,c\n",
+        1,
+        "a column 'split'; take it out",
+    ),
+    "one column missing": ("context,answer\na,b\n", 1, "no column response"),
+    "tabs": ("context\tresponse\na\tb\n", 1, "columns separated by tabs; save it with commas"),
+    "semicolons": (
+        "context;response\na;b\n",
+        1,
+        "columns separated by semicolons; save it with commas",
+    ),
+    "a comma without quotes": ("context,response\na,b\na,b,c\n", 3, "not 2 fields.* but 3"),
+    "a quote that stays open": (
+        'context,response\na,b\n"c,d\n' + "e,f\n" * 9,
+        3,
+        "unexpected end",
+    ),
+    "lines in a text": ('context,response\n"a\na\na",b\nc,\n', 5, "empty response"),
+    "packed": ("PK\x03\x04", 1, "a packed file .*save the table as csv"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_that_can_not_be_used_is_told_why_and_where(name, tmp_path):
+    content, line, problem = TABLES[name]
+    (tmp_path / "x.csv").write_text(content)
+    with pytest.raises(DataError, match=f"x.csv:{line}: {problem}"):
+        data.read_dialogues(tmp_path / "x.csv")
+
+
+GOOD = '{"context": "a", "response": "b"}'
+RECORDS = {
+    "an array": (f"[{GOOD},\n{GOOD}]", 1, "a JSON array; write one record a line"),
+    "an array over lines": (f"[\n  {GOOD}\n]", 1, "a JSON array; write one record a line"),
+    "a record over lines": (
+        '{\n"context": "a",\n"response": "b"}',
+        1,
+        "not a record in JSON.*one",
+    ),
+    "a table": (f"{GOOD}\na\tb\n", 2, "not a record: .*a table must be called .csv"),
+    "NaN": (
+        f'{GOOD}\n{{"context": "a", "response": NaN}}',
+        2,
+        "response is nan; write a text",
+    ),
+    "NaN as emotion": (
+        '{"context": "a", "response": "b", "emotion": NaN}',
+        1,
+        "emotion is nan",
+    ),
+    "NaN as a level": ('{"context": "a", "response": "b", "er": NaN}', 1, "level 'nan'"),
+    "a number as utterance": (
+        '{"context": ["a", 1], "response": "b"}',
+        1,
+        "utterance of context is 1",
+    ),
+    "a surplus field": (
+        '{"context": "a", "response": "b", "split": "c"}',
+        1,
+        "a field 'split'; take",
+    ),
+    "a field twice": (
+        '{"context": "a", "response": "b", "response": "c"}',
+        1,
+        "is there twice",
+    ),
+    "a field missing": ('{"context": "a"}', 1, "no response; add"),
+    "cut": (f"{GOOD}\n{GOOD[:-2]}", 2, "not a record in JSON: Unterminated string"),
+    "a list as id": ('{"context": "a", "response": "b", "id": []}', 1, "id is a list"),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_that_can_not_be_used_is_told_why_and_where(name, tmp_path):
+    content, line, problem = RECORDS[name]
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(DataError, match=f"x.jsonl:{line}: .*{problem}"):
+        data.read_dialogues(tmp_path / "x.jsonl")
+
+
+def test_nested_json_of_any_depth_is_refused(tmp_path):
+    """Python's own reader gives up at some depth, and at another one its writer, for the message."""
+    limit = sys.getrecursionlimit()
+    for depth in (10, *range(limit - 140, limit + 5, 16), 40_000):
+        deep = "[" * depth + "]" * depth
+        for record in (
+            f'{{"context": {deep}, "response": "b"}}',
+            f'{{"context": ["a", {deep}], "response": "b"}}',
+            f'{{"context": "a", "response": {deep}}}',
+            f'{{"context": "a", "response": "b", "emotion": {deep}}}',
+            f'{{"context": "a", "response": "b", "er": {deep}, "ip": 0, "ex": 0}}',
+            f'{{"context": "a", "response": "b", "id": {deep}}}',
+            f'{{"context": "a", "response": "b", "other": {deep}}}',
+        ):
+            (tmp_path / "x.jsonl").write_text(record)
+            with pytest.raises(DataError, match="x.jsonl:1: .*; "):
+                data.read_dialogues(tmp_path / "x.jsonl")
+
+
+# ---- a corpus of yours
+
+
+def write_own(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def conversation(number, turns, **more):
+    """A record for each listener turn, as one has them who has unrolled conversations."""
+    said = [f"This is conversation {number}."] + [f"{number}, {i}." for i in range(2 * turns)]
+    rng = random.Random(number)
+    return [
+        {"context": said[: 2 * i + 1], "response": said[2 * i + 1]}
+        | {m: rng.randrange(3) for m in data.MECHANISMS}
+        | more
+        for i in range(turns)
+    ]
+
+
+def parts_of(corpus):
+    """The five labelled parts; the policy's three are made of the same dialogues."""
+    assert corpus.dialogues["valid"] == corpus.labelled["valid"]
+    assert corpus.dialogues["test"] == corpus.labelled["test"]
+    trained = [
+        d for part in ("train", "judge_train", "judge_valid") for d in corpus.labelled[part]
+    ]
+    assert sorted(d.id for d in corpus.dialogues["train"]) == sorted(d.id for d in trained)
+    return corpus.labelled
+
+
+def nothing_shared(parts, what):
+    seen = [{what(d) for d in part} for part in parts.values()]
+    assert all(seen) and not any(a & b for a, b in itertools.combinations(seen, 2))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_own_conversations_and_equal_records_stay_in_one_part(seed, tmp_path):
+    """The judge sees nothing of the reward's data, and the test part holds nothing that anyone has seen."""
+    rng = random.Random(seed)
+    records = [r for n in range(40) for r in conversation(n, rng.choice((1, 2, 3, 5)))]
+    again = [rng.choice(records) | {"er": 0} for _ in range(20)]  # with other levels, perhaps
+    records += [r | {"response": r["response"].upper() + " "} for r in again]  # and other case
+    rng.shuffle(records)
+    corpus = data.own_corpus(write_own(tmp_path / "x.jsonl", records), seed)
+    parts = parts_of(corpus)
+    assert sum(map(len, parts.values())) == len(records)
+    nothing_shared(parts, lambda d: d.context[0])
+    assert "dialogues of 40 conversations" in corpus.notes[0]
+    assert "20 records equal to an earlier one" in corpus.notes[1]
+
+
+def test_own_conversations_by_id(tmp_path):
+    """All begin alike, so the first utterance tells nothing; the id does, and it joins others."""
+    records = [
+        r for n in range(60) for r in conversation(n, 2, id=f"a very long name, {n // 2}")
+    ]
+    for record in records:
+        record["context"] = ["Hello.", *record["context"]]
+    corpus = data.own_corpus(write_own(tmp_path / "x.jsonl", records))
+    nothing_shared(parts_of(corpus), lambda d: int(d.context[1].split()[-1][:-1]) // 2)
+    assert "of 30 conversations" in corpus.notes[0]
+    for record in records:
+        del record["id"]
+    with pytest.raises(DataError, match="120 dialogues of 1 conversations .*needs 50 of 20"):
+        data.own_corpus(write_own(tmp_path / "x.jsonl", records))
+
+
+def test_own_equal_records_join_conversations_with_different_ids(tmp_path):
+    """A chain: each conversation has a record of the one before, so all of a chain are one."""
+    records = []
+    for n in range(100):
+        records += conversation(n, 1, id=n)
+        records += conversation(n - 1, 1, id=n) if n % 4 else []
+    corpus = data.own_corpus(write_own(tmp_path / "x.jsonl", records))
+    nothing_shared(parts_of(corpus), lambda d: int(d.context[0].split()[-1][:-1]) // 4)
+    assert "of 25 conversations" in corpus.notes[0] and "75 records equal" in corpus.notes[1]
+
+
+def test_own_ids_in_a_csv(tmp_path):
+    (tmp_path / "x.csv").write_text(
+        "id,context,response\n7,Hello.,One.\n8,Hello.,Two.\n7,Hello </s> One. </s> Go on.,Three.\n,Hello.,Four.\n"
+    )
+    speakers = [d.id.rpartition("/")[0] for d in data.read_dialogues(tmp_path / "x.csv")]
+    assert speakers[0] == speakers[2] and len(set(speakers)) == 3
+
+
+@pytest.mark.parametrize("count", range(20, 90))
+def test_own_parts_are_never_empty(count):
+    dialogues = [Dialogue(("a",), "b", "", (0, 0, 0), f"{i}/{i}") for i in range(count)]
+    parts = data.split_labelled(dialogues, 0)
+    assert all(parts.values()) and sum(map(len, parts.values())) == count
+
+
+def test_own_levels_that_never_differ_are_noted(tmp_path):
+    records = [r | {"ip": 2} for n in range(60) for r in conversation(n, 1)]
+    notes = data.own_corpus(write_own(tmp_path / "x.jsonl", records)).notes
+    assert [note.partition(": ")[2] for note in notes[1:]] == [
+        "ip is 2 everywhere, nothing to learn from"
+    ]
+
+
+def test_own_dialogue_without_levels_is_named_by_its_line(tmp_path):
+    records = [r for n in range(60) for r in conversation(n, 1)]
+    for name in data.MECHANISMS:
+        del records[36][name]
+    with pytest.raises(DataError, match="x.jsonl:37: no levels; training needs"):
+        data.own_corpus(write_own(tmp_path / "x.jsonl", records))
+    with pytest.raises(DataError, match="x.jsonl: 30 dialogues .*needs 50"):
+        data.own_corpus(write_own(tmp_path / "x.jsonl", records[:30]))
+
+
 # ---- EmpatheticDialogues
 
 ED_HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags"

@@ -113,6 +113,9 @@ TOPICS = {
     for s in e.situations
     for opener, topic in s
 }
+VALENCES = {
+    _plain(opener): e.valence for e in EMOTIONS for s in e.situations for opener, _ in s
+}
 
 
 def modal_levels(valence, family, severe, turns):
@@ -211,12 +214,15 @@ def embedded_corpus(seed=0, num_train=12000, num_valid=300, num_test=600, num_la
     return corpus
 
 
-def _reader(mechanism, level, topic):
-    """One regular expression for all phrases of a mechanism and level, with `topic` in the topic's place."""
-    feelings = "|".join(sorted({feeling for e in EMOTIONS for feeling in e.feelings}))
+def _reader(mechanism, level, topic, valences):
+    """One regular expression for all phrases of a mechanism, a level and some valences, with `topic` in the topic's place
+    and a feeling of these valences in the feeling's."""
+    feelings = "|".join(
+        sorted({feeling for e in EMOTIONS if e.valence in valences for feeling in e.feelings})
+    )
     phrases = "|".join(
         _plain(p).strip(" .?!")
-        for v in ("neg", "pos")
+        for v in valences
         for p in SENTENCES[f"{mechanism} {level} {v}"]
     )
     return rf"\b(?:{phrases})(?!\w)".replace("topic", topic).replace(
@@ -224,21 +230,44 @@ def _reader(mechanism, level, topic):
     )
 
 
-_STRONG = [re.compile(_reader(m, 2, "(?:(?:the|your|this|that|a) )?@")) for m in MECHANISMS]
-_WEAK = [
-    re.compile(_reader(m, 1, "") + "|" + _reader(m, 2, r"[\w@]+(?: [\w@]+){0,9}?"))
-    for m in MECHANISMS
-]
+def _readers(valences):
+    """(strong, weak): for each mechanism what finds a level-2 phrase about the topic, and what finds any phrase."""
+    return [
+        re.compile(_reader(m, 2, "(?:(?:the|your|this|that|a) )?@", valences))
+        for m in MECHANISMS
+    ], [
+        re.compile(
+            _reader(m, 1, "", valences)
+            + "|"
+            + _reader(m, 2, r"[\w@]+(?: [\w@]+){0,9}?", valences)
+        )
+        for m in MECHANISMS
+    ]
+
+
+_READERS = {
+    "neg": _readers(("neg",)),
+    "pos": _readers(("pos",)),
+    "unknown": _readers(("neg", "pos")),
+}
+# A negation, and the rest of its sentence, which it may take back. A plain "no" is none: "oh no", "no wonder".
+_NEGATED = re.compile(
+    r"\b(?:not|never|nobody|neither|nor|hardly|cannot|without|\w+n t"
+    r"|(?:do|does|did|is|are|was|were|ca|wo|would|could|should|have|has|had)nt)\b[^.?!]*"
+)
 
 
 def oracle_levels(context, response):
     """(er, ip, ex) read back from free text in the embedded world: for each mechanism the best phrase found. A level-2
-    phrase counts 2 only if it names the topic of this context, which the first sentence tells; else it counts 1."""
-    text = f" {_plain(response)} "
-    if context and (topic := TOPICS.get(_plain(re.split("[.?!]", context[0])[0]))):
-        text = text.replace(f" {topic} ", " @ ")
+    phrase counts 2 only if it names the topic of this context, which the first sentence tells; else it counts 1.
+    A phrase counts only in a context of its valence (no joy about bad news), and only where nothing negates it."""
+    opener = _plain(re.split("[.?!]", context[0])[0]) if context else ""
+    text = f" {_NEGATED.sub('', _plain(response))} "
+    if opener in TOPICS:
+        text = text.replace(f" {TOPICS[opener]} ", " @ ")
+    strong, weak = _READERS[VALENCES.get(opener, "unknown")]
     return tuple(
-        2 if s.search(text) else int(bool(w.search(text))) for s, w in zip(_STRONG, _WEAK)
+        2 if s.search(text) else int(bool(w.search(text))) for s, w in zip(strong, weak)
     )
 
 

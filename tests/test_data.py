@@ -214,7 +214,7 @@ FIELD = ("My dog died this week. It is too much for me.",)
             "I understand how you feel. How long have you been dealing with the death of your dog?",
             (0, 1, 2),
         ),
-        ("How lovely.", (1, 0, 0)),
+        ("How lovely.", (0, 0, 0)),  # said to bad news
         ("I see. Time will tell.", (0, 0, 0)),
         ("", (0, 0, 0)),
         ("dog dog dog the death of your dog", (0, 0, 0)),
@@ -223,6 +223,61 @@ FIELD = ("My dog died this week. It is too much for me.",)
 )
 def test_oracle_by_hand(response, levels):
     assert oracle_levels(FIELD, response) == levels
+
+
+@pytest.mark.parametrize(
+    "opener, response, levels",
+    [
+        ("I heard steps in the kitchen at night", "I am overjoyed for you about the steps in your kitchen.", (0, 0, 0)),
+        ("I heard steps in the kitchen at night", "It makes me so happy to hear about the steps in your kitchen. I am so sorry.", (1, 0, 0)),
+        ("I heard steps in the kitchen at night", "You must feel cheerful about the steps in your kitchen.", (0, 0, 0)),
+        ("I heard steps in the kitchen at night", "You must feel scared about the steps in your kitchen.", (0, 2, 0)),
+        ("I heard steps in the kitchen at night", "What do you like best about the steps in your kitchen?", (0, 0, 0)),
+        ("I passed my math exam", "I am overjoyed for you about the passed math exam.", (2, 0, 0)),
+        ("I passed my math exam", "My heart is heavy when I think of the passed math exam.", (0, 0, 0)),
+        ("I passed my math exam", "I am overjoyed for you about the steps in your kitchen.", (1, 0, 0)),
+        ("I passed my math exam", "You must feel scared about the passed math exam. How lovely.", (1, 0, 0)),
+        ("I passed my math exam", "I understand how you feel.", (0, 1, 0)),
+        ("My dog died this week", "I understand how you feel.", (0, 1, 0)),
+    ],
+)  # fmt: skip
+def test_oracle_hears_the_valence(opener, response, levels):
+    assert oracle_levels((f"{opener}. It began last Monday.",), response) == levels
+
+
+NEGATIONS = [
+    "I can not say that",
+    "I do not think",
+    "Do not believe that",
+    "It is not true that",
+    "I never said",
+    "I don't think",
+    "I don\u2019t think",
+    "I dont think",
+    "Nobody would say",
+    "I hardly think",
+    "I cannot say",
+    "It isn't so that",
+]
+
+
+@pytest.mark.parametrize("negation", NEGATIONS)
+def test_oracle_hears_a_negation(negation):
+    """Nothing counts that is negated, and everything that stands in another sentence."""
+    for context, valence, topic in (
+        (FIELD, "neg", "the death of your dog"),
+        (("I passed my math exam. How I laughed.",), "pos", "the passed math exam"),
+    ):
+        feeling = {"neg": "sad", "pos": "joyful"}[valence]
+        for m, mechanism in enumerate(data.MECHANISMS):
+            for level in (1, 2):
+                for phrase in data.SENTENCES[f"{mechanism} {level} {valence}"]:
+                    said = phrase.replace("TOPIC", topic).replace("FEELING", feeling)
+                    expected = tuple(level * (i == m) for i in range(3))
+                    assert oracle_levels(context, said) == expected
+                    assert oracle_levels(context, f"{negation} {said}") == (0, 0, 0), said
+                    assert oracle_levels(context, f"{negation} it. {said}") == expected
+                    assert oracle_levels(context, f"{said} {negation} it.") == expected
 
 
 def test_oracle_outside_its_world():
@@ -279,10 +334,11 @@ def test_other_situations_count_one(corpus):
     test = corpus.dialogues["test"]
     for d in test:
         other = rng.choice(test)
-        topic, others = (
-            data.TOPICS[data._plain(x.context[0].split(".")[0])] for x in (d, other)
-        )
+        openers = [data._plain(x.context[0].split(".")[0]) for x in (d, other)]
+        topic, others = (data.TOPICS[opener] for opener in openers)
         expected = other.levels if topic == others else tuple(min(1, n) for n in other.levels)
+        if data.VALENCES[openers[0]] != data.VALENCES[openers[1]]:  # one phrase is of both
+            expected = (0, int("I understand how you feel." in other.response), 0)
         assert oracle_levels(d.context, other.response) == expected
 
 

@@ -1,6 +1,7 @@
 """data.py: the embedded world and its oracle, tokenizer, batches, readers, download (loopback only)."""
 
 import csv
+import errno
 import hashlib
 import http.server
 import io
@@ -9,6 +10,8 @@ import json
 import os
 import random
 import re
+import socket
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -16,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from urllib.error import HTTPError, URLError
 
 import numpy as np
 import pytest
@@ -1533,10 +1537,154 @@ def test_download_unpacks_what_is_expected_only(server, tmp_path):
     for _ in range(2):
         download.download(tmp_path, sources, str)
     assert len(server["log"]) == 1 and os.listdir(tmp_path / "sub") == []
-    assert (
-        sorted(os.listdir(tmp_path / "d")) == ["a.csv", "b.csv"]
-        and (tmp_path / "d/a.csv").read_bytes() == b"A"
+    assert sorted(os.listdir(tmp_path / "d")) == ["SHA256SUMS", "a.csv", "b.csv"]
+    assert (tmp_path / "d/a.csv").read_bytes() == b"A"
+    assert (tmp_path / "d/SHA256SUMS").read_text() == "".join(
+        f"{hashlib.sha256(body).hexdigest()}  {name}\n"
+        for name, body in (("a.csv", b"A"), ("b.csv", b"B"))
     )
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "no record", "a damaged record"])
+def test_download_unpacks_again_what_is_not_as_it_was_unpacked(damage, server, tmp_path):
+    files = {"a.csv": random.Random(1).randbytes(5000), "b.csv": b"B" * 5000}
+    body = archive(*((f"d/{name}", content) for name, content in files.items()))
+    sources = source(server, body, ["d/a.csv", "d/b.csv"])
+    download.download(tmp_path, sources, str)
+    if damage == "cut":
+        os.truncate(tmp_path / "d/b.csv", 10)
+    elif damage == "changed":
+        (tmp_path / "d/b.csv").write_bytes(b"C" * 5000)
+    elif damage == "gone":
+        (tmp_path / "d/b.csv").unlink()
+    elif damage == "no record":  # of an older version, or put there by hand: no one knows
+        (tmp_path / "d/SHA256SUMS").unlink()
+    else:
+        (tmp_path / "d/SHA256SUMS").write_bytes(b"\xff rubbish")
+    for _ in range(2):
+        download.download(tmp_path, sources, str)
+        assert {name: (tmp_path / "d" / name).read_bytes() for name in files} == files
+    assert len(server["log"]) == 2, "fetched once more, and then no more"
+
+
+@pytest.mark.parametrize("members", [[], ["d/a.csv"]])
+def test_download_takes_what_was_put_in_place_by_hand(members, server, tmp_path):
+    body = archive(("d/a.csv", b"A"))
+    sources = source(server, body, members)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/f.csv").write_bytes(body)
+    for _ in range(2):
+        download.download(tmp_path, sources, str)
+    assert server["log"] == [] and os.listdir(tmp_path / "sub") == ["f.csv"]
+    assert not members or (tmp_path / "d/a.csv").read_bytes() == b"A"
+    (tmp_path / "sub/f.csv").write_bytes(body[:-1])  # not the right one, after all
+    if members:
+        (tmp_path / "d/a.csv").unlink()
+    lines = []
+    download.download(tmp_path, sources, lines.append)
+    assert len(server["log"]) == 1 and "not the published file" in lines[0]
+
+
+def endless(server, length=None):
+    """A server whose answer has no end; it may promise one."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            if length:
+                self.send_header("Content-Length", str(length))
+            self.end_headers()
+            try:
+                for _ in range(10**4):
+                    self.wfile.write(bytes(1 << 20))
+                    server["sent"] += 1 << 20
+            except OSError:
+                pass
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server["sent"] = 0
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    return httpd
+
+
+@pytest.mark.parametrize("length", [None, 10**10])
+@pytest.mark.parametrize(
+    "name, limit", [("empatheticdialogues.tar.gz", 28_022_709), ("other.csv", 50_000_000)]
+)
+def test_download_has_an_end(name, limit, length, tmp_path):
+    state = {}
+    httpd = endless(state, length)
+    url = f"http://127.0.0.1:{httpd.server_address[1]}/f"
+    try:
+        with pytest.raises(DataError, match=f"more than the {limit:,} bytes.*with a browser"):
+            download.download(tmp_path, [(url, name, "0" * 64, [])], str)
+    finally:
+        httpd.shutdown()
+        httpd.server_close()
+    assert os.listdir(tmp_path) == [] and state["sent"] < limit + 20_000_000
+
+
+@real
+def test_the_limits_leave_room_for_the_published_files():
+    for path in (REAL / "epitome").iterdir():
+        assert path.stat().st_size < download.LARGEST / 5
+
+
+@pytest.mark.parametrize(
+    "error, remedy",
+    [
+        (ssl.SSLCertVerificationError("certificate verify failed"), "fetch it with a browser"),
+        (
+            OSError("Tunnel connection failed: 407 Proxy Authentication Required"),
+            "fetch it with a",
+        ),
+        (
+            socket.gaierror(-2, "Name or service not known"),
+            "once the network .* with a browser",
+        ),
+        (
+            ConnectionRefusedError(111, "Connection refused"),
+            "once the network .* with a browser",
+        ),
+        (ConnectionResetError(104, "reset by peer"), "again, it goes on from here"),
+        (TimeoutError("timed out"), "again, it goes on from here"),
+        (HTTPError("", 403, "Forbidden", {}, None), "fetch it with a browser"),
+        (HTTPError("", 404, "Not Found", {}, None), "fetch it with a browser"),
+        (HTTPError("", 503, "Service Unavailable", {}, None), "again, it goes on from here"),
+    ],
+    ids=str,
+)
+def test_download_names_the_remedy_that_helps(error, remedy, tmp_path, monkeypatch, capsys):
+    def fails(request, timeout):
+        raise error if isinstance(error, HTTPError) else URLError(error)
+
+    monkeypatch.setattr(download, "urlopen", fails)
+    assert download.main(["download", str(tmp_path / "new")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and re.search(remedy, err)
+    archive_path = str(tmp_path / "new" / "empatheticdialogues.tar.gz")
+    assert ("browser" in err) == (archive_path in err), "it says where to put the file"
+
+
+def test_download_tells_a_full_disk_from_the_network(server, tmp_path, monkeypatch):
+    def full(path, mode, **options):
+        if "b" in mode and mode != "rb":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return open(path, mode, **options)
+
+    monkeypatch.setattr(download, "open", full, raising=False)
+    with pytest.raises(DataError, match="f.csv.part: can not be written .*; make room"):
+        download.download(tmp_path, source(server), str)
+
+
+def test_download_into_what_is_no_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert download.main(["download", str(tmp_path / "file")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "choose another folder" in err
 
 
 def special(name, kind):

@@ -268,9 +268,9 @@ def test_every_option_refuses_values_it_can_not_have():
                 continue
             with pytest.raises(DataError) as error:
                 emprl.make_config(settings=[f"{section}.{name}={value}"])
-            assert f"{section}.{name}={value}" in str(error.value) and "\n" not in str(
-                error.value
-            )
+            message = str(error.value)
+            assert data.printable(f"{section}.{name}={value}") in message
+            assert message.isprintable()
             refused += 1
     assert refused > 400
 

@@ -263,13 +263,106 @@ def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
     return config
 
 
+# ---- what a result is a result of -----------------------------------------------------------------------------------
+STAGES = ["pretrain", "sft", "identifiers", "judge", "label", "context", "ppo"]
+RESULTS = ("metrics.json", "responses.jsonl", "report.md", "samples.md")  # of all stages
+EVALUATE = "evaluate"  # comes after all stages; its result is metrics.json
+
+
+def digest(content):
+    """The SHA-256 of tensors and plain values in dicts and lists, however deep."""
+    found = hashlib.sha256()
+
+    def add(x):
+        if torch.is_tensor(x):
+            found.update(f"{x.dtype} {tuple(x.shape)}".encode())
+            found.update(x.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(x, dict):
+            found.update(f"dict of {len(x)}".encode())
+            for name in sorted(x):
+                add(name)
+                add(x[name])
+        elif isinstance(x, (list, tuple)):
+            found.update(f"list of {len(x)}".encode())
+            for one in x:
+                add(one)
+        else:
+            found.update(f"{type(x).__name__} {x!r};".encode())
+
+    add(content)
+    return found.hexdigest()
+
+
+def content_of(corpus, tokenizer, t5, config):
+    """What training starts from, as it was read: the digest of each part of the data, of the tokenizer and of a T5 from --t5."""
+    content = {"tokenizer": hashlib.sha256(tokenizer.model).hexdigest()}
+    for kind, parts in (("dialogues", corpus.dialogues), ("labelled", corpus.labelled)):
+        for part, dialogues in parts.items():
+            content[f"{kind}/{part}"] = digest(
+                json.dumps([[*vars(d).values()] for d in dialogues])
+            )
+    if config.t5_dir:
+        content["t5"] = digest([asdict(t5.config), t5.state_dict()])
+    return content
+
+
+def comparable(raw):
+    """A configuration (as config.json has it) without paths, and without what the content tells: a folder may be moved."""
+    settings = {
+        name: x
+        for name, x in raw.items()
+        if name not in ("data_dir", "t5_dir", "preset", "content")
+    }
+    settings["data"] = dict(raw["data"])
+    if raw["data"]["corpus"] not in ("embedded", "real"):
+        settings["data"]["corpus"] = "your own"
+    settings["t5"] = {name: x for name, x in raw["t5"].items() if name != "vocab_size"}
+    if raw["t5_dir"]:
+        del settings["t5"], settings["data"]["vocab_size"]
+    return settings
+
+
+def relevant(stage, settings, content):
+    """{name: value} of all that a stage's result depends on: its own section and those before it, and what it is trained on."""
+    sections, left_out = set(settings), set()
+    if stage != EVALUATE:
+        last = ORDER.index(
+            stage if stage in ORDER else "identifiers"
+        )  # of "judge" and "label", too
+        sections = {"seed", "data", *ORDER[: last + 1]}
+        left_out = {"dialogues/test", "labelled/test"}
+    found = {
+        f"{section}.{name}": value
+        for section in sections & set(settings)
+        if isinstance(settings[section], dict)
+        for name, value in settings[section].items()
+    }
+    found["seed"] = settings["seed"]
+    if stage == "ppo":  # validates, by sampling, while it trains
+        for name in ("valid_contexts", "batch_size"):
+            found[f"eval.{name}"] = settings["eval"][name]
+    found |= {
+        f"the content of {part}": x for part, x in content.items() if part not in left_out
+    }
+    return found
+
+
+def differing(one, two):
+    """The names of what differs between two dicts."""
+    return sorted(name for name in {*one, *two} if one.get(name) != two.get(name))
+
+
 # ---- the run folder -------------------------------------------------------------------------------------------------
 class Run:
     """A folder with config.json, metrics.jsonl and checkpoints/, and the loop that every training stage shares."""
 
     save_every = 30.0  # seconds between checkpoints
+    command = None  # the arguments of the command line, if it was one
+    given = ()  # stages that must be there: they are never trained anew
 
     def __init__(self, folder, config):
+        self.content = {}  # of what training starts from: see content_of
+        self.made = {}  # stage -> the digest of its result
         self.folder, self.config, self.seconds, self.log = (
             Path(folder),
             config,
@@ -282,6 +375,53 @@ class Run:
             False,
         )
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+    def key(self, stage):
+        """What a stage's result is a result of: the settings and the data it depends on, and the checkpoints it is made from."""
+        settings = comparable(asdict(self.config))
+        earlier = STAGES if stage == EVALUATE else STAGES[: STAGES.index(stage)]
+        before = [self.made.get(name) for name in earlier]
+        return digest(
+            [2, relevant(stage, settings, self.content), before]
+        )  # 2: format version
+
+    def refuse_another(self, content=None):
+        """Raises DataError if a result in the folder depends on a setting, or on data (once `content` is known), that is now another."""
+        path, results = self.folder / "config.json", []
+        for stage in STAGES:
+            if (self.folder / "checkpoints" / f"{stage}.pt").exists():
+                results.append(stage)
+        if (self.folder / "metrics.json").exists():
+            results.append(EVALUATE)
+        if not results or not path.exists():
+            return
+        try:
+            raw = json.loads(path.read_text())
+            there, old = comparable(raw), raw.get("content", {})
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise DataError(f"{path}: damaged; {self.elsewhere()}") from None
+        now = comparable(asdict(self.config))
+        content = old if content is None else content
+        for stage in results:
+            changed = differing(relevant(stage, there, old), relevant(stage, now, content))
+            if changed:
+                words = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+                raise DataError(
+                    f"{self.folder}: has results of another configuration ({words}), which stay; {self.elsewhere()}"
+                )
+
+    def elsewhere(self):
+        """The same command with a folder that is not there yet."""
+        folder = next(
+            f for i in itertools.count(2) if not (f := Path(f"{self.folder}-{i}")).exists()
+        )
+        if self.command is None:
+            return f"take another folder: {folder}"
+        command = list(self.command)
+        if "--run" in command:
+            at = command.index("--run")
+            del command[at : at + 2]
+        return f"take another folder: {shlex.join(['python', 'emprl.py', *command, '--run', str(folder)])}"
 
     def write(self, name, text):  # a file of the run folder, atomically
         (self.folder / f"{name}.tmp").write_bytes(
@@ -310,18 +450,7 @@ class Run:
     def stage(self, name, compute):
         """compute(state, save) -> the stage's final state, unless that is there for the same configuration.
         `state` is what an interrupted call left by save(**state), or {}."""
-        path, c = self.folder / "checkpoints" / f"{name}.pt", asdict(self.config)
-        section = name if name in ORDER else "identifiers"  # of "judge" and "label", too
-        parts = [
-            c[s]
-            for s in ["seed", "data_dir", "t5_dir", "data", *ORDER[: ORDER.index(section) + 1]]
-        ]
-        parts += (
-            [data.sha256(self.config.data_dir)] if os.path.isfile(self.config.data_dir) else []
-        )  # your own file, as it is now
-        key = hashlib.sha256(
-            json.dumps([1, parts], sort_keys=True).encode()
-        ).hexdigest()  # 1: format version
+        path, key = self.folder / "checkpoints" / f"{name}.pt", self.key(name)
         state = load_state(path) if path.exists() else {"key": None}
         if not isinstance(state, dict) or "key" not in state:
             raise CheckpointError(f"{path}: not a checkpoint of this program; delete it")
@@ -337,11 +466,20 @@ class Run:
             )
 
         if not state.get("done"):
+            if name in self.given:
+                raise DataError(
+                    f"{path}: of other data or other settings than the run's, or not finished; make the run again"
+                )
+            for stale in RESULTS:
+                (self.folder / stale).unlink(missing_ok=True)
             self.seed(name)
-            save(done=True, **compute(state, save))
+            new = compute(state, save)
+            result = {part: x for part, x in new.items() if part != "log"}
+            save(done=True, made=digest(result), **new)
             state = load_state(path)
         self.write_log(name, state.get("log", []))
         self.seconds[name] = round(state["seconds"], 1)
+        self.made[name] = state["made"]
         return state
 
     def train(self, name, make_trainer, steps, model):
@@ -409,10 +547,21 @@ class Run:
 # ---- the recipe -----------------------------------------------------------------------------------------------------
 def run_all(run):
     """Every stage, in order. Returns the final metrics (also in metrics.json)."""
+    run.refuse_another()  # before much is read
     config, c, started = run.config, run.config.data, time.time()
     say(
         f"EmpRL, preset {config.preset}, seed {config.seed}, on {run.device}; results go to {run.folder}"
     )
+    corpus = (
+        data.embedded_corpus(config.seed, c.num_train, c.num_valid, c.num_test, c.num_labelled)
+        if c.corpus == "embedded"
+        else data.real_corpus(config.data_dir)
+        if c.corpus == "real"
+        else data.own_corpus(c.corpus)
+    )
+    tokenizer, t5 = start(run, corpus)
+    run.content = content_of(corpus, tokenizer, t5, config)
+    run.refuse_another(run.content)
     status, commit = subprocess.getstatusoutput(
         f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD"
     )
@@ -430,18 +579,11 @@ def run_all(run):
         )
         + "\n",
     )
-    corpus = (
-        data.embedded_corpus(config.seed, c.num_train, c.num_valid, c.num_test, c.num_labelled)
-        if c.corpus == "embedded"
-        else data.real_corpus(config.data_dir)
-        if c.corpus == "real"
-        else data.own_corpus(c.corpus)
-    )
+    run.write("tokenizer.model", tokenizer.model)
     corpus.dialogues["test"] = corpus.dialogues["test"][: config.eval.contexts or None]
     corpus.dialogues["probe"] = corpus.dialogues["valid"][
         : config.eval.valid_contexts
     ]  # for a look inside PPO
-    tokenizer, t5 = start(run, corpus)
     pairs = {
         part: Pairs(ds, tokenizer, c.max_source, c.max_target, run.device)
         for part, ds in corpus.dialogues.items()
@@ -450,7 +592,9 @@ def run_all(run):
         part: Pairs(ds, tokenizer, c.identifier_source, c.identifier_target, run.device)
         for part, ds in corpus.labelled.items()
     }
-    run.write("config.json", json.dumps(asdict(config), indent=2) + "\n")
+    run.write(
+        "config.json", json.dumps({**asdict(config), "content": run.content}, indent=2) + "\n"
+    )
     size = f"{tokenizer.vocab_size} tokens, {sum(p.numel() for p in t5.parameters()) / 1e6:.2f} M parameters"
     say("\n".join(f"data        {note}" for note in (*corpus.notes, size)))
     run.seconds["data"] = round(time.time() - started, 1)
@@ -554,6 +698,7 @@ def run_all(run):
     )
     run.seconds["evaluate"] = round(time.time() - started, 1)
     metrics |= {"config": asdict(config), "seed": config.seed, "seconds": run.seconds}
+    metrics["key"] = run.key(EVALUATE)
     run.write("metrics.json", json.dumps(metrics, indent=2) + "\n")
     report(run, metrics, test)
     return metrics
@@ -578,7 +723,6 @@ def start(run, corpus):
         config.t5.vocab_size = tokenizer.vocab_size
         run.seed("t5")
         t5 = T5(config.t5)
-    run.write("tokenizer.model", tokenizer.model)
     return tokenizer, t5.to(run.device).eval()
 
 
@@ -974,12 +1118,9 @@ def main(arguments=None):
             )
         if a.command == "run":
             keep_memory()
-            signal.signal(
-                signal.SIGINT,
-                (
-                    run := Run(folder, make_config(a.preset, a.seed, a.data, a.t5, a.set))
-                ).on_interrupt,
-            )
+            run = Run(folder, make_config(a.preset, a.seed, a.data, a.t5, a.set))
+            run.command = sys.argv[1:] if arguments is None else arguments
+            signal.signal(signal.SIGINT, run.on_interrupt)
             run_all(run)
         else:  # what is done with finished runs is no part of the recipe: it is kept with the tests
             sys.path.insert(0, str(Path(__file__).parent / "tests"))

@@ -1,5 +1,6 @@
 """What is done with a finished run: python emprl.py evaluate | chat | rate | ablate. See python emprl.py --help."""
 
+import hashlib
 import json
 import re
 import sys
@@ -10,7 +11,7 @@ import ablate as ablations
 import data
 import rate as rating
 from data import DataError, Pairs, Tokenizer
-from emprl import Config, Evaluation, Run, make_config, say
+from emprl import EVALUATE, STAGES, Config, Evaluation, Run, digest, make_config, say
 from identifiers import MECHANISMS, Identifiers, before_after, predict_levels
 from ppo import respond
 from t5_small import from_pretrained, load_state
@@ -40,7 +41,12 @@ def load_run(folder):
         config = make_config(
             seed=raw["seed"], settings=ablations.settings_of({s: raw[s] for s in sections})
         )
+        config.data.corpus = raw["data"]["corpus"]
+        config.preset, config.data_dir, config.t5_dir = (
+            raw[name] for name in ("preset", "data_dir", "t5_dir")
+        )
         tokenizer, run = Tokenizer(folder / "tokenizer.model"), Run(folder, config)
+        run.content = raw["content"]
         models = {
             name: from_pretrained(folder / name, tokenizer.vocab_size).to(run.device).eval()
             for name in ("sft", "emprl")
@@ -54,12 +60,33 @@ def load_run(folder):
                 load_state(folder / "checkpoints" / f"{stage}.pt")["weights"]
             )
             readers.append(reader.eval())
+        foreign = mixed(run, tokenizer, models)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         words = " ".join(str(error).split())[:200]
         raise DataError(
             f"--run {folder}: a file of it is damaged or of another run ({words}); make it again"
         ) from None
+    if foreign:
+        raise DataError(
+            f"--run {folder}: {foreign} is not of the run that config.json describes; make it again"
+        )
     return run, tokenizer, readers, models
+
+
+def mixed(run, tokenizer, models):
+    """The first file of a run folder that is not made from the others, or ""."""
+    if hashlib.sha256(tokenizer.model).hexdigest() != run.content["tokenizer"]:
+        return "tokenizer.model"
+    for stage in STAGES:
+        state = load_state(run.folder / "checkpoints" / f"{stage}.pt")
+        if state["key"] != run.key(stage) or not state.get("done"):
+            return f"checkpoints/{stage}.pt"
+        run.made[stage] = state["made"]
+    for name, stage in (("sft", "sft"), ("emprl", "ppo")):
+        if digest({"weights": models[name].state_dict()}) != run.made[stage]:
+            return f"{name}/pytorch_model.bin"
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    return "" if metrics["key"] == run.key(EVALUATE) else "metrics.json"
 
 
 def evaluate(arguments, folder):

@@ -127,10 +127,10 @@ def test_responses_have_the_levels_of_every_reader(finished):
     assert m["target"]["length"] > 3 and m["target"]["bleu"] == pytest.approx(100)
 
 
-def test_best_of_one_is_plain_sampling_and_of_many_no_worse(finished):
+def test_best_of_one_is_plain_sampling_and_of_many_no_worse(finished, tmp_path):
     """The first of n samples is MLE's own; perplexities are MLE's either way; n is taken from eval.best_of."""
-    folder, m = finished
-    (Path(folder) / "metrics.json").write_text(json.dumps(m))
+    folder, m = shutil.copytree(finished[0], tmp_path / "run"), finished[1]
+    (folder / "config.json").unlink()  # its stages are taken, its results written over
     one = emprl.run_all(
         emprl.Run(folder, emprl.make_config("smoke", settings=["eval.best_of=1"]))
     )
@@ -140,7 +140,6 @@ def test_best_of_one_is_plain_sampling_and_of_many_no_worse(finished):
     for key in ("perplexity", "perplexity_per_word"):
         assert m["best_of_n"][key] == pytest.approx(m["sft"][key], rel=1e-4)
     assert m["best_of_n"]["kl"] == pytest.approx(math.log(4) - 3 / 4)
-    emprl.run_all(emprl.Run(folder, emprl.make_config("smoke")))  # as it was
 
 
 def test_ratio_is_one_at_the_first_minibatch_of_every_iteration(finished):
@@ -180,6 +179,7 @@ def test_targets_are_what_the_context_tells_or_the_one_humans(finished, tmp_path
 
     def targets(**options):
         seen, settings = [], [f"reward.{name}={x}" for name, x in options.items()]
+        (folder / "config.json").unlink()  # of the settings before
         monkeypatch.setattr(
             emprl, "make_reward", lambda reader, targets, **_: seen.append(targets)
         )

@@ -1,0 +1,242 @@
+"""Every result says what it is a result of, and whatever uses it looks: folders, settings, ablations, environments."""
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+
+import emprl
+import faults
+import t5_small
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished smoke run."""
+    folder = tmp_path_factory.mktemp("results") / "whole"
+    assert faults.run(folder) == (0, "")
+    return folder
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+def records(number, seed=3):
+    """Lines of a .jsonl of dialogues with levels."""
+    dialogues = emprl.data.embedded_corpus(seed, number, 1, 1, 1).dialogues["train"]
+    lines = []
+    for d in dialogues:
+        levels = dict(zip(emprl.MECHANISMS, d.levels))
+        lines.append(
+            json.dumps({"context": list(d.context), "response": d.response, **levels}) + "\n"
+        )
+    return lines
+
+
+def contents(folder):
+    """{path: bytes} of a folder."""
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def weights(folder, stage):
+    """{name: values} of a stage's result."""
+    state = t5_small.load_state(folder / "checkpoints" / f"{stage}.pt")
+    return {name: x.tolist() for name, x in state["weights"].items()}
+
+
+# ---- a folder has the results of one configuration
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--set", "ppo.kl_coef=0"], "ppo.kl_coef"),
+        (["--set", "eval.best_of=1"], "eval.best_of"),
+        (["--set", "eval.valid_contexts=9"], "eval.valid_contexts"),
+        (["--seed", "7"], "seed"),
+        (["--set", "data.num_train=201"], "data.num_train"),
+    ],
+)
+def test_another_configuration_is_refused_and_nothing_is_lost(
+    arguments, words, copied, capsys
+):
+    before = contents(copied)
+    command = ["--preset", "smoke", *arguments, "--run", str(copied)]
+    assert emprl.main(command) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and words in err, err
+    assert contents(copied) == before
+    again = f"python emprl.py --preset smoke {' '.join(arguments)} --run {copied}-2"
+    assert err.endswith(f"{again}\n"), "the same command with another --run"
+
+
+def test_the_default_folder_too(tmp_path, capsys, monkeypatch):
+    """Without --run; and the folder that is proposed is not there yet."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(emprl, "draw_plots", lambda *_: None)
+    (tmp_path / "runs" / "smoke-seed0-2").mkdir(parents=True)
+    assert emprl.main(["--preset", "smoke"]) == 0
+    capsys.readouterr()
+    assert emprl.main(["--preset", "smoke", "--set", "ppo.lr=1"]) == 2
+    assert "--set ppo.lr=1 --run runs/smoke-seed0-3" in capsys.readouterr().err
+
+
+def test_half_finished_results_are_refused_as_well_and_go_on_by_their_own_command(
+    whole, tmp_path
+):
+    here = tmp_path / "run"
+    code, _ = faults.run(here, before=lambda: faults.at("judge", 3, faults.interrupt))
+    assert code == 130
+    assert faults.run(here, "sft.lr=1e-3")[0] == 2
+    assert faults.run(here) == (0, "") and not faults.differences(here, whole)
+
+
+def test_settings_of_stages_of_which_nothing_is_there_may_change(tmp_path, whole):
+    """After Ctrl-C in the judge's training PPO's options are still free; nothing is trained anew."""
+    here = tmp_path / "run"
+    faults.run(here, before=lambda: faults.at("judge", 3, faults.interrupt))
+    assert faults.run(here, "ppo.lr=1e-3") == (0, "")
+    assert json.loads((here / "config.json").read_text())["ppo"]["lr"] == 1e-3
+    assert weights(here, "judge") == weights(whole, "judge")
+
+
+def test_results_go_when_a_stage_is_made_anew(copied):
+    (copied / "checkpoints" / "ppo.pt").unlink()
+    code, _ = faults.run(copied, before=lambda: faults.at("ppo", 2, faults.interrupt))
+    assert code == 130
+    assert not (copied / "metrics.json").exists() and not (copied / "responses.jsonl").exists()
+    assert emprl.main(["chat", "--run", str(copied)]) == 2, "not a finished run any more"
+
+
+# ---- the content of the data counts
+
+
+def test_data_that_has_changed_is_seen(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(emprl, "draw_plots", lambda *_: None)
+    lines = records(61)
+    file, run = tmp_path / "mine.jsonl", tmp_path / "run"
+    file.write_text("".join(lines[:60]))
+    command = ["--preset", "smoke", "--set", "data.vocab_size=300", "--run", str(run)]
+    assert emprl.main([*command, "--data", str(file)]) == 0
+    before = contents(run)
+
+    file.write_text("".join(lines[1:]))
+    capsys.readouterr()
+    assert emprl.main([*command, "--data", str(file)]) == 2
+    err = capsys.readouterr().err
+    assert "the content of" in err and err.count("\n") == 1 and contents(run) == before
+
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text("".join(lines[:60]))
+    monkeypatch.setattr(t5_small.Trainer, "step", lambda *_: pytest.fail("trained again"))
+    assert emprl.main([*command, "--data", str(moved)]) == 0, "the same data at another place"
+
+
+def test_data_is_read_once_and_its_key_is_of_what_was_read(tmp_path, monkeypatch):
+    """The file changes while the run goes on: all stages are of the old content, and a run of the new one is refused."""
+    monkeypatch.setattr(emprl, "draw_plots", lambda *_: None)
+    lines = records(61)
+    file, here = tmp_path / "mine.jsonl", tmp_path / "run"
+    file.write_text("".join(lines[:60]))
+    config = emprl.make_config("smoke", 0, file, settings=["data.vocab_size=300"])
+    run = emprl.Run(here, config)
+    old = run.seed
+
+    def seed(stage, step=0):
+        if stage == "identifiers":
+            file.write_text("".join(lines[1:]))
+        old(stage, step)
+
+    monkeypatch.setattr(run, "seed", seed)
+    emprl.run_all(run)
+    with pytest.raises(emprl.DataError, match="the content of"):
+        emprl.run_all(emprl.Run(here, config))
+    file.write_text("".join(lines[:60]))
+    monkeypatch.setattr(t5_small.Trainer, "step", lambda *_: pytest.fail("trained again"))
+    emprl.run_all(emprl.Run(here, config))
+
+
+def official(folder, whole, scale=1.0):
+    """The run's MLE policy as if it were an official checkpoint, its weights times `scale`."""
+    shutil.copytree(whole / "sft", folder, dirs_exist_ok=True)
+    shutil.copy(whole / "tokenizer.model", folder / "spiece.model")
+    state = t5_small.load_state(folder / "pytorch_model.bin")
+    t5_small.save_atomically(
+        {name: x * scale for name, x in state.items()}, folder / "pytorch_model.bin"
+    )
+    return str(folder)
+
+
+def test_a_t5_folder_with_other_weights_is_seen(whole, tmp_path):
+    t5, here = official(tmp_path / "t5", whole), tmp_path / "run"
+    emprl.Run.save_every, saved = 0.0, emprl.Run.save_every
+    try:
+        emprl.run_all(emprl.Run(here, emprl.make_config("smoke", t5_dir=t5)))
+    finally:
+        emprl.Run.save_every = saved
+    official(tmp_path / "t5", whole, 1.01)
+    with pytest.raises(emprl.DataError, match="the content of t5"):
+        emprl.run_all(emprl.Run(here, emprl.make_config("smoke", t5_dir=t5)))
+
+
+# ---- a mixture is refused
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.model",
+        "checkpoints/identifiers.pt",
+        "checkpoints/sft.pt",
+        "checkpoints/ppo.pt",
+        "sft/pytorch_model.bin",
+        "emprl/pytorch_model.bin",
+        "metrics.json",
+    ],
+)
+def test_a_mixture_of_two_runs_is_refused(name, copied, other, capsys, monkeypatch):
+    shutil.copy(other / name, copied / name)
+    file = copied / "mine.jsonl"
+    file.write_text('{"context": "Hello", "response": "Hi"}\n')
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    for command in (["chat"], ["evaluate", "--data", str(file)]):
+        assert emprl.main([*command, "--run", str(copied)]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and name in err, err
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A finished smoke run of another seed."""
+    folder = tmp_path_factory.mktemp("results") / "other"
+    assert faults.run(folder, "ppo.lr=1e-3", "sft.lr=1e-2", "data.num_train=220") == (0, "")
+    return folder
+
+
+def test_a_stage_made_anew_from_other_weights_is_followed_by_all_after_it(copied, other):
+    """A student changes MLE's code and deletes its checkpoint: nothing that was made from the old one is kept."""
+
+    def other_rate():
+        old = t5_small.Trainer.step
+        count = iter(range(10**9))
+
+        def step(self, i):
+            record = old(self, i)
+            if next(count) == 0:
+                with emprl.torch.no_grad():
+                    next(self.model.parameters()).add_(0.01)
+            return record
+
+        t5_small.Trainer.step = step
+
+    stages = ("sft", "identifiers", "judge", "ppo")
+    before = {stage: weights(copied, stage) for stage in stages}
+    (copied / "checkpoints" / "sft.pt").unlink()
+    assert faults.run(copied, before=other_rate) == (0, "")
+    for stage in stages:
+        assert weights(copied, stage) != before[stage], stage

@@ -1093,6 +1093,7 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--set",
+        action="extend",
         nargs="+",
         default=[],
         metavar="key=value",

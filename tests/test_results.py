@@ -240,3 +240,17 @@ def test_a_stage_made_anew_from_other_weights_is_followed_by_all_after_it(copied
     assert faults.run(copied, before=other_rate) == (0, "")
     for stage in stages:
         assert weights(copied, stage) != before[stage], stage
+
+
+# ---- a setting has the effect that it names, or is refused
+
+
+def test_every_set_counts(tmp_path, monkeypatch):
+    """`--set a=1 --set b=2` is `--set a=1 b=2`."""
+    seen = []
+    monkeypatch.setattr(emprl, "run_all", lambda run: seen.append(run.config))
+    run = ["--run", str(tmp_path / "run")]
+    one = ["--set", "ppo.lr=1", "--set", "sft.lr=2", "ppo.steps=3", *run]
+    assert emprl.main(one) == emprl.main(run) == 0
+    assert (seen[0].ppo.lr, seen[0].sft.lr, seen[0].ppo.steps) == (1, 2, 3)
+    assert seen[1] == emprl.Config(), "and nothing is left over for the next call"

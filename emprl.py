@@ -180,6 +180,7 @@ CHOICES = {
     "feed_forward_proj": ("relu", "gated-gelu"),
     "mechanisms": ("er,ip,ex", "er,ip", "er,ex", "ip,ex", "er", "ip", "ex"),
     "target": ("expected", "likeliest", "human"),
+    "corpus": ("embedded", "real"),  # a file of yours: by --data
 }
 ORDER = [
     "t5",
@@ -205,13 +206,10 @@ def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
     for setting in [*PRESETS[preset].split(), *settings]:
         key, _, value = setting.partition("=")
         section, _, name = key.partition(".")
-        target = getattr(config, section, None)
-        if not is_dataclass(target) or not hasattr(target, name):
-            known = (
-                asdict(target)
-                if is_dataclass(target)
-                else [k for k, v in asdict(config).items() if isinstance(v, dict)]
-            )
+        sections = {k: x for k, x in vars(config).items() if is_dataclass(x)}
+        target = sections.get(section)
+        if target is None or name not in asdict(target):
+            known = sections if target is None else asdict(target)
             raise DataError(
                 f"--set {setting}: no such option; write section.field=value with one of {', '.join(known)}"
             )
@@ -247,9 +245,8 @@ def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
             "t5: max_distance must be above num_buckets / 2; change it by --set",
         ),
         (
-            data_dir
-            and not os.path.exists(data_dir)
-            or (config.data.corpus == "real") != os.path.isdir(config.data_dir),
+            config.data.corpus != (config.data_dir or "embedded")
+            and not (config.data.corpus == "real" and os.path.isdir(config.data_dir)),
             f"--data {config.data_dir or 'DIR'}: --preset real and paper need the folder that `python data.py download DIR` fills; "
             "toy and smoke need none, or a .jsonl or .csv file of yours",
         ),
@@ -261,6 +258,31 @@ def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
         if wrong:
             raise DataError(words)
     return config
+
+
+def refuse_without_effect(config, settings):
+    """Raises DataError for a setting of a part that is not used, since another one takes its place."""
+    replaced = {"t5.vocab_size": "data.vocab_size takes its place"}
+    if config.t5_dir:
+        replaced["t5."] = replaced["data.vocab_size"] = "the checkpoint of --t5 has its own"
+    if config.data_dir:
+        for name in ("num_train", "num_valid", "num_test", "num_labelled"):
+            replaced[f"data.{name}"] = "all of --data is used"
+    if not config.pretrain.steps:
+        for name in asdict(config.pretrain).keys() - {"steps"}:
+            replaced[f"pretrain.{name}"] = "pretrain.steps is 0"
+    for section in ("identifiers", "context"):
+        reader = getattr(config, section)
+        network = asdict(reader).keys() - {"ngrams", "penalty", "class_weight"}
+        for name in network if reader.ngrams else {"penalty"}:
+            takes_its_place = "n-grams take the network's place" if reader.ngrams else "is 0"
+            replaced[f"{section}.{name}"] = f"{section}.ngrams: {takes_its_place}"
+    replaced["context.shared"] = "identifiers.shared counts for all"
+    for setting in settings:
+        key = setting.partition("=")[0]
+        why = replaced.get(key) or replaced.get(key.partition(".")[0] + ".")
+        if why:
+            raise DataError(f"--set {setting}: has no effect here ({why}); leave it out")
 
 
 # ---- what a result is a result of -----------------------------------------------------------------------------------
@@ -710,6 +732,7 @@ def start(run, corpus):
     if folder:
         tokenizer = Tokenizer(Path(folder) / "spiece.model")
         t5 = from_pretrained(folder, tokenizer.vocab_size)
+        config.t5 = t5.config  # so that config.json says what is used
     else:
         dialogues = (
             corpus.dialogues["train"]
@@ -1119,7 +1142,9 @@ def main(arguments=None):
             )
         if a.command == "run":
             keep_memory()
-            run = Run(folder, make_config(a.preset, a.seed, a.data, a.t5, a.set))
+            config = make_config(a.preset, a.seed, a.data, a.t5, a.set)
+            refuse_without_effect(config, a.set)
+            run = Run(folder, config)
             run.command = sys.argv[1:] if arguments is None else arguments
             signal.signal(signal.SIGINT, run.on_interrupt)
             run_all(run)

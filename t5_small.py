@@ -614,6 +614,13 @@ def from_pretrained(folder, vocab_size=0):
             raise ValueError(
                 f"feed_forward_proj {config.feed_forward_proj!r} is not one of T5's"
             )
+        for name, used in (
+            ("pad_token_id", 0),
+            ("eos_token_id", 1),
+            ("decoder_start_token_id", 0),
+        ):
+            if getattr(config, name) != used:
+                raise ValueError(f"{name} {getattr(config, name)}, but T5's is {used}")
         if config.vocab_size < vocab_size:
             raise ValueError(
                 f"vocab_size {config.vocab_size}, but its tokenizer has {vocab_size}"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 
@@ -254,3 +255,76 @@ def test_every_set_counts(tmp_path, monkeypatch):
     assert emprl.main(one) == emprl.main(run) == 0
     assert (seen[0].ppo.lr, seen[0].sft.lr, seen[0].ppo.steps) == (1, 2, 3)
     assert seen[1] == emprl.Config(), "and nothing is left over for the next call"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--data", "/dev/null"], "--data /dev/null"),
+        (["--data", "pipe"], "--data pipe"),
+        (["--data", "mine.jsonl", "--set", "data.corpus=embedded"], "--data mine.jsonl"),
+        (["--set", "data.corpus=mine.jsonl"], "data.corpus=mine.jsonl"),
+        (["--preset", "smoke", "--data", "folder"], "toy and smoke need none"),
+        (["--t5", "t5", "--set", "t5.d_model=64"], "t5.d_model=64: has no effect"),
+        (["--t5", "t5", "--set", "data.vocab_size=600"], "data.vocab_size=600: has no"),
+        (["--set", "t5.vocab_size=600"], "t5.vocab_size=600: has no effect"),
+        (["--data", "mine.jsonl", "--set", "data.num_train=9"], "data.num_train=9: has"),
+        (["--preset", "real", "--data", "folder", "--set", "data.num_test=9"], "num_test=9"),
+        (["--set", "pretrain.task=turns"], "pretrain.task=turns: has no effect"),
+        (["--set", "identifiers.ngrams=99", "identifiers.lr=1"], "identifiers.lr=1: has no"),
+        (["--set", "context.penalty=1"], "context.penalty=1: has no effect"),
+        (["--set", "data.__class__=1"], "data.__class__=1: no such option"),
+        (["--set", "data.__dict__=1"], "data.__dict__=1: no such option"),
+        (["--set", "__class__.preset=1"], "__class__.preset=1: no such option"),
+        (["--set", "reward.options=1"], "reward.options=1: no such option"),
+    ],
+)
+def test_a_setting_without_effect_is_refused_by_name(
+    arguments, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(emprl, "run_all", lambda run: pytest.fail("accepted"))
+    (tmp_path / "mine.jsonl").write_text("".join(records(60)))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "t5").mkdir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+    assert emprl.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1, err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_settings_with_an_effect_stay(tmp_path, monkeypatch):
+    """The sources' own options, and those of the parts that are used."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(emprl, "run_all", lambda run: None)
+    (tmp_path / "mine.jsonl").write_text("".join(records(60)))
+    (tmp_path / "folder").mkdir()
+    for arguments in (
+        ["--data", "mine.jsonl", "--set", "t5.d_model=64", "data.vocab_size=300"],
+        ["--preset", "smoke", "--data", "folder", "--set", "data.corpus=real"],
+        ["--t5", "t5", "--set", "data.num_train=99", "data.max_source=50"],
+        ["--set", "pretrain.steps=5", "pretrain.task=turns"],
+        ["--set", "context.ngrams=99", "context.penalty=1", "identifiers.lr=1"],
+    ):
+        assert emprl.main(arguments) == 0, arguments
+
+
+def test_config_json_says_which_t5_was_used(whole, tmp_path):
+    here = tmp_path / "run"
+    config = emprl.make_config("smoke", t5_dir=official(tmp_path / "t5", whole))
+    config.t5.d_model = 999  # of what --t5 replaces
+    emprl.run_all(emprl.Run(here, config))
+    used = json.loads((whole / "sft" / "config.json").read_text())
+    said = json.loads((here / "config.json").read_text())["t5"]
+    assert said == {name: used[name] for name in said}
+
+
+@pytest.mark.parametrize("name", ["pad_token_id", "eos_token_id", "decoder_start_token_id"])
+def test_a_t5_with_other_ids_is_refused(name, whole, tmp_path):
+    official(tmp_path / "t5", whole)
+    raw = json.loads((tmp_path / "t5" / "config.json").read_text())
+    (tmp_path / "t5" / "config.json").write_text(json.dumps({**raw, name: 2}))
+    with pytest.raises(t5_small.CheckpointError, match=f"{name} 2"):
+        t5_small.from_pretrained(tmp_path / "t5")

@@ -8,12 +8,21 @@
 Stages: pretrain -> sft -> identifiers -> judge -> label -> context -> ppo -> evaluate -> report. The same command goes on where it was cut.
 """
 
-import argparse, contextlib, copy, ctypes, functools, hashlib, itertools, json, math, os, re, shlex, signal, subprocess, sys, time, zlib
+import argparse, contextlib, copy, ctypes, errno, functools, hashlib, itertools, json, math, os, re, shlex, signal, subprocess, sys, time, zlib
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+try:
+    import msvcrt
+except ImportError:  # elsewhere
+    msvcrt = None
 
 import data
 from data import (
@@ -374,6 +383,24 @@ def differing(one, two):
     return sorted(name for name in {*one, *two} if one.get(name) != two.get(name))
 
 
+@contextlib.contextmanager
+def alone(folder):
+    """Nobody else in a folder meanwhile. Raises DataError if somebody is. The system frees it when the process ends, however it ends."""
+    with open(Path(folder) / ".lock", "a") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            elif msvcrt:
+                file.seek(0)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise DataError(
+                    f"{folder}: another command is at work there; wait for its end or take another folder"
+                ) from None  # another error: a file system without locks
+        yield
+
+
 # ---- the run folder -------------------------------------------------------------------------------------------------
 class Run:
     """A folder with config.json, metrics.jsonl and checkpoints/, and the loop that every training stage shares."""
@@ -569,6 +596,12 @@ class Run:
 # ---- the recipe -----------------------------------------------------------------------------------------------------
 def run_all(run):
     """Every stage, in order. Returns the final metrics (also in metrics.json)."""
+    with alone(run.folder):
+        return recipe(run)
+
+
+def recipe(run):
+    """What run_all does, alone in the folder."""
     run.refuse_another()  # before much is read
     config, c, started = run.config, run.config.data, time.time()
     say(

@@ -1,10 +1,14 @@
 """Every result says what it is a result of, and whatever uses it looks: folders, settings, ablations, environments."""
 
 import io
+import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 
@@ -328,3 +332,70 @@ def test_a_t5_with_other_ids_is_refused(name, whole, tmp_path):
     (tmp_path / "t5" / "config.json").write_text(json.dumps({**raw, name: 2}))
     with pytest.raises(t5_small.CheckpointError, match=f"{name} 2"):
         t5_small.from_pretrained(tmp_path / "t5")
+
+
+# ---- one at a time
+
+
+def start(arguments, **options):
+    """`python emprl.py` in a process of its own."""
+    program = Path(emprl.__file__)
+    return subprocess.Popen(
+        [sys.executable, str(program), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_a_second_run_in_the_folder_is_refused_until_the_first_is_killed(tmp_path, whole):
+    here = tmp_path / "run"
+    command = ["--preset", "smoke", "--run", str(here)]
+    long = start([*command, "--set", "sft.steps=100000", "sft.eval_every=100000"])
+    try:
+        while "sft" not in (line := long.stdout.readline()):
+            assert line, long.stderr.read()
+        for other in (command, [*command, "--set", "sft.steps=100000"]):
+            second = start(other)
+            _, err = second.communicate(timeout=100)
+            assert second.returncode == 2 and err.count("\n") == 1, err
+            assert "another command is at work" in err
+        assert long.poll() is None, "and the first goes on"
+    finally:
+        long.kill()
+        long.communicate()
+    shutil.rmtree(here / "checkpoints")
+    assert faults.run(here) == (0, "") and not faults.differences(here, whole)
+
+
+def test_without_locks_it_runs_all_the_same(tmp_path, monkeypatch):
+    """A file system or a system that has none."""
+
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(emprl.fcntl, "flock", unsupported)
+    with emprl.alone(tmp_path), emprl.alone(tmp_path):
+        pass
+    monkeypatch.setattr(emprl, "fcntl", None)
+    with emprl.alone(tmp_path), emprl.alone(tmp_path):
+        pass
+
+
+def test_the_lock_of_windows_is_asked_for_and_believed(tmp_path, monkeypatch):
+    asked = []
+
+    def locking(number, mode, size):
+        asked.append((mode, size))
+        if len(asked) == 2:
+            raise OSError(errno.EACCES, "Permission denied")
+
+    windows = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
+    monkeypatch.setattr(emprl, "fcntl", None)
+    monkeypatch.setattr(emprl, "msvcrt", windows)
+    with emprl.alone(tmp_path):
+        with pytest.raises(emprl.DataError, match="another command"):
+            with emprl.alone(tmp_path):
+                pytest.fail("not alone")
+    assert asked == [(2, 1), (2, 1)]

@@ -324,6 +324,48 @@ def digest(content):
     return found.hexdigest()
 
 
+def code_version(folder=Path(__file__).parent):
+    """The code in a folder: its commit, a digest of what was changed since (None: nothing), and one of all its modules."""
+    folder = Path(folder).resolve()
+    outside = {name: x for name, x in os.environ.items() if not name.startswith("GIT_")}
+    outside["GIT_CEILING_DIRECTORIES"] = str(folder.parent)  # a repository around is another's
+
+    def git(*arguments):
+        try:
+            asked = subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, env=outside
+            )
+        except OSError:  # no git
+            return None
+        return asked.stdout if asked.returncode == 0 else None
+
+    commit, changes = git("rev-parse", "HEAD"), git("diff", "--binary", "HEAD")
+    modules = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in (*folder.glob("*.py"), *folder.glob("tests/*.py"))
+    }
+    return {
+        "commit": commit and commit.decode().strip(),
+        "changed": hashlib.sha256(changes).hexdigest() if changes else None,
+        "modules": digest(modules),
+    }
+
+
+def gflops(threads, size=1024):
+    """GFLOP/s of a float32 matrix product on some threads, the best of a few: how fast this machine is."""
+    before, matrix = torch.get_num_threads(), torch.ones(size, size)
+    torch.set_num_threads(threads)
+    try:
+        seconds = []
+        for _ in range(3):  # the first is slow
+            started = time.perf_counter()
+            matrix @ matrix
+            seconds.append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(before)
+    return 2 * size**3 / min(seconds) / 1e9
+
+
 def content_of(corpus, tokenizer, t5, config):
     """What training starts from, as it was read: the digest of each part of the data, of the tokenizer and of a T5 from --t5."""
     content = {"tokenizer": hashlib.sha256(tokenizer.model).hexdigest()}
@@ -410,6 +452,9 @@ class Run:
     given = ()  # stages that must be there: they are never trained anew
 
     def __init__(self, folder, config):
+        self.code = (
+            code_version()
+        )  # noted beside results; another one is no reason to refuse them
         self.content = {}  # of what training starts from: see content_of
         self.made = {}  # stage -> the digest of its result
         self.folder, self.config, self.seconds, self.log = (
@@ -458,6 +503,30 @@ class Run:
                 raise DataError(
                     f"{self.folder}: has results of another configuration ({words}), which stay; {self.elsewhere()}"
                 )
+
+    def note_environment(self):
+        """Append to environment.json, a list with an entry for each start of the run, what this one runs on."""
+        try:
+            known = json.loads((self.folder / "environment.json").read_text())
+            known = known if isinstance(known, list) else [known]
+        except (OSError, ValueError):
+            known = []
+        last = known[-1] if known and isinstance(known[-1], dict) else self.code
+        if last.get("modules") != self.code["modules"]:
+            say(
+                "warning: the code is not that of the last start; what is finished is kept "
+                "(to train a stage anew, delete its file in checkpoints)"
+            )
+        threads = torch.get_num_threads()
+        environment = {
+            "command": shlex.join(sys.argv),
+            **self.code,
+            "python": sys.version,
+            **{name: version(name) for name in ("torch", "sentencepiece", "numpy")},
+            "threads": threads,
+            "gflops": {str(n): round(gflops(n), 1) for n in sorted({1, threads})},
+        }
+        self.write("environment.json", json.dumps([*known, environment], indent=2) + "\n")
 
     def elsewhere(self):
         """The same command with a folder that is not there yet."""
@@ -511,7 +580,13 @@ class Run:
                 name, new.get("log", [])
             )  # first: what a kill leaves too much in it, a resumed run rewrites
             save_atomically(
-                {"key": key, "seconds": before + time.time() - started, **new}, path
+                {
+                    "key": key,
+                    "code": self.code,
+                    "seconds": before + time.time() - started,
+                    **new,
+                },
+                path,
             )
 
         if not state.get("done"):
@@ -617,23 +692,7 @@ def recipe(run):
     tokenizer, t5 = start(run, corpus)
     run.content = content_of(corpus, tokenizer, t5, config)
     run.refuse_another(run.content)
-    status, commit = subprocess.getstatusoutput(
-        f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD"
-    )
-    run.write(
-        "environment.json",
-        json.dumps(
-            {
-                "command": shlex.join(sys.argv),
-                "commit": None if status else commit,
-                "python": sys.version,
-                **{name: version(name) for name in ("torch", "sentencepiece", "numpy")},
-                "threads": torch.get_num_threads(),
-            },
-            indent=2,
-        )
-        + "\n",
-    )
+    run.note_environment()
     run.write("tokenizer.model", tokenizer.model)
     corpus.dialogues["test"] = corpus.dialogues["test"][: config.eval.contexts or None]
     corpus.dialogues["probe"] = corpus.dialogues["valid"][
@@ -753,7 +812,7 @@ def recipe(run):
     )
     run.seconds["evaluate"] = round(time.time() - started, 1)
     metrics |= {"config": asdict(config), "seed": config.seed, "seconds": run.seconds}
-    metrics["key"] = run.key(EVALUATE)
+    metrics |= {"key": run.key(EVALUATE), "code": run.code}
     run.write("metrics.json", json.dumps(metrics, indent=2) + "\n")
     report(run, metrics, test)
     return metrics

@@ -86,6 +86,8 @@ def mixed(run, tokenizer, models):
         if digest({"weights": models[name].state_dict()}) != run.made[stage]:
             return f"{name}/pytorch_model.bin"
     metrics = json.loads((run.folder / "metrics.json").read_text())
+    if metrics["code"]["modules"] != run.code["modules"]:
+        print("warning: the run was made by other code than this", file=sys.stderr)
     return "" if metrics["key"] == run.key(EVALUATE) else "metrics.json"
 
 

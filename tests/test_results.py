@@ -399,3 +399,80 @@ def test_the_lock_of_windows_is_asked_for_and_believed(tmp_path, monkeypatch):
             with emprl.alone(tmp_path):
                 pytest.fail("not alone")
     assert asked == [(2, 1), (2, 1)]
+
+
+# ---- the environment
+
+
+def git(folder, *arguments):
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(
+        ["git", "-C", str(folder), *who, *arguments],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    return done.stdout.strip()
+
+
+def test_code_is_known_by_its_own_commit_and_its_changes(tmp_path):
+    """A repository; a change in it; a new module; a copy without .git inside of it."""
+    (tmp_path / "emprl.py").write_text("one = 1\n")
+    alone = emprl.code_version(tmp_path)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "emprl.py")
+    git(tmp_path, "commit", "-qm", "one")
+    clean = emprl.code_version(tmp_path)
+    assert (alone["commit"], alone["changed"]) == (None, None)
+    assert (clean["commit"], clean["changed"]) == (git(tmp_path, "rev-parse", "HEAD"), None)
+
+    (tmp_path / "emprl.py").write_text("one = 2\n")
+    changed = emprl.code_version(tmp_path)
+    assert changed["commit"] == clean["commit"] and changed["changed"]
+    (tmp_path / "emprl.py").write_text("one = 3\n")
+    assert emprl.code_version(tmp_path)["changed"] not in (None, changed["changed"])
+    (tmp_path / "emprl.py").write_text("one = 1\n")
+    assert emprl.code_version(tmp_path) == clean
+    (tmp_path / "new.py").write_text("")
+    assert emprl.code_version(tmp_path) != clean, "that git does not know of yet"
+
+    inner = tmp_path / "copy"
+    inner.mkdir()
+    shutil.copy(tmp_path / "emprl.py", inner)
+    assert emprl.code_version(inner) == alone, "the repository around is not its own"
+
+
+def test_a_resumed_run_keeps_its_first_environment_and_says_that_the_code_is_another(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(emprl, "draw_plots", lambda *_: None)
+    here = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["emprl.py", "first"])
+    assert faults.run(here, before=lambda: faults.at("sft", 3, faults.interrupt))[0] == 130
+    monkeypatch.setattr(sys, "argv", ["emprl.py", "second"])
+    arguments = ["--preset", "smoke", "--run", str(here)]
+    assert emprl.main(arguments) == 0
+    assert "warning: the code" not in capsys.readouterr().out
+    code = {"commit": "abc", "changed": None, "modules": "x"}
+    monkeypatch.setattr(emprl, "code_version", lambda: code)
+    monkeypatch.setattr(t5_small.Trainer, "step", lambda *_: pytest.fail("trained again"))
+    assert emprl.main(arguments) == 0, "other code is no reason to refuse"
+    assert "warning: the code" in capsys.readouterr().out
+    found = json.loads((here / "environment.json").read_text())
+    assert [e["command"] for e in found] == [
+        "emprl.py first",
+        "emprl.py second",
+        "emprl.py second",
+    ]
+    assert found[2]["commit"] == "abc" != found[0]["commit"]
+
+
+def test_how_fast_the_machine_is_on_one_and_on_all_threads(whole):
+    (found,) = json.loads((whole / "environment.json").read_text())
+    assert set(found["gflops"]) == {"1", str(found["threads"])}
+    assert all(x > 0.01 for x in found["gflops"].values())
+    before = emprl.torch.get_num_threads()
+    state = emprl.torch.get_rng_state()
+    assert emprl.gflops(2) > 0.01
+    assert emprl.torch.get_num_threads() == before
+    assert emprl.torch.equal(emprl.torch.get_rng_state(), state)

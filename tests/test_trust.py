@@ -468,7 +468,7 @@ def test_the_judge_never_sees_what_the_reward_was_trained_on():
 
 
 def test_the_run_folder_says_what_it_came_from(whole):
-    found = json.loads((whole / "environment.json").read_text())
+    (found,) = json.loads((whole / "environment.json").read_text())
     assert (
         found["torch"] == torch.__version__.split("+")[0]
         or found["torch"] == torch.__version__

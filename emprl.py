@@ -1217,6 +1217,9 @@ def main(arguments=None):
     parser.add_argument(
         "--again", action="store_true", help="ablate: measure anew what has been measured"
     )
+    parser.add_argument(
+        "--write", default="", metavar="FILE", help="ablate: write all figures there, too"
+    )
     parser.error = lambda words: sys.exit(
         print(f"emprl.py: {words}; see --help", file=sys.stderr) or 2
     )
@@ -1228,9 +1231,16 @@ def main(arguments=None):
                 "evaluate takes --run and --data FILE, chat takes --run; neither takes --set or --t5: the run has its own"
             )
         number = {"rate": (1, 2), "ablate": range(1, 100)}.get(a.command, (0,))
-        if len(a.what) not in number or a.run and a.what or a.again and a.command != "ablate":
+        ablates = a.command == "ablate"
+        if (
+            len(a.what) not in number
+            or a.run
+            and a.what
+            or (a.again or a.write)
+            and not ablates
+        ):
             raise DataError(
-                "only rate takes RUN [YOUR NAME] here, and ablate NAME [RUN ...] [--again]; see --help"
+                "only rate takes RUN [YOUR NAME] here, and ablate NAME [RUN ...] [--again] [--write FILE]; see --help"
             )
         if a.command == "run":
             keep_memory()

@@ -3,9 +3,10 @@
 Each variant of NAME repeats PPO and the evaluation from the MLE policy and the identifiers of finished runs of one preset and
 different seeds, shortened (see SHORT) so that a laptop does a variant in about a minute. `frontier` repeats no PPO: it measures
 policies between MLE's weights and EmpRL's, and beyond; nor does `ideal`: it measures what any RL with a KL penalty tends to.
-`pretraining`, `data` and `own` take no RUN: they train seeds 0 to 2 of a small toy from the start. What has been measured is in
-tests/results/ablate-NAME.json (ablate-NAME-PRESET.json unless toy) and is not measured again, but with --again or when the file
-is deleted. The table of means is printed, and put below the file's name in README.md and coursework/open.md.
+`pretraining`, `data` and `own` take no RUN: they train seeds 0 to 2 of a small toy from the start, in runs/ablate-*. What has been
+measured is kept in RUN/ablations/NAME.json, with a key: the run it is made of and the code. Under the same key it is not measured
+again, but with --again. The table of means is printed; --write FILE also writes all figures there (and a picture beside it), as
+tests/results/ablate-NAME.json (ablate-NAME-PRESET.json unless toy), from which tests/publish.py puts the table into README.md.
 """
 
 import contextlib, copy, json, math, shutil, sys, time
@@ -17,7 +18,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data, emprl, identifiers, ppo, publish
 
-ROOT, RESULTS = publish.ROOT, publish.RESULTS
 SHORT = [
     "ppo.steps=12",
     "ppo.warmup=2",
@@ -311,8 +311,8 @@ def settings_of(raw):
     ]
 
 
-def run(folder, config, replaced):
-    """metrics.json of emprl.run_all with some functions replaced, without its output and plots."""
+def run(folder, config, replaced, given=()):
+    """metrics.json of emprl.run_all with some functions replaced, without its output and plots. given: stages that must be there."""
     replaced = replaced | {"emprl.draw_plots": lambda *_: None}
     places = [
         (globals()[module], name, f)
@@ -324,7 +324,9 @@ def run(folder, config, replaced):
         for place in places:
             setattr(*place)
         with contextlib.redirect_stdout(None):
-            return emprl.run_all(emprl.Run(folder, config))
+            repeated = emprl.Run(folder, config)
+            repeated.given = given
+            return emprl.run_all(repeated)
     finally:
         for place in before:
             setattr(*place)
@@ -332,11 +334,10 @@ def run(folder, config, replaced):
 
 def measure(source, name, variant):
     """The figures of one variant from a finished run's MLE policy and identifiers."""
-    raw, folder = (
-        json.loads((source / "metrics.json").read_text())["config"],
-        source / f"ablate-{name}",
-    )
+    raw = json.loads((source / "metrics.json").read_text())["config"]
+    folder = source / "ablations" / f"{name}-run"
     repeated, settings = (["ppo.pt"], SHORT) if name not in FINISHED else ([], [])
+    given = [stage for stage in emprl.STAGES if stage != "ppo" or name == "frontier"]
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source / "checkpoints", folder / "checkpoints", ignore=lambda *_: repeated)
     config = emprl.make_config(
@@ -346,20 +347,13 @@ def measure(source, name, variant):
         raw["t5_dir"],
         [*settings_of(raw), *settings, *variant.settings.split()],
     )
-    return figures_of(run(folder, config, variant.replaced), variant.after)
+    return figures_of(run(folder, config, variant.replaced, given), variant.after)
 
 
-def train(seed, name, variant, again):
+def train(seed, name, variant):
     """The figures of one variant, trained from the start. `own`: 1,500 dialogues of the embedded world, as if they were yours."""
-    folder = (
-        ROOT
-        / "runs"
-        / "-".join(
-            ["ablate", name, *variant.settings.replace("=", " ").split()[1::2], f"seed{seed}"]
-        )
-    )
-    if again:
-        shutil.rmtree(folder, ignore_errors=True)
+    folder = own_folder(name, variant, seed)
+    shutil.rmtree(folder, ignore_errors=True)  # half of it may be of other code
     folder.mkdir(parents=True, exist_ok=True)
     if name == "own":
         dialogues = data.embedded_corpus(1000 + seed, 1500, 1, 1, 1).dialogues["train"]
@@ -382,6 +376,12 @@ def train(seed, name, variant, again):
             {},
         )
     )
+
+
+def own_folder(name, variant, seed):
+    """The run folder of a variant that is trained from the start."""
+    values = variant.settings.replace("=", " ").split()[1::2]
+    return Path("runs") / "-".join(["ablate", name, *values, f"seed{seed}"])
 
 
 def figures_of(m, policy="emprl"):
@@ -460,34 +460,40 @@ def plot(figures, path, truth):
     plt.close(fig)
 
 
-def stored(name, path):
-    """{variant: {seed: figures}} of what has been measured; what older code measured does not count."""
-    raw = json.loads(path.read_text()) if path.exists() else {}
-    kept = {
-        v: {seed: f for seed, f in raw[v].items() if "gain, judge" in f}
-        for v in ABLATIONS[name]
-        if v in raw
-    }
-    return {v: by_seed for v, by_seed in kept.items() if by_seed}
+def key_of(metrics):
+    """What figures are figures of: the finished run (None: trained from the start), how it is shortened, and the code, to the last change."""
+    return emprl.digest([metrics and metrics["key"], SHORT, emprl.code_version()])
 
 
-def known(path, variant, seed):
-    """The default's figures, if another ablation of the same preset has them."""
+def stored(folder, name, key):
+    """{variant: figures} of what has been measured under this key; None if there is nothing."""
+    try:
+        raw = json.loads((folder / "ablations" / f"{name}.json").read_text())
+        return raw["figures"] if raw["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def keep(folder, name, key, variant, figures):
+    """Add a variant's figures to those in the run folder."""
+    path = folder / "ablations" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = (stored(folder, name, key) or {}) | {variant: figures}
+    text = json.dumps({"key": key, "code": emprl.code_version(), "figures": found}, indent=1)
+    path.with_suffix(".tmp").write_text(text + "\n")
+    path.with_suffix(".tmp").replace(path)
+
+
+def known(folder, key, variant):
+    """The default's figures, if another ablation of the same run has them."""
     for other, variants in ABLATIONS.items():
-        figures = stored(
-            other,
-            path.with_name("-".join(["ablate", other, *path.stem.split("-")[2:]]) + ".json"),
-        )
+        figures = stored(folder, other, key) or {}
         for v, what in variants.items():
-            if (
-                what == variant == DEFAULT
-                and other not in FROM_THE_START
-                and seed in figures.get(v, {})
-            ):
-                return figures[v][seed]
+            if what == variant == DEFAULT and other not in FROM_THE_START and v in figures:
+                return figures[v]
 
 
-def main(name, *runs, again=False):
+def main(name, *runs, again=False, write=""):
     if name not in ABLATIONS:
         raise data.DataError(
             f"ablate {name}: no such ablation; choose one of {', '.join(ABLATIONS)}"
@@ -496,62 +502,81 @@ def main(name, *runs, again=False):
         raise data.DataError(
             f"ablate {name}: {'takes no RUN, it trains its own' if runs else 'give one finished RUN or more'}"
         )
-    configs = {}
+    configs, keys = {}, {}
     for folder in map(Path, runs):
         try:
-            configs[folder] = json.loads((folder / "metrics.json").read_text())["config"]
+            metrics = json.loads((folder / "metrics.json").read_text())
+            configs[folder], keys[folder] = metrics["config"], key_of(metrics)
+            configs[folder]["preset"], configs[folder]["seed"]
         except (OSError, ValueError, KeyError, TypeError):
             raise data.DataError(
-                f"ablate: {folder}: no finished run there; make one with `python emprl.py --run {folder}`"
+                f"ablate: {folder}: no finished run of this version there; make one with `python emprl.py --run {folder}`"
             ) from None
     presets = {c["preset"] for c in configs.values()} or {"toy"}
     if len(presets) > 1 or len({c["seed"] for c in configs.values()}) < len(runs):
         raise data.DataError(
             "ablate: the RUNs must be of one preset and of different seeds; give others"
         )
-    path = RESULTS / f"ablate-{name}{''.join(f'-{p}' for p in presets - {'toy'})}.json"
-    figures = {} if again else stored(name, path)
-    seeds = {str(c["seed"]): folder for folder, c in configs.items()} or dict.fromkeys(
-        map(str, SEEDS)
-    )
-    todo = [(v, s) for s in seeds for v in ABLATIONS[name] if s not in figures.get(v, {})]
-    started, slow, done = time.time(), 0, 0
+    if write and not Path(write).resolve().parent.is_dir():
+        raise data.DataError(f"--write {write}: no such folder; make it first")
+    sources = {str(c["seed"]): folder for folder, c in configs.items()}
+    with contextlib.ExitStack() as stack:
+        for folder in sources.values():
+            stack.enter_context(emprl.alone(folder))
+        figures = measure_all(name, sources, keys, again)
+    pictured, told = name in ("kl", "frontier"), ""
+    where = Path(write) if write else None
+    if where:
+        where.write_text(json.dumps(figures, indent=1) + "\n")
+        told = f"\nwritten to {where}"
+    elif sources:
+        where = [*sources.values()][-1] / "ablations" / f"{name}.json"
+    if pictured:
+        truth = "the oracle's" if presets <= {"toy", "smoke"} else "the judge's"
+        plot(figures, where.with_suffix(".png"), truth)
+        told += f"\npicture: {where.with_suffix('.png')}"
+    emprl.say(f"{table(figures, name)}{told}")
+
+
+def measure_all(name, sources, keys, again):
+    """{variant: {seed: figures}}, of what is there under the runs' keys and of what is measured now."""
+    figures, todo, started, slow, done = {}, [], time.time(), 0, 0
+    places = {}  # (variant, seed) -> (the folder that keeps its figures, their key)
+    for seed in sources or map(str, SEEDS):
+        for v, variant in ABLATIONS[name].items():
+            folder = sources[seed] if sources else own_folder(name, variant, seed)
+            key = keys[folder] if sources else key_of(None)
+            places[v, seed] = folder, key
+            found = None if again else (stored(folder, name, key) or {}).get(v)
+            if found:
+                figures.setdefault(v, {})[seed] = found
+            else:
+                todo.append((v, seed))
     try:
         for done, (v, seed) in enumerate(todo):
-            variant = ABLATIONS[name][v]
+            variant, (folder, key) = ABLATIONS[name][v], places[v, seed]
             left = (
                 f", {(time.time() - started) / slow * (len(todo) - done) / 60:.0f} min left"
                 if slow
                 else ""
             )
             emprl.say(f"{done + 1}/{len(todo)}  {v}, seed {seed}{left}")
-            found = None if again or name in FROM_THE_START else known(path, variant, seed)
+            found = None if again or not sources else known(folder, key, variant)
             if not found:
                 slow += 1
                 found = (
-                    measure(seeds[seed], name, variant)
-                    if seeds[seed]
-                    else train(int(seed), name, variant, again)
+                    measure(folder, name, variant)
+                    if sources
+                    else train(int(seed), name, variant)
                 )
+            keep(folder, name, key, v, found)
             figures.setdefault(v, {})[seed] = found
-            figures = {
-                v: figures[v] for v in ABLATIONS[name] if v in figures
-            }  # in the order above
-            path.with_suffix(".tmp").write_text(json.dumps(figures, indent=1) + "\n")
-            path.with_suffix(".tmp").replace(path)
     except KeyboardInterrupt:
         emprl.say(
-            f"\nkept: {done} of {len(todo)}, in {path}; the same command, without --again, goes on from there"
+            f"\nkept: {done} of {len(todo)}; the same command, without --again, goes on from there"
         )
         raise
-    if name in ("kl", "frontier"):
-        plot(
-            figures,
-            path.with_suffix(".png"),
-            "the oracle's" if presets <= {"toy", "smoke"} else "the judge's",
-        )
-    pages = publish.put(f"tests/results/{path.name}", table(figures, name))
-    emprl.say(f"{table(figures, name)}\nwritten to {', '.join(map(str, [path, *pages]))}")
+    return {v: figures[v] for v in ABLATIONS[name] if v in figures}  # in the order above
 
 
 if __name__ == "__main__":

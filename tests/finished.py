@@ -137,4 +137,4 @@ def rate(arguments, _):
 
 
 def ablate(arguments, _):
-    ablations.main(*arguments.what, again=arguments.again)
+    ablations.main(*arguments.what, again=arguments.again, write=arguments.write)

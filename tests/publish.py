@@ -51,7 +51,9 @@ def put(anchor, table):
 
 
 def tables():
-    """{anchor: table} of README's results, but for the ablations."""
+    """{anchor: table} of all results."""
+    import ablate  # which imports this module
+
     found = {
         f"tests/results/{preset}-seed{m['seed']}.json": table(m)
         for preset in ("toy", "real")
@@ -65,6 +67,9 @@ def tables():
             "rows"
         ]
         found[f"bench: {part}"] = bench.sheet(rows)
+    for path in sorted(RESULTS.glob("ablate-*.json")):
+        name = path.stem.split("-")[1]
+        found[f"tests/results/{path.name}"] = ablate.table(json.loads(path.read_text()), name)
     if (RESULTS / "identifiers.json").exists():
         found["tests/results/identifiers.json"] = identifiers()
     if load("toy"):

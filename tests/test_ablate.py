@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,25 +43,23 @@ def two(tmp_path):
     for seed in range(2):
         (tmp_path / f"run{seed}").mkdir()
         (tmp_path / f"run{seed}" / "metrics.json").write_text(
-            json.dumps({"config": {"preset": "smoke", "seed": seed}})
+            json.dumps({"config": {"preset": "smoke", "seed": seed}, "key": f"run{seed}"})
         )
     return [str(tmp_path / f"run{seed}") for seed in range(2)]
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """Results and pages of their own; everything as short as can be."""
-    page = tmp_path / "page.md"
-    page.write_text("# Page\n\n(tests/results/ablate-kl-smoke.json)\n\n| old |\n\nEnd.\n")
-    monkeypatch.setattr(ablate, "RESULTS", tmp_path)
-    monkeypatch.setattr(publish, "PAGES", (page,))
+    """A folder for results; everything as short as can be."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablate, "SHORT", TINY)
     monkeypatch.setattr(ablate, "SEEDS", (0,))
     return tmp_path
 
 
-def stored(results, name, preset="-smoke"):
-    return json.loads((results / f"ablate-{name}{preset}.json").read_text())
+def stored(path):
+    """{variant: {seed: figures}} as --write wrote it."""
+    return json.loads(path.read_text())
 
 
 def test_settings_of_every_variant_are_options():
@@ -86,8 +86,8 @@ def test_every_variant_runs(name, finished, results, capsys, monkeypatch):
     monkeypatch.setattr(
         t5_small.Trainer, "step", lambda *_: pytest.fail("only PPO is repeated")
     )
-    assert emprl.main(["ablate", name, finished]) == 0
-    out, figures = capsys.readouterr().out, stored(results, name)
+    assert emprl.main(["ablate", name, finished, "--write", str(results / "all.json")]) == 0
+    out, figures = capsys.readouterr().out, stored(results / "all.json")
     assert list(figures) == list(ablate.ABLATIONS[name]) and all(
         f"| {variant} |" in out for variant in figures
     )
@@ -117,14 +117,15 @@ def test_the_frontier_is_measured_without_training(finished, results, monkeypatc
         "frontier",
         {f"{s:.0%} of the way": ablate.Variant("", ablate.between(s)) for s in (0.25, 1)},
     )
-    assert emprl.main(["ablate", "frontier", finished]) == 0
+    assert (
+        emprl.main(["ablate", "frontier", finished, "--write", str(results / "all.json")]) == 0
+    )
     figures = {
-        variant: by_seed["0"] for variant, by_seed in stored(results, "frontier").items()
+        variant: by_seed["0"] for variant, by_seed in stored(results / "all.json").items()
     }
     metrics = json.loads(open(f"{finished}/metrics.json").read())
     assert (
-        list(figures) == list(ablate.ABLATIONS["frontier"])
-        and (results / "ablate-frontier-smoke.png").exists()
+        list(figures) == list(ablate.ABLATIONS["frontier"]) and (results / "all.png").exists()
     )
     whole = figures["100% of the way"]
     assert (
@@ -201,9 +202,9 @@ def test_the_ideal_keeps_to_the_perplexity_and_gains_what_it_pays_for(
         "ideal",
         {str(t): ablate.Variant("ppo.steps=0", ablate.tilted(t)) for t in (1.0001, 1.01, 1.2)},
     )
-    assert emprl.main(["ablate", "ideal", finished]) == 0
+    assert emprl.main(["ablate", "ideal", finished, "--write", str(results / "all.json")]) == 0
     figures = {
-        float(times): by_seed["0"] for times, by_seed in stored(results, "ideal").items()
+        float(times): by_seed["0"] for times, by_seed in stored(results / "all.json").items()
     }
     assert [f["perplexity, times"] for f in figures.values()] == pytest.approx(
         [*figures], rel=1e-6
@@ -231,21 +232,76 @@ def test_progress_resuming_again_and_the_default_measured_once(
     assert emprl.main(["ablate", "mechanisms", *two]) == 0 and len(measured) == 8 + 2 * 6, (
         "the default is known from reward"
     )
-    old = {"beta 0": {"0": {"gain": 0.1}}, "beta 7": {"0": {"gain": 0.1}}}
-    (results / "ablate-kl-smoke.json").write_text(json.dumps(old))
-    assert emprl.main(["ablate", "kl", *two]) == 0 and len(measured) == 20 + 2 * 5, (
-        "what older code measured does not count"
-    )
-    assert (results / "ablate-kl-smoke.png").read_bytes().startswith(b"\x89PNG")
-    page = (results / "page.md").read_text()
-    assert page.startswith(
-        "# Page\n\n(tests/results/ablate-kl-smoke.json)\n\n| variant | gain"
-    ) and page.endswith(" |\n\nEnd.\n")
-    assert "old" not in page and page.count("\n| beta") == 4
+    assert emprl.main(["ablate", "kl", *two]) == 0 and len(measured) == 20 + 2 * 5
+    assert (results / "run1" / "ablations" / "kl.png").read_bytes().startswith(b"\x89PNG")
     assert emprl.main(["ablate", "reward", two[0], "--again"]) == 0 and len(measured) == 34
-    assert {seed for by_seed in stored(results, "reward").values() for seed in by_seed} == {
-        "0"
-    }
+    assert emprl.main(["ablate", "reward", *two]) == 0 and len(measured) == 34
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The runs whose variants have been measured."""
+    measured = []
+
+    def measure(run, name, variant):
+        measured.append(run.name)
+        return ablate.figures_of(METRICS)
+
+    monkeypatch.setattr(ablate, "measure", measure)
+    return measured
+
+
+def test_other_runs_figures_are_never_shown(two, results, counted):
+    """Figures are kept with the run they are of: another run of the same seed is measured, and so is this one once made anew."""
+    assert emprl.main(["ablate", "reward", two[0]]) == 0 and len(counted) == 4
+    other = results / "other"
+    shutil.copytree(two[1], other)
+    (other / "metrics.json").write_text(
+        json.dumps({"config": {"preset": "smoke", "seed": 0}, "key": "other"})
+    )
+    assert emprl.main(["ablate", "reward", str(other)]) == 0 and len(counted) == 8
+    assert emprl.main(["ablate", "reward", two[0]]) == 0 and len(counted) == 8
+    (results / "run0" / "metrics.json").write_text(
+        json.dumps({"config": {"preset": "smoke", "seed": 0}, "key": "made anew"})
+    )
+    assert emprl.main(["ablate", "reward", two[0]]) == 0 and len(counted) == 12
+
+
+@pytest.mark.parametrize("what", ["commit", "changed", "modules"])
+def test_changed_code_is_measured(what, two, counted, monkeypatch):
+    """A student changes PPO: nothing that older code measured is shown."""
+    code = emprl.code_version()
+    assert emprl.main(["ablate", "reward", two[0]]) == 0 and len(counted) == 4
+    monkeypatch.setattr(emprl, "code_version", lambda: {**code, what: "another"})
+    assert emprl.main(["ablate", "reward", two[0]]) == 0 and len(counted) == 8
+    assert emprl.main(["ablate", "mechanisms", two[0]]) == 0 and len(counted) == 8 + 6
+
+
+def test_nothing_is_written_elsewhere_without_being_told(two, results, counted):
+    """Neither into the repository nor into the present folder: only into the run's own."""
+    root = Path(emprl.__file__).parent
+    pages = [*publish.PAGES, *(root / "tests" / "results").iterdir()]
+    before = {path: path.read_bytes() for path in pages}
+    for name in ("kl", "reward"):
+        assert emprl.main(["ablate", name, *two]) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path.name for path in results.iterdir()} == {"run0", "run1"}
+    assert emprl.main(["ablate", "kl", *two, "--write", str(results / "kl.json")]) == 0
+    assert set(stored(results / "kl.json")["beta 0"]) == {"0", "1"}
+    assert (results / "kl.png").exists() and len(counted) == 2 * (5 + 4)
+
+
+def test_a_run_whose_checkpoints_are_of_another_is_not_trained_anew_in_silence(
+    finished, results, capsys, monkeypatch
+):
+    monkeypatch.setattr(t5_small.Trainer, "step", lambda *_: pytest.fail("trained"))
+    copied = shutil.copytree(finished, results / "copied")
+    metrics = json.loads((copied / "metrics.json").read_text())
+    metrics["config"]["sft"]["lr"] = 1.0
+    (copied / "metrics.json").write_text(json.dumps(metrics))
+    assert emprl.main(["ablate", "kl", str(copied)]) == 2
+    err = capsys.readouterr().err
+    assert "sft.pt: of other data or other settings" in err and err.count("\n") == 1, err
 
 
 def test_interrupted_it_says_what_is_kept(two, results, capsys, monkeypatch):
@@ -269,15 +325,14 @@ def test_interrupted_it_says_what_is_kept(two, results, capsys, monkeypatch):
 @pytest.mark.parametrize("name", ablate.FROM_THE_START)
 def test_from_the_start(name, results, monkeypatch):
     asked = []
-    monkeypatch.setattr(ablate, "ROOT", results)
     monkeypatch.setattr(
         ablate,
         "run",
         lambda folder, config, replaced: asked.append((folder.name, config)) or METRICS,
     )
-    assert emprl.main(["ablate", name]) == 0
+    assert emprl.main(["ablate", name, "--write", str(results / "all.json")]) == 0
     assert len(asked) == len({folder for folder, _ in asked}) == len(ablate.ABLATIONS[name])
-    assert list(stored(results, name, "")) == list(ablate.ABLATIONS[name])
+    assert list(stored(results / "all.json")) == list(ablate.ABLATIONS[name])
     trained = [c.data.num_train for _, c in asked]
     assert (
         trained
@@ -319,7 +374,7 @@ METRICS = {
         (["nothing", "x"], "no such ablation; choose one of mechanisms"),
         (["kl"], "give one finished RUN"),
         (["own", "x"], "takes no RUN"),
-        (["kl", "missing"], "missing: no finished run there"),
+        (["kl", "missing"], "missing: no finished run of this version there"),
         ([], "ablate NAME [RUN ...]"),
     ],
 )
@@ -338,7 +393,7 @@ def test_damaged_and_equal_runs_are_refused(content, two, tmp_path, capsys):
     assert emprl.main(["ablate", "kl", two[0], two[0]]) == 2
     err = capsys.readouterr().err
     assert (
-        err.count("no finished run there") == 1
+        err.count("no finished run of this version there") == 1
         and "of different seeds" in err
         and err.count("\n") == 2
     )
@@ -445,3 +500,16 @@ def test_recomputed_log_probs_are_those_of_the_sampling_and_unmodified_ones_are_
         logits.gather(-1, three.ids[..., None])[..., 0] * three.mask,
         atol=1e-5,
     )
+
+
+def test_a_table_is_put_below_its_anchor_and_nothing_else_moves(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\n(tests/results/ablate-kl-smoke.json)\n\n| old |\n\nEnd.\n")
+    monkeypatch.setattr(publish, "PAGES", (page,))
+    figures = {v: {"0": ablate.figures_of(METRICS)} for v in ablate.ABLATIONS["kl"]}
+    publish.put("tests/results/ablate-kl-smoke.json", ablate.table(figures, "kl"))
+    text = page.read_text()
+    assert text.startswith(
+        "# Page\n\n(tests/results/ablate-kl-smoke.json)\n\n| variant | gain"
+    ) and text.endswith(" |\n\nEnd.\n")
+    assert "old" not in text and text.count("\n| beta") == 4

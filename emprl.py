@@ -366,14 +366,17 @@ def gflops(threads, size=1024):
     return 2 * size**3 / min(seconds) / 1e9
 
 
+def digest_of(dialogues):
+    """The SHA-256 of all that dialogues have: texts, levels, emotions, ids."""
+    return digest(json.dumps([[*vars(d).values()] for d in dialogues]))
+
+
 def content_of(corpus, tokenizer, t5, config):
     """What training starts from, as it was read: the digest of each part of the data, of the tokenizer and of a T5 from --t5."""
     content = {"tokenizer": hashlib.sha256(tokenizer.model).hexdigest()}
     for kind, parts in (("dialogues", corpus.dialogues), ("labelled", corpus.labelled)):
         for part, dialogues in parts.items():
-            content[f"{kind}/{part}"] = digest(
-                json.dumps([[*vars(d).values()] for d in dialogues])
-            )
+            content[f"{kind}/{part}"] = digest_of(dialogues)
     if config.t5_dir:
         content["t5"] = digest([asdict(t5.config), t5.state_dict()])
     return content
@@ -1028,6 +1031,27 @@ class Evaluation:
 
 
 # ---- report ---------------------------------------------------------------------------------------------------------
+def replies(evaluation):
+    """responses.jsonl: all texts, and the levels that each reader sees in them."""
+    records, results = [], evaluation.results
+    for i, d in enumerate(evaluation.pairs.dialogues):
+        levels = {
+            who.strip("_") or "identifiers": {"target": gold[i].tolist()}
+            | {name: r["levels"][who][i].tolist() for name, r in results.items()}
+            for who, gold in evaluation.gold.items()
+        }
+        records.append(
+            {
+                "id": d.id,
+                "context": d.context,
+                "target": d.response,
+                "responses": {name: r["texts"][i] for name, r in results.items()},
+                "levels": levels,
+            }
+        )
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
 def report(run, metrics, evaluation):
     """report.md, samples.md, responses.jsonl (all texts, and the levels that each reader sees in them) and plots/*.png."""
     draw_plots(run, metrics, evaluation)
@@ -1049,29 +1073,14 @@ def report(run, metrics, evaluation):
         "# Samples",
         "[ER, IP, EX] of a response, for those of the target, as the reward's identifiers read them.",
     ]
-    records, results, dialogues = [], evaluation.results, evaluation.pairs.dialogues
+    results, dialogues = evaluation.results, evaluation.pairs.dialogues
     for i, d in enumerate(dialogues[:24]):
         lines.append(
             f"**{i + 1}. {d.emotion}** {' / '.join(d.context)}\n\n* target: {d.response}\n"
             + "\n".join(f"* {name}: {evaluation.describe(name, i)}" for name in results)
         )
-    for i, d in enumerate(dialogues):
-        levels = {
-            who.strip("_") or "identifiers": {"target": gold[i].tolist()}
-            | {name: r["levels"][who][i].tolist() for name, r in results.items()}
-            for who, gold in evaluation.gold.items()
-        }
-        records.append(
-            {
-                "id": d.id,
-                "context": d.context,
-                "target": d.response,
-                "responses": {name: r["texts"][i] for name, r in results.items()},
-                "levels": levels,
-            }
-        )
     run.write("samples.md", "\n\n".join(lines) + "\n")
-    run.write("responses.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    run.write("responses.jsonl", replies(evaluation))
     say(
         f"\n{before_after(metrics)}\n\n{identifiers}\n\nreport {run.folder}/report.md, samples {run.folder}/samples.md"
     )

@@ -11,7 +11,18 @@ import ablate as ablations
 import data
 import rate as rating
 from data import DataError, Pairs, Tokenizer
-from emprl import EVALUATE, STAGES, Config, Evaluation, Run, digest, make_config, say
+from emprl import (
+    EVALUATE,
+    STAGES,
+    Config,
+    Evaluation,
+    Run,
+    digest,
+    digest_of,
+    make_config,
+    replies,
+    say,
+)
 from identifiers import MECHANISMS, Identifiers, before_after, predict_levels
 from ppo import respond
 from t5_small import from_pretrained, load_state
@@ -94,17 +105,25 @@ def mixed(run, tokenizer, models):
 def evaluate(arguments, folder):
     """Before and after on any dialogue file; prints the table and writes it into the run folder."""
     run, tokenizer, readers, models = load_run(folder)
+    dialogues = data.read_dialogues(arguments.data)
     pairs = Pairs(
-        data.read_dialogues(arguments.data),
+        dialogues,
         tokenizer,
         run.config.data.max_source,
         run.config.data.max_target,
         run.device,
     )
-    metrics = Evaluation(run, tokenizer, readers, models["sft"], pairs, {}).compare(models)
-    name = f"evaluate-{Path(arguments.data).stem}.json"
-    run.write(name, json.dumps(metrics, indent=2) + "\n")
-    say(f"{before_after(metrics)}\n\nwritten to {run.folder}/{name}")
+    content = digest_of(dialogues)
+    evaluation = Evaluation(run, tokenizer, readers, models["sft"], pairs, {})
+    metrics = evaluation.compare(models)
+    metrics["of"] = {"data": str(arguments.data), "content": content, "run": run.key(EVALUATE)}
+    # named by content: another folder's or another day's mine.jsonl does not write over this one
+    name = f"evaluate-{Path(arguments.data).stem}-{content[:12]}"
+    run.write(f"{name}.json", json.dumps(metrics, indent=2) + "\n")
+    run.write(f"{name}.jsonl", replies(evaluation))
+    say(
+        f"{before_after(metrics)}\n\nwritten to {run.folder}/{name}.json, replies to {run.folder}/{name}.jsonl"
+    )
 
 
 def chat(arguments, folder):

@@ -2,7 +2,7 @@
 counts as most of its raters prefer, as they are not independent; p: sign test of that; equal: share of equal answers of
 two raters to an item; kappa: Cohen's (1960), the mean over pairs of raters (Light 1971), over the items that both rated."""
 
-import contextlib, getpass, hashlib, itertools, json, math, pathlib, random, re, sys
+import contextlib, getpass, hashlib, itertools, json, math, pathlib, random, re, sys, urllib.parse
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import data
@@ -55,12 +55,17 @@ def ask(
     return next({"a": 1, "b": -1, "t": 0}[x] for x in answers if x in ("a", "b", "t"))
 
 
+def file_name(rater):
+    """A name that a file can have; two raters never share one."""
+    return re.sub(r"[^\w-]", lambda found: urllib.parse.quote(found[0], safe=""), rater)
+
+
 def main(folder, rater="", number=30, seed=0):
     getattr(sys.stdout, "reconfigure", lambda **_: None)(
         errors="replace"
     )  # the texts may hold anything
     path = pathlib.Path(folder) / (
-        "ratings-" + re.sub(r"[^\w-]", "-", rater or getpass.getuser()) + ".jsonl"
+        "ratings-" + file_name(rater or getpass.getuser()) + ".jsonl"
     )
     texts = dict(
         read(

@@ -261,8 +261,8 @@ def test_the_name_can_not_leave_the_folder(tmp_path, monkeypatch, capsys):
         rate.main(tmp_path, name)
     assert {p.name for p in tmp_path.iterdir()} == {
         "responses.jsonl",
-        "ratings----Zoë--.jsonl",
-        "ratings-login-name.jsonl",
+        "ratings-..%2FZoë%2F%00.jsonl",
+        "ratings-login%20name.jsonl",
     }
 
 

@@ -476,3 +476,36 @@ def test_how_fast_the_machine_is_on_one_and_on_all_threads(whole):
     assert emprl.gflops(2) > 0.01
     assert emprl.torch.get_num_threads() == before
     assert emprl.torch.equal(emprl.torch.get_rng_state(), state)
+
+
+# ---- files of people
+
+
+def test_evaluations_of_different_files_are_kept_apart_with_their_replies(copied, tmp_path):
+    """a/mine.jsonl, b/mine.csv and a changed a/mine.jsonl; the same file again is the same."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one, two = tmp_path / "a" / "mine.jsonl", tmp_path / "b" / "mine.csv"
+    one.write_text('{"context": ["My dog is sick."], "response": "I am so sorry."}\n' * 3)
+    two.write_text("context,response\nMy cat is sick.,Oh no\n")
+    for number, file in ((1, one), (2, two), (2, one)):
+        assert emprl.main(["evaluate", "--run", str(copied), "--data", str(file)]) == 0
+        assert len([*copied.glob("evaluate-*.json")]) == number
+    one.write_text('{"context": ["My dog is sad."], "response": "I am so sorry."}\n')
+    assert emprl.main(["evaluate", "--run", str(copied), "--data", str(one)]) == 0
+    found = sorted(copied.glob("evaluate-*.jsonl"))
+    assert len(found) == 3
+    texts = []
+    for path in found:
+        replies = [json.loads(line) for line in path.read_text().splitlines()]
+        texts.append([r["context"][0] for r in replies])
+        assert all(set(r["responses"]) >= {"sft", "emprl"} for r in replies)
+    assert sorted(texts) == [["My cat is sick."], ["My dog is sad."], ["My dog is sick."] * 3]
+
+
+def test_raters_never_share_a_file(copied, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda _: "a")
+    names = ["a b", "a-b", "a_b", "a%20b", "a/b", "../a", "Zoë", "a  b", "a."]
+    for number, name in enumerate(names, 1):
+        assert emprl.main(["rate", str(copied), name]) == 0
+        assert len([*copied.glob("ratings-*.jsonl")]) == number, name

@@ -17,6 +17,11 @@ class CheckpointError(ValueError):
     """A checkpoint that can't be used; the message says which file, what is wrong and what to do."""
 
 
+PAD_ID = 0  # fills up the rows of a batch, and starts the decoder
+EOS_ID = 1  # </s>: ends an utterance, and a response
+UNK_ID = 2  # a piece that the tokenizer does not know; never sampled
+
+
 @dataclass
 class T5Config:
     """T5's own config.json names, so that an official file can be read field by field."""
@@ -187,15 +192,20 @@ class Block(nn.Module):
         self.ff_norm, self.ff = norm(), FeedForward(config)
         self.dropout = Dropout(config.dropout_rate)
 
-    def forward(self, x, self_bias, memory=None, memory_bias=None):
+    def forward(self, x, self_bias, memory=None, memory_bias=None, cache=None):
+        """x (B, T, D) -> (B, T, D). With a cache, x is the newest token only (T = 1)."""
         h = self.self_norm(x)
-        x = x + self.dropout(self.self_attn(h, self.self_attn.keys_values(h), self_bias))
+        keys_values = self.self_attn.keys_values(h)
+        if cache is not None:
+            keys_values = cache.append(*keys_values)
+        x = x + self.dropout(self.self_attn(h, keys_values, self_bias))
         if self.cross_attn is not None:
-            x = x + self.dropout(
-                self.cross_attn(
-                    self.cross_norm(x), self.cross_attn.keys_values(memory), memory_bias
-                )
-            )
+            h = self.cross_norm(x)
+            if cache is None:
+                keys_values = self.cross_attn.keys_values(memory)
+            else:
+                keys_values = cache.memory
+            x = x + self.dropout(self.cross_attn(h, keys_values, memory_bias))
         return x + self.dropout(self.ff(self.ff_norm(x)))
 
 
@@ -227,10 +237,11 @@ class Stack(nn.Module):
         bias = self.relative_bias(bucket).permute(2, 0, 1)[None]  # (1, H, T, T)
         return bias.masked_fill(relative > 0, -1e9) if self.is_decoder else bias
 
-    def forward(self, x, self_bias, memory=None, memory_bias=None):
+    def forward(self, x, self_bias, memory=None, memory_bias=None, caches=None):
         x = self.dropout(x)  # (B, T, D)
-        for block in self.blocks:
-            x = block(x, self_bias, memory, memory_bias)
+        for i, block in enumerate(self.blocks):
+            cache = None if caches is None else caches[i]
+            x = block(x, self_bias, memory, memory_bias, cache)
         return self.dropout(self.final_norm(x))
 
 
@@ -354,194 +365,101 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     return logits
 
 
-def draw(logits, s):
-    """Sample from softmax(filtered logits / temperature): (B, V) -> tokens (B,), log-probs (B,), the tokens that could come (B, V) bool.
-    The k likeliest are cut out first, so that the rest looks at k columns, not V; then the inverse of the cumulative sum at a
-    uniform number, which needs one random number a row (torch.multinomial: V, a third of the time of a small model)."""
-    values, ids = logits.topk(s.top_k) if 0 < s.top_k < logits.shape[1] else (logits, None)
-    log_probs = filter_logits(values / s.temperature, 0, s.top_p).log_softmax(
-        -1
-    )  # (B, k or V)
-    cumulative = log_probs.exp().cumsum(-1, dtype=torch.double)
-    at = (
-        torch.rand(len(logits), 1, dtype=torch.double, device=logits.device)
-        * cumulative[:, -1:]
-    )
-    column = (
-        log_probs.argmax(-1, keepdim=True)
-        if s.greedy
-        else torch.searchsorted(cumulative, at, right=True)
-    )
+def draw(logits, sampling):
+    """Sample from softmax(filter_logits(logits / temperature)).
+
+    logits: (B, V). Returns tokens (B,), their log-probs (B,), and the support (B, V) bool.
+    """
+    # The k likeliest come first: what follows looks at k columns, not at V of them.
+    vocab_size = logits.shape[-1]
+    columns = None
+    if 0 < sampling.top_k < vocab_size:
+        logits, columns = logits.topk(sampling.top_k)
+    logits = filter_logits(logits / sampling.temperature, top_p=sampling.top_p)
+    log_probs = logits.log_softmax(-1)  # (B, V or k)
+
+    if sampling.greedy:
+        chosen = log_probs.argmax(-1, keepdim=True)  # (B, 1)
+    else:
+        # The column at which the cumulative probability passes a uniform number.
+        cumulative = log_probs.exp().cumsum(-1, dtype=torch.double)
+        uniform = torch.rand(len(logits), 1, dtype=torch.double, device=logits.device)
+        chosen = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        chosen = chosen.clamp(max=log_probs.shape[-1] - 1)  # a diverged model has no number
+
+    log_prob = log_probs.gather(1, chosen)[:, 0]
     support = log_probs > -torch.inf
-    if ids is None:
-        return column[:, 0], log_probs.gather(1, column)[:, 0], support
-    return (
-        ids.gather(1, column)[:, 0],
-        log_probs.gather(1, column)[:, 0],
-        torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, support),
-    )
+    if columns is None:
+        return chosen[:, 0], log_prob, support
+    everything = torch.zeros(len(logits), vocab_size, dtype=torch.bool, device=logits.device)
+    support = everything.scatter(1, columns, support)
+    return columns.gather(1, chosen)[:, 0], log_prob, support
 
 
-class StepDecoder:
-    """T5.decode for one token of each row at a time, with the keys and values of the source and of the tokens so far kept: the
-    same states from fewer, larger operations. q, k and v are one product, a bias is added by the product that follows it, and
-    from 8 rows on matrices are laid out as products read them; tests/bench.py says what each gains."""
+class BlockCache:
+    """A decoder block's keys and values: of the source, and of the tokens generated so far."""
 
-    def __init__(self, model, source, max_length):
-        c, blocks = model.config, model.decoder.blocks
-        memory = torch.cat(
-            [model.encode(part) for part in source.split(32)]
-        )  # (B, S, D); in pieces that caches hold
-        self.norm = lambda norm, x: F.rms_norm(
-            x, (c.d_model,), norm.weight, c.layer_norm_epsilon
-        )
-        self.model, self.blocks, self.heads, self.width, self.length = (
-            model,
-            blocks,
-            c.num_heads,
-            c.d_kv,
-            0,
-        )
-        half = torch.is_autocast_enabled(source.device.type)
-        dtype = torch.get_autocast_dtype(source.device.type) if half else torch.float
+    def __init__(self, block, memory, max_length):
+        keys, values = block.cross_attn.keys_values(memory)  # (B, H, S, d_kv)
+        self.memory = keys.contiguous(), values.contiguous()  # laid out once, not at each step
+        batch, heads, _, width = keys.shape
+        self.keys = keys.new_empty(batch, heads, max_length, width)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
 
-        def matrix(*linears):  # (D, outputs of all)
-            weight = (
-                (
-                    torch.cat([x.weight for x in linears])
-                    if len(linears) > 1
-                    else linears[0].weight
-                )
-                .to(dtype)
-                .T
-            )
-            return weight.contiguous() if len(source) >= 8 else weight
-
-        self.layers = [
-            [
-                matrix(a.q, a.k, a.v),
-                matrix(a.o),
-                matrix(x.q),
-                matrix(x.o),
-                matrix(f.wi_0, f.wi_1) if f.gated else matrix(f.wi),
-                matrix(f.wo),
-            ]
-            for a, x, f in ((b.self_attn, b.cross_attn, b.ff) for b in blocks)
-        ]
-        self.cross = [
-            torch.stack(b.cross_attn.keys_values(memory)) for b in blocks
-        ]  # (2, B, H, S, d_kv)
-        self.past = [
-            x.new_empty(*x.shape[:3], max_length, c.d_kv) for x in self.cross
-        ]  # (2, B, H, T, d_kv)
-        self.cross_bias = padding_bias(source)[:, 0].repeat_interleave(
-            c.num_heads, 0
-        )  # (B * H, 1, S)
-        self.self_bias = model.decoder.position_bias(max_length)[0]  # (H, T, T)
-
-    def attend(self, q, keys_values, bias):
-        """q (B, H * d_kv) -> (B, H * d_kv)"""
-        k, v = keys_values.flatten(1, 2)  # (B * H, S, d_kv)
-        weights = F.softmax(
-            torch.baddbmm(bias, q.reshape(-1, 1, self.width), k.transpose(1, 2)), -1
-        )  # (B * H, 1, S)
-        return (weights.to(v.dtype) @ v).view(len(q), -1)
-
-    def __call__(self, tokens):
-        """Tokens (B,) at the next position -> states (B, D)."""
-        x, t = self.model.shared(tokens), self.length
-        bias = self.self_bias[:, t : t + 1, : t + 1].repeat(
-            len(tokens), 1, 1
-        )  # (B * H, 1, t + 1)
-        for block, (qkv, o, cross_q, cross_o, wi, wo), past, cross in zip(
-            self.blocks, self.layers, self.past, self.cross
-        ):
-            q, *kv = (
-                (self.norm(block.self_norm, x) @ qkv)
-                .view(len(x), 3, self.heads, self.width)
-                .unbind(1)
-            )
-            past[0, :, :, t], past[1, :, :, t] = kv
-            x = x + self.attend(q.flatten(1), past[:, :, :, : t + 1], bias) @ o
-            x = (
-                x
-                + self.attend(self.norm(block.cross_norm, x) @ cross_q, cross, self.cross_bias)
-                @ cross_o
-            )
-            h = self.norm(block.ff_norm, x) @ wi
-            h = (
-                F.gelu(h[:, : len(wo)], approximate="tanh") * h[:, len(wo) :]
-                if block.ff.gated
-                else F.relu(h)
-            )
-            x = x + h @ wo
+    def append(self, keys, values):
+        """The newest token's, (B, H, 1, d_kv) -> those of all tokens so far."""
+        self.keys[:, :, self.length] = keys[:, :, 0]
+        self.values[:, :, self.length] = values[:, :, 0]
         self.length += 1
-        return self.norm(self.model.decoder.final_norm, x)
-
-    def keep(self, rows):
-        """Go on with some rows only."""
-        self.cross, self.past = (
-            [x[:, rows] for x in self.cross],
-            [x[:, rows] for x in self.past],
-        )
-        self.cross_bias = self.cross_bias.unflatten(0, (-1, self.heads))[rows].flatten(0, 1)
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
 @torch.no_grad()
-def generate(model, source, sampling, banned=(0, 2)):
-    """One response for each row of source (B, S), by torch's global generator. banned: ids never sampled (padding, unknown).
-    Rows that have ended leave the batch once they are half of it. Returns a Generation with T = the longest response's length."""
-    s, c, device, size = (
-        sampling,
-        model.config,
-        source.device,
-        (len(source), sampling.max_length),
-    )
-    out = Generation(
-        source.new_zeros(size),
-        torch.zeros(size, device=device),
-        torch.empty(*size, c.d_model, device=device),
-        source.new_empty(*size, c.vocab_size, dtype=torch.bool),
-    )
-    never, too_early = (
-        torch.tensor(ids, device=device) for ids in ([*banned], [*banned, c.eos_token_id])
-    )
-    rows, running = (
-        slice(None),
-        source.new_ones(len(source), dtype=torch.bool),
-    )  # rows of `out` that are in the batch: all
-    token = source.new_full((len(source),), c.decoder_start_token_id)
-    with torch.inference_mode():  # as no_grad, with a fifth less overhead
-        decode = StepDecoder(model, source, s.max_length)
-        for t in range(s.max_length):
-            states = decode(token)  # (B, D)
-            logits = model.logits(states).float()  # (B, V)
-            token, *drawn = draw(
-                logits.index_fill_(
-                    1, too_early if t + 1 < s.min_length else never, -torch.inf
-                ),
-                s,
-            )
-            for kept, x in zip(vars(out).values(), (token, drawn[0], states, drawn[1])):
-                kept[rows, t] = x
-            running = running & (token != c.eos_token_id)
-            left = int(running.sum())
-            if left == 0:
-                break
-            if left * 2 <= len(token):
-                rows, token = (
-                    torch.arange(len(source), device=device)[rows][running],
-                    token[running],
-                )
-                decode.keep(running)
-                running = running[running]
-    out = Generation(*(x[:, : t + 1] for x in vars(out).values()))
-    ended = (out.ids == c.eos_token_id).cumsum(1) - (
-        out.ids == c.eos_token_id
-    ).long() > 0  # rows may go on after their </s>
-    for kept in vars(out).values() if ended.any() else ():
-        kept[ended] = 0
-    return out
+def generate(model, source, sampling, banned=(PAD_ID, UNK_ID)):
+    """Sample a response for each row of source (B, S), by torch's global generator.
+
+    banned: ids that are never sampled. Returns a Generation; T is the longest response's length.
+    """
+    with torch.inference_mode():  # as no_grad, with less overhead
+        steps = generation_steps(model, source, sampling, banned)
+    ids, log_probs, states, support = (torch.stack(x, 1) for x in zip(*steps))
+
+    # Rows that ended early went on until the last one did: that part is dropped.
+    is_eos = (ids == EOS_ID).long()
+    after_eos = is_eos.cumsum(1) - is_eos > 0  # (B, T)
+    for x in (ids, log_probs, states, support):
+        x[after_eos] = 0
+    return Generation(ids, log_probs, states, support)
+
+
+def generation_steps(model, source, sampling, banned):
+    """Token by token: tokens (B,), log-probs (B,), states (B, D) and support (B, V) of each."""
+    memory = torch.cat([model.encode(part) for part in source.split(32)])  # fits a CPU's cache
+    memory_bias = padding_bias(source)
+    self_bias = model.decoder.position_bias(sampling.max_length)  # (1, H, T, T)
+    caches = [BlockCache(b, memory, sampling.max_length) for b in model.decoder.blocks]
+    never = torch.tensor([*banned], device=source.device)
+    too_early = torch.tensor([*banned, EOS_ID], device=source.device)
+    token = source.new_full((len(source),), PAD_ID)
+    ended = torch.zeros_like(token, dtype=torch.bool)
+    steps = []
+    for t in range(sampling.max_length):
+        # The state that predicts token t, from the token before it and the caches.
+        x = model.shared(token[:, None])  # (B, 1, D)
+        bias = self_bias[:, :, t : t + 1, : t + 1]  # (1, H, 1, t + 1)
+        states = model.decoder(x, bias, memory, memory_bias, caches)[:, 0]  # (B, D)
+
+        logits = model.logits(states).float()  # (B, V)
+        forbidden = too_early if t + 1 < sampling.min_length else never
+        logits = logits.index_fill(1, forbidden, -torch.inf)
+        token, log_probs, support = draw(logits, sampling)
+        steps.append((token, log_probs, states, support))
+
+        ended = ended | (token == EOS_ID)
+        if ended.all():
+            break
+    return steps
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

@@ -591,20 +591,19 @@ def plain_draw(logits, s):
     return token[:, 0], log_probs.gather(1, token)[:, 0], log_probs > -torch.inf
 
 
-class PlainDecoder:
-    """t5_small.StepDecoder without its tricks: no keys and values are kept, everything is read again for each token."""
-
-    def __init__(self, model, source, max_length):
-        self.model, self.source, self.memory, self.tokens = (
-            model,
-            source,
-            model.encode(source),
-            [],
-        )
-
-    def __call__(self, tokens):
-        self.tokens.append(tokens)
-        return self.model.decode(torch.stack(self.tokens, 1), self.memory, self.source)[:, -1]
+def uncached_steps(model, source, sampling, banned):
+    """t5_small.generation_steps without a cache: all tokens are read again for each."""
+    memory = model.encode(source)
+    tokens = source.new_zeros(len(source), 1)
+    forbidden = torch.tensor([*banned, 1], device=source.device)
+    steps = []
+    for _ in range(sampling.max_length):
+        states = model.decode(tokens, memory, source)[:, -1]
+        logits = model.logits(states).float().index_fill(1, forbidden, -torch.inf)
+        token, log_probs, support = t5_small.draw(logits, sampling)
+        steps.append((token, log_probs, states, support))
+        tokens = torch.cat([tokens, token[:, None]], 1)
+    return steps
 
 
 def plain_loss(self, source, response):
@@ -636,8 +635,8 @@ TRICKS = {
     "inference mode": ("sample 1 x 30, tiny", "torch.inference_mode", torch.no_grad),
     "decoding step by step, with a cache": (
         "sample 32 x 30, tiny",
-        "t5_small.StepDecoder",
-        PlainDecoder,
+        "t5_small.generation_steps",
+        uncached_steps,
     ),
 }
 

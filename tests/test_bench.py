@@ -163,8 +163,13 @@ def test_bytes_a_token(kind):
 
 def test_cache_bytes():
     c = middling().config
-    decode = t5_small.StepDecoder(T5(c), torch.ones(2, 7, dtype=torch.long), 5)
-    assert cache_bytes(c, 2, 7, 5) == sum(4 * x.numel() for x in [*decode.cross, *decode.past])
+    model = T5(c)
+    memory = model.encode(torch.ones(2, 7, dtype=torch.long))
+    kept = []
+    for block in model.decoder.blocks:
+        cache = t5_small.BlockCache(block, memory, 5)
+        kept += [*cache.memory, cache.keys, cache.values]
+    assert cache_bytes(c, 2, 7, 5) == sum(4 * x.numel() for x in kept)
 
 
 def test_plan_says_what_fits():

@@ -47,6 +47,25 @@ class T5Config:
     decoder_start_token_id: int = 0
 
 
+T5_RANGES = {  # what a T5 may have: sizes a few times those of T5-11B, the largest
+    "vocab_size": (1, 1_000_000),
+    "d_model": (2, 65_536),
+    "d_kv": (1, 8_192),
+    "d_ff": (1, 262_144),
+    "num_layers": (1, 1_000),
+    "num_decoder_layers": (1, 1_000),
+    "num_heads": (1, 1_024),
+    "relative_attention_num_buckets": (4, 1_000),
+    "relative_attention_max_distance": (1, 1_000_000),
+    "dropout_rate": (0, 0.99),
+    "layer_norm_epsilon": (1e-12, 1),
+    "initializer_factor": (0, 100),
+    "pad_token_id": (0, 0),
+    "eos_token_id": (1, 1),
+    "decoder_start_token_id": (0, 0),
+}
+
+
 def relative_position_bucket(
     relative_position, bidirectional, num_buckets=32, max_distance=128
 ):
@@ -480,15 +499,62 @@ def save_atomically(state, path):
 def load_state(path):
     """A saved state dict, tensors and plain values only (no code is run). Raises CheckpointError."""
     try:
-        if zipfile.is_zipfile(path) and (
-            part := zipfile.ZipFile(path).testzip()
-        ):  # torch itself checks no sums
-            raise ValueError(f"{part} has another checksum")
+        if zipfile.is_zipfile(path):
+            check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise CheckpointError(
             f"{path}: can't be read as a checkpoint ({reason}); delete it or put back a good copy"
+        ) from None
+
+
+def check_archive(path):
+    """Raises ValueError for a zip file that torch did not write, or whose content has changed; torch itself checks no sums."""
+    with zipfile.ZipFile(path) as archive:
+        # The directory first: a file made to harm unpacks to a thousand times its size. torch compresses nothing.
+        unpacked = sum(part.file_size for part in archive.infolist())
+        if unpacked > os.path.getsize(path):
+            raise ValueError(f"compressed, {unpacked / 1e9:.3g} GB when unpacked")
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"{damaged} has another checksum")
+
+
+NUMBERS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def load_safetensors(path):
+    """The tensors of a .safetensors file: the length of its header (8 bytes), the header (JSON: each tensor's type, shape and
+    place), and then the numbers. Other types than floats are left out. Raises CheckpointError."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > os.path.getsize(path):
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            state = {}
+            for name, tensor in header.items():
+                if tensor["dtype"] in NUMBERS:
+                    start, end = tensor["data_offsets"]
+                    if not 0 <= start < end <= os.path.getsize(path) - 8 - length:
+                        raise ValueError(f"{name} is not all there")
+                    file.seek(8 + length + start)
+                    numbers = torch.frombuffer(
+                        bytearray(file.read(end - start)), dtype=NUMBERS[tensor["dtype"]]
+                    )
+                    state[name] = numbers.reshape(tensor["shape"])
+            return state
+    except Exception as error:  # what a header that is not one can lead to has many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise CheckpointError(
+            f"{path}: can't be read as safetensors ({reason}); put back a good copy"
         ) from None
 
 
@@ -513,10 +579,112 @@ def official_name(name):
     )  # the decoder's layer 1 is cross-attention
 
 
+EMBEDDING = "shared.weight"
+SAME_AS_EMBEDDING = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+UNUSED = (  # a leftover of the official conversion
+    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+)
+
+
+def official_file(folder, *names):
+    """The path of the first of these files that an official checkpoint's folder has. Raises CheckpointError."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder / names[0]}: there is no folder {folder}; a T5 is given by a folder on this machine with its config.json, "
+            "weights and spiece.model, not by its name: download these three files"
+        )
+    pointers = []
+    for path in [folder / name for name in names if (folder / name).is_file()]:
+        with open(path, "rb") as file:
+            if not file.read(40).startswith(b"version https://git-lfs"):
+                return path
+        pointers.append(path)
+    if pointers:
+        raise CheckpointError(
+            f"{pointers[0]}: only git-LFS's pointer to the file; run `git lfs pull` in its folder, or download the file itself"
+        )
+    parts = [
+        f"{name}.index.json" for name in names if (folder / f"{name}.index.json").is_file()
+    ]
+    if parts:
+        raise CheckpointError(
+            f"{folder / parts[0]}: a checkpoint in several files, which is not read here; save it as one file"
+        )
+    raise CheckpointError(
+        f"{folder}: has no {' or '.join(names)}; download it from where the checkpoint is from"
+    )
+
+
+def weights_file(folder):
+    return official_file(folder, "model.safetensors", "pytorch_model.bin")
+
+
+def some_of(names, most=3):
+    """The first names of a list, and how many others there are: a page of names is no message."""
+    others = [f"and {len(names) - most} more"] if len(names) > most else []
+    return "; ".join([*names[:most], *others])
+
+
+def read_config(path):
+    """An official config.json -> (T5Config, as if the head were the embedding; scaled, tied). scaled: logits are of states times
+    D^-1/2. tied: the file of the weights may leave the head out. Raises ValueError."""
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    config = T5Config(
+        **{f.name: raw[f.name] for f in fields(T5Config) if raw.get(f.name) is not None}
+    )
+    # older files give one number of layers
+    config.num_decoder_layers = raw.get("num_decoder_layers") or config.num_layers
+    # flan-t5's of 2022: gated, but called by half its name
+    if config.feed_forward_proj == "gelu" and raw.get("is_gated_act") is True:
+        config.feed_forward_proj = "gated-gelu"
+    if config.feed_forward_proj not in ("relu", "gated-gelu"):
+        raise ValueError(f"feed_forward_proj {config.feed_forward_proj!r} is not one of T5's")
+
+    # Transformers 5 writes tie_word_embeddings true always, and scale_decoder_outputs beside it; mT5 never scales.
+    tied = config.tie_word_embeddings
+    scaled = raw.get("scale_decoder_outputs", tied and raw.get("model_type") != "mt5")
+    if not isinstance(tied, bool) or not isinstance(scaled, bool):
+        raise ValueError("tie_word_embeddings and scale_decoder_outputs are true or false")
+    config.tie_word_embeddings = True
+    check_config(config)
+    return config, scaled, tied
+
+
+def check_config(config):
+    """Raises ValueError for what no T5 has: looked at before building, since 10^12 layers would be built for ever."""
+    for name, (low, high) in T5_RANGES.items():
+        value = getattr(config, name)
+        kinds = (int,) if isinstance(getattr(T5Config, name), int) else (int, float)
+        if type(value) not in kinds or not low <= value <= high:
+            raise ValueError(f"{name} is {str(value)[:40]}, not a number from {low} to {high}")
+    if config.relative_attention_num_buckets >= 2 * config.relative_attention_max_distance:
+        raise ValueError("relative_attention_max_distance is not above half of num_buckets")
+
+
+def settle_head(state, config, scaled, tied):
+    """Official files have the embedding up to four times, as embedding of encoder and decoder and as head. Leaves it once in
+    `state`, and a head only if it is another one: then config.tie_word_embeddings is off. Raises ValueError."""
+    for name in SAME_AS_EMBEDDING:
+        if name in state:
+            copy_of_embedding = state.pop(name)
+            if not torch.equal(
+                state.setdefault(EMBEDDING, copy_of_embedding), copy_of_embedding
+            ):
+                raise ValueError(f"{name} is not {EMBEDDING}: not a T5")
+    embedding = state.get(EMBEDDING)
+    head = state.pop("lm_head.weight", embedding if tied else None)
+    config.tie_word_embeddings = (
+        scaled and head is not None and embedding is not None and torch.equal(head, embedding)
+    )
+    if not config.tie_word_embeddings and head is not None:
+        state["lm_head.weight"] = head * config.d_model**-0.5 if scaled else head
+
+
 def from_pretrained(folder, vocab_size=0):
     """A T5 from an official folder: config.json and pytorch_model.bin or model.safetensors, with vocab_size embeddings or more.
-    Raises CheckpointError naming the file and the tensors that are missing or of another shape."""
-    path = Path(folder) / "config.json"
+    Every tensor of the file is used, or known to be a copy or a leftover, or named in the CheckpointError."""
+    path = official_file(folder, "config.json")
     try:
         raw = json.loads(path.read_text())
         config = T5Config(
@@ -543,24 +711,28 @@ def from_pretrained(folder, vocab_size=0):
             raise ValueError(
                 f"vocab_size {config.vocab_size}, but its tokenizer has {vocab_size}"
             )
-        model, path = T5(config), path.with_name("model.safetensors")
-        if path.exists():
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            path = path.with_name("pytorch_model.bin")
-            state = load_state(path)
-    except ImportError:
-        raise CheckpointError(f"{path}: reading it needs `pip install safetensors`") from None
-    except Exception as error:  # OSError, json's and safetensors' own kinds
+        path = weights_file(folder)
+        state = load_safetensors(path) if path.suffix == ".safetensors" else load_state(path)
+        if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+            raise ValueError("not tensors by name, but a state of training or the like")
+        settle_head(state, config, scaled, tied)
+    except (
+        ArithmeticError,
+        AttributeError,
+        OSError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise (
             error
             if isinstance(error, CheckpointError)
             else CheckpointError(f"{path}: {error}; give the folder of a T5 checkpoint")
         ) from None
-    if "scale_decoder_outputs" in raw:  # ... which also writes a tied head only once
-        state.setdefault("lm_head.weight", state.get("shared.weight"))
+    check_names(path, state)
+
+    with torch.device("meta"):  # shapes only
+        model = T5(config)
     named = {official_name(name): (name, p.shape) for name, p in model.state_dict().items()}
     wrong = [
         f"{name} missing"
@@ -569,10 +741,36 @@ def from_pretrained(folder, vocab_size=0):
         for name, (_, shape) in named.items()
         if name not in state or state[name].shape != shape
     ]
+    wrong += [f"{name} has no place" for name in state if name not in (*named, *UNUSED)]
     if wrong:
-        raise CheckpointError(f"{path}: tensors of another configuration: {'; '.join(wrong)}")
-    model.load_state_dict({ours: state[name].float() for name, (ours, _) in named.items()})
+        raise CheckpointError(
+            f"{path}: tensors of another configuration: {some_of(wrong)}; put the config.json beside it that belongs to it"
+        )
+    if sum(p.numel() for p in model.parameters()) > path.stat().st_size:
+        raise CheckpointError(f"{path}: smaller than its tensors; put back a good copy")
+    weights = {
+        ours: state[name].to(
+            torch.float, copy=True
+        )  # a file's tensors may share their numbers
+        for name, (ours, _) in named.items()
+    }
+    broken = [name for name, x in weights.items() if not x.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"{path}: not finite (NaN or infinite): {some_of(broken)}; take a checkpoint from before training diverged"
+        )
+    model.load_state_dict(weights, assign=True)
     return model
+
+
+def check_names(path, state):
+    """Raises CheckpointError for names with a wrapper's prefix."""
+    for name in state:
+        prefix = name.removesuffix(EMBEDDING)
+        if prefix not in ("", name):
+            raise CheckpointError(
+                f"{path}: its tensors' names begin with {prefix[:40]!r}, those of a wrapper around the T5; save the T5 inside it"
+            )
 
 
 def save_pretrained(model, folder):

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -241,17 +242,227 @@ def test_checkpoint_runs_no_code(tmp_path, monkeypatch):
     assert not Path("proof_that_code_ran").exists()
 
 
-def test_checkpoint_safetensors(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    copy_of_fixture(tmp_path)
-    path = tmp_path / "pytorch_model.bin"
-    state = torch.load(path, weights_only=True)
-    path.unlink()
-    safetensors.save_file(
-        {k: v.clone() for k, v in state.items()}, tmp_path / "model.safetensors"
-    )
+def logits_of_transformers(folder):
+    """(ours, theirs) where there is a token, for a fixture's weights in `folder`."""
+    expected = torch.load(PARITY / "mt5_untied" / "expected.pt", weights_only=True)
+    source, labels = expected["source"], expected["labels"]
+    model = t5_small.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model.logits(model.response_states(source, labels))
+    return logits[labels != 0], expected["logits"][labels != 0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_an_untied_model_as_transformers_5_saves_it(name, tmp_path):
+    """Its config.json claims that the head is the embedding; its file has another head, which counts."""
+    folder = PARITY / "mt5_untied"
+    if name == "pytorch_model.bin":
+        (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+        torch.save(t5_small.load_safetensors(folder / "model.safetensors"), tmp_path / name)
+        folder = tmp_path
+    ours, theirs = logits_of_transformers(folder)
+    assert (ours - theirs).abs().max() < 1e-4
+    assert theirs.std() > 1
+
+
+def test_a_head_of_its_own_counts_although_config_json_claims_it_is_the_embedding(tmp_path):
+    """As in transformers 5; v1.0's logits are scaled by D^-1/2 with that head, too."""
+    head = torch.randn(80, 24, generator=torch.Generator().manual_seed(1))
+    copy_of_fixture(tmp_path, lambda state: state.update({"lm_head.weight": head}))
+    model = t5_small.from_pretrained(tmp_path)
+    check("logits of unit states", model.logits(torch.eye(24)), head.T * 24**-0.5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "encoder.adapter.weight"],
+)
+def test_every_tensor_is_used_or_named(name, tmp_path):
+    """Also what would be a copy of the embedding, but is not."""
+    copy_of_fixture(tmp_path, lambda state: state.update({name: torch.ones(80, 24)}))
+    with pytest.raises(CheckpointError, match=name):
+        t5_small.from_pretrained(tmp_path)
+
+
+def test_the_embedding_under_another_of_its_names(tmp_path):
+    """Files that have each tensor once may have it as the encoder's."""
+    copy_of_fixture(tmp_path, lambda state: state.pop("shared.weight"))
+    state = torch.load(PARITY / "t5_v10" / "pytorch_model.bin", weights_only=True)
     model = t5_small.from_pretrained(tmp_path)
     assert torch.equal(model.shared.weight, state["shared.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_safetensors_are_read_without_the_package(dtype, tmp_path):
+    """A file written by hand; one that is cut short, or whose header is none, is named."""
+    copy_of_fixture(tmp_path)
+    state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not looked at")
+    header, numbers = {"__metadata__": {"format": "pt"}}, b""
+    kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    for name, x in state.items():
+        content = x.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+        place = [len(numbers), len(numbers) + len(content)]
+        header[name] = {"dtype": kind, "shape": [*x.shape], "data_offsets": place}
+        numbers += content
+    head = json.dumps(header).encode()
+    whole = len(head).to_bytes(8, "little") + head + numbers
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(whole)
+    model = t5_small.from_pretrained(tmp_path)
+    assert torch.equal(model.shared.weight, state["shared.weight"].to(dtype).float())
+    assert torch.equal(
+        model.decoder.blocks[1].ff.wo.weight,
+        state["decoder.block.1.layer.2.DenseReluDense.wo.weight"].to(dtype).float(),
+    )
+    for damaged in (
+        whole[:-10],
+        whole[:5],
+        b"",
+        b"\xff" * 100,
+        whole.replace(b'"shape"', b'"shap"'),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="model.safetensors"):
+            t5_small.from_pretrained(tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 242043056\n"
+
+
+def test_what_is_no_folder_of_a_checkpoint_is_told_apart(tmp_path, monkeypatch):
+    """Each cause has its own remedy, in a short line."""
+    monkeypatch.chdir(tmp_path)
+
+    def message():
+        with pytest.raises(CheckpointError) as error:
+            t5_small.from_pretrained("t5-small")
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+        return str(error.value)
+
+    assert "not by its name" in message()
+    folder = tmp_path / "t5-small"
+    folder.mkdir()
+    assert "has no config.json" in message()
+    copy_of_fixture(folder)
+    whole = (folder / "pytorch_model.bin").read_bytes()
+    (folder / "pytorch_model.bin").write_bytes(POINTER)
+    assert "git lfs pull" in message()
+    (folder / "pytorch_model.bin").write_bytes(whole)
+    (folder / "model.safetensors").write_bytes(POINTER)
+    t5_small.from_pretrained(folder)  # the other file is whole
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (folder / name).unlink()
+    assert "has no model.safetensors or pytorch_model.bin" in message()
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert "in several files" in message()
+
+
+def test_names_of_a_wrapped_model_are_a_short_message(tmp_path):
+    def wrap(state):
+        for name in [*state]:
+            state["module." + name] = state.pop(name)
+
+    copy_of_fixture(tmp_path, wrap)
+    with pytest.raises(CheckpointError, match="'module.'.*wrapper") as error:
+        t5_small.from_pretrained(tmp_path)
+    assert len(str(error.value)) < 300
+
+    copy_of_fixture(tmp_path, lambda state: [state.pop(k) for k in [*state] if "block" in k])
+    with pytest.raises(CheckpointError, match="and 41 more") as error:
+        t5_small.from_pretrained(tmp_path)
+    assert len(str(error.value)) < 500
+
+    copy_of_fixture(tmp_path)
+    state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    torch.save({"state_dict": state}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="not tensors by name"):
+        t5_small.from_pretrained(tmp_path)
+
+
+def test_flan_t5_of_2022_is_gated(tmp_path):
+    """Its config.json said "gelu" and is_gated_act, which later became gated-gelu."""
+    raw = json.loads((PARITY / "t5_v11" / "config.json").read_text())
+    raw.update(feed_forward_proj="gelu", is_gated_act=True, dense_act_fn="gelu_new")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "pytorch_model.bin").write_bytes(
+        (PARITY / "t5_v11" / "pytorch_model.bin").read_bytes()
+    )
+    model, official = (
+        t5_small.from_pretrained(tmp_path),
+        t5_small.from_pretrained(PARITY / "t5_v11"),
+    )
+    source, response = ragged([6, 9]), ragged([5, 3])
+    assert torch.equal(
+        model.eval().response_states(source, response),
+        official.eval().response_states(source, response),
+    )
+    raw["is_gated_act"] = False
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="'gelu'"):
+        t5_small.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_layers", 10**12),
+        ("num_decoder_layers", 10**12),
+        ("d_model", 10**15),
+        ("d_model", 1),
+        ("d_ff", -3),
+        ("num_heads", 0),
+        ("num_heads", 2.5),
+        ("vocab_size", True),
+        ("dropout_rate", 7),
+        ("layer_norm_epsilon", math.nan),
+        ("initializer_factor", math.inf),
+        ("relative_attention_num_buckets", 10**9),
+        ("relative_attention_max_distance", 16),
+        ("eos_token_id", 2),
+        ("pad_token_id", 1),
+        ("d_kv", "64"),
+        ("tie_word_embeddings", "no"),
+    ],
+)
+def test_config_json_out_of_range_is_refused_before_anything_is_built(
+    name, value, tmp_path, monkeypatch
+):
+    copy_of_fixture(tmp_path, **{name: value})
+    monkeypatch.setattr(t5_small, "T5", lambda config: pytest.fail("built"))
+    with pytest.raises(CheckpointError, match=name) as error:
+        t5_small.from_pretrained(tmp_path)
+    assert "config.json" in str(error.value) and len(str(error.value)) < 300
+
+
+def test_sizes_are_looked_at_before_memory_is_taken(tmp_path):
+    """A config.json with possible sizes, but not those of the file: two terabytes are not allocated to say so."""
+    copy_of_fixture(
+        tmp_path, num_layers=100, num_decoder_layers=100, d_ff=200_000, d_model=60_000
+    )
+    with pytest.raises(CheckpointError, match="tensors of another configuration"):
+        t5_small.from_pretrained(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    def spoil(state):
+        state["decoder.block.0.layer.2.DenseReluDense.wo.weight"][0, 0] = math.nan
+
+    copy_of_fixture(tmp_path, spoil)
+    with pytest.raises(CheckpointError, match="not finite"):
+        t5_small.from_pretrained(tmp_path)
+
+
+def test_a_zip_bomb_is_refused_by_its_directory(tmp_path, monkeypatch):
+    """20 MB of zeros in 20 kB, or gigabytes in a few MB: refused before anything is unpacked."""
+    path = tmp_path / "state.pt"
+    t5_small.save_atomically({"x": torch.ones(100)}, path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/1", bytes(20_000_000))
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda _: pytest.fail("unpacked"))
+    with pytest.raises(CheckpointError, match="state.pt.*compressed") as error:
+        t5_small.load_state(path)
+    assert "\n" not in str(error.value)
 
 
 def test_save_atomically_leaves_no_half_file(tmp_path, monkeypatch):

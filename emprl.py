@@ -8,7 +8,19 @@
 Stages: pretrain -> sft -> identifiers -> judge -> label -> context -> ppo -> evaluate -> report. The same command goes on where it was cut.
 """
 
-import argparse, contextlib, copy, ctypes, errno, functools, hashlib, itertools, json, math, os, re, shlex, signal, subprocess, sys, time, zlib
+import os, signal
+
+if __name__ == "__main__":
+
+    def leave(*_):
+        """Ctrl-C while torch is still being imported, or again after main has said how to go on: no traceback."""
+        os.write(2, b"\nstopped\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, leave)
+
+import argparse, contextlib, copy, ctypes, errno, functools, hashlib, itertools, json, math, re, shlex, subprocess, sys
+import threading, time, traceback, zlib
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -60,6 +72,7 @@ from identifiers import (
 from ppo import PPOConfig, PPOTrainer, kl_estimate, respond, score, signs_of_collapse
 from t5_small import (
     T5,
+    T5_RANGES,
     CheckpointError,
     Sampling,
     T5Config,
@@ -67,8 +80,11 @@ from t5_small import (
     Trainer,
     from_pretrained,
     load_state,
+    official_file,
     save_atomically,
     save_pretrained,
+    some_of,
+    weights_file,
 )
 
 
@@ -166,22 +182,30 @@ PRESETS = {  # what differs from the defaults above, which are `toy`
         identifiers.steps=600 context.steps=2000 eval.batch_size=32""",
 }
 RANGES = {
-    "dropout_rate": (0, 0.99),
+    **T5_RANGES,
     "temperature": (0.01, 100),
     "top_p": (0.01, 1),
     "gamma": (0, 1),
     "lam": (0, 1),
     "average": (0, 0.9999),
-    "relative_attention_num_buckets": (4, 1000),  # any other: from 0, integers from 1
-    **dict.fromkeys(
-        ("steps", "warmup", "top_k", "micro_batch", "contexts", "ngrams"), (0, 1e9)
-    ),
-    "pad_token_id": (0, 0),
-    "eos_token_id": (1, 1),
-    "decoder_start_token_id": (0, 0),
+    **dict.fromkeys(("steps", "warmup", "top_k", "micro_batch", "contexts"), (0, 1e9)),
     "kl_target": (1e-3, 1e9),
     "kl_horizon": (1, 1e9),
-}
+    # what memory or patience has to be made for: larger ones are slips of the pen
+    **dict.fromkeys(("min_length", "max_length"), (1, 4096)),
+    **dict.fromkeys(
+        ("max_source", "max_target", "identifier_source", "identifier_target"), (1, 100_000)
+    ),
+    **dict.fromkeys(("num_train", "num_valid", "num_test", "num_labelled"), (1, 10_000_000)),
+    **dict.fromkeys(("batch_size", "minibatch_size"), (1, 1_000_000)),
+    "ngrams": (0, 2**26),
+    "ppo_epochs": (1, 1000),
+    "best_of": (1, 10_000),
+    # exponents of 1 / share, and what weights shrink by: larger ones overflow
+    **dict.fromkeys(("class_weight", "balance"), (0, 4)),
+    "weight_decay": (0, 100),
+    "penalty": (0, 1e6),
+}  # any other: from 0, integers from 1
 CHOICES = {
     "difference": ("cross_entropy", "ordinal"),
     "keep": ("macro_f1", "loss"),
@@ -267,6 +291,41 @@ def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
         if wrong:
             raise DataError(words)
     return config
+
+
+# ---- figures in files -----------------------------------------------------------------------------------------------
+def to_json(figures, indent=None):
+    """JSON that every program reads. It has no infinity and no NaN, so they are the strings "inf", "-inf" and "nan"."""
+
+    def plain(x):
+        if isinstance(x, float) and not math.isfinite(x):
+            return str(x)
+        if isinstance(x, dict):
+            return {key: plain(value) for key, value in x.items()}
+        return [plain(value) for value in x] if isinstance(x, (list, tuple)) else x
+
+    return json.dumps(plain(figures), indent=indent, allow_nan=False)
+
+
+def from_json(text):
+    """What to_json wrote, with numbers for "inf", "-inf" and "nan"."""
+
+    def numbers(x):
+        if x in ("inf", "-inf", "nan"):
+            return float(x)
+        if isinstance(x, dict):
+            return {key: numbers(value) for key, value in x.items()}
+        return [numbers(value) for value in x] if isinstance(x, list) else x
+
+    return numbers(json.loads(text))
+
+
+def perplexity(nats):
+    """e^nats, of the mean negative log-likelihood; infinite where a float ends, at 710 nats."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def refuse_without_effect(config, settings):
@@ -554,7 +613,7 @@ class Run:
         self.log[stage] = records
         self.write(
             "metrics.jsonl",
-            "".join(json.dumps(record) + "\n" for log in self.log.values() for record in log),
+            "".join(to_json(record) + "\n" for log in self.log.values() for record in log),
         )
 
     def seed(self, stage, step=0):
@@ -612,6 +671,8 @@ class Run:
     def train(self, name, make_trainer, steps, model):
         """All steps of make_trainer()'s trainer, resumed where it was cut; leaves the result in `model`."""
 
+        lower = f"lower {'identifiers' if name == 'judge' else name}.lr"  # they share their options
+
         def compute(state, save):
             trainer, log = make_trainer(), state.get("log", [])
             if log:
@@ -628,7 +689,7 @@ class Run:
                     else []
                 )
                 if signs or now - shown > 5 or i in (first, steps - 1):
-                    shown, speed = now, (i + 1 - first) / (now - started)
+                    shown, speed = now, (i + 1 - first) / max(now - started, 1e-9)
                     minutes, seconds = divmod(int((steps - i - 1) / speed), 60)
                     shown_keys = (
                         "loss",
@@ -646,8 +707,8 @@ class Run:
                     )
                 if len(log) > 9 and all(r.get("skipped") == 1 for r in log[-10:]):
                     raise DataError(
-                        f"{name}, step {i + 1}: 10 steps in a row had no finite loss and gradient and were skipped; lower "
-                        f"{name}.lr. What was saved before them is in {self.folder}/checkpoints"
+                        f"{name}, step {i + 1}: 10 steps in a row had no finite loss and gradient and were skipped; "
+                        f"{lower}. What was saved before them is in {self.folder}/checkpoints"
                     )
                 stop = self.config.ppo.stop_on_collapse and signs
                 if (
@@ -666,6 +727,11 @@ class Run:
                     raise KeyboardInterrupt
             self.in_loop = False
             trainer.finish()
+            broken = [key for key, p in model.named_parameters() if not p.isfinite().all()]
+            if broken:
+                raise DataError(
+                    f"{name}: training diverged, not finite are {some_of(broken)}; {lower}"
+                )
             return {"weights": model.state_dict(), "log": log}
 
         model.load_state_dict(self.stage(name, compute)["weights"])
@@ -816,7 +882,7 @@ def recipe(run):
     run.seconds["evaluate"] = round(time.time() - started, 1)
     metrics |= {"config": asdict(config), "seed": config.seed, "seconds": run.seconds}
     metrics |= {"key": run.key(EVALUATE), "code": run.code}
-    run.write("metrics.json", json.dumps(metrics, indent=2) + "\n")
+    run.write("metrics.json", to_json(metrics, indent=2) + "\n")
     report(run, metrics, test)
     return metrics
 
@@ -825,7 +891,7 @@ def start(run, corpus):
     """Tokenizer and T5: those of the official folder, or a tokenizer trained on the training texts and a new T5."""
     config, folder = run.config, run.config.t5_dir
     if folder:
-        tokenizer = Tokenizer(Path(folder) / "spiece.model")
+        tokenizer = Tokenizer(official_file(folder, "spiece.model"))
         t5 = from_pretrained(folder, tokenizer.vocab_size)
         config.t5 = t5.config  # so that config.json says what is used
     else:
@@ -965,8 +1031,8 @@ class Evaluation:
             **self.scores(tables),
             "reward": rewards.mean().item(),
             "held_out_reward": held_out.mean().item(),
-            "perplexity": math.exp(nll / tokens),
-            "perplexity_per_word": math.exp(per_word),
+            "perplexity": perplexity(nll / tokens),
+            "perplexity_per_word": perplexity(per_word),
             "kl": kl / len(pairs),
             **text_scores(texts, [d.response for d in pairs.dialogues]),
         }
@@ -1030,6 +1096,9 @@ class Evaluation:
         return metrics
 
 
+PLOTS = ("losses", "ppo", "emp_f1", "levels", "learnt_vs_truth")
+
+
 # ---- report ---------------------------------------------------------------------------------------------------------
 def replies(evaluation):
     """responses.jsonl: all texts, and the levels that each reader sees in them."""
@@ -1054,7 +1123,12 @@ def replies(evaluation):
 
 def report(run, metrics, evaluation):
     """report.md, samples.md, responses.jsonl (all texts, and the levels that each reader sees in them) and plots/*.png."""
-    draw_plots(run, metrics, evaluation)
+    try:
+        draw_plots(run, metrics, evaluation)
+    except Exception as error:  # a picture less is no reason to lose the report
+        if not isinstance(error, (ImportError, OSError)):
+            traceback.print_exc()
+        say(f"no more plots: {type(error).__name__}: {error}; everything else is there")
     scores = [(m, s) for m in MECHANISMS for s in ("accuracy", "macro_f1", "weighted_f1")]
     identifiers = table(
         ["identifiers, test part", *map(" ".join, scores)],
@@ -1062,7 +1136,8 @@ def report(run, metrics, evaluation):
     )
     plots = "\n\n".join(
         f"![{name}](plots/{name}.png)"
-        for name in ("losses", "ppo", "emp_f1", "levels", "learnt_vs_truth")
+        for name in PLOTS
+        if (run.folder / "plots" / f"{name}.png").exists()
     )
     run.write(
         "report.md",
@@ -1086,31 +1161,57 @@ def report(run, metrics, evaluation):
     )
 
 
-def draw_plots(run, metrics, evaluation):
-    """plots/*.png: the curves of metrics.jsonl, Emp-F1 before and after, level confusions, learnt reward against truth."""
-    import matplotlib.pyplot as plt
+def figure_class():
+    """matplotlib's Figure, which draws into files and needs neither a window nor pyplot. MPLBACKEND, which a command inherits from
+    Jupyter, may name a backend that is not here: then it is hidden while matplotlib is imported."""
+    try:
+        from matplotlib.figure import Figure
+    except ValueError:
+        backend = os.environ.pop("MPLBACKEND", "")
+        from matplotlib.figure import Figure
 
-    plt.switch_backend("Agg")  # no window: files only
+        os.environ["MPLBACKEND"] = backend
+    return Figure
+
+
+def draw_plots(run, metrics, evaluation):
+    """plots/*.png: the curves of metrics.jsonl, Emp-F1 before and after, level confusions, learnt reward against truth.
+    Left out is what was not measured (of a skipped stage, for instance) and what is not finite."""
+    Figure = figure_class()
     (run.folder / "plots").mkdir(exist_ok=True)
+    for name in PLOTS:  # of an earlier call
+        (run.folder / "plots" / f"{name}.png").unlink(missing_ok=True)
 
     def figure(
         name, panels
     ):  # panels: (title, x label, y label, draw, its arguments) of each picture, side by side
-        fig, axes = plt.subplots(
-            1, len(panels), figsize=(4 * len(panels), 3.4), squeeze=False, layout="constrained"
-        )
+        panels = [panel for panel in panels if panel]
+        if not panels:
+            return
+        fig = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
+        axes = fig.subplots(1, len(panels), squeeze=False)
         for axis, (title, x, y, draw, *arguments) in zip(axes[0], panels):
             draw(axis, *arguments)
             axis.set(title=title, xlabel=x, ylabel=y)
         fig.savefig(run.folder / "plots" / f"{name}.png", dpi=110)
-        plt.close(fig)
 
-    def curves(axis, stage, labels):
-        for key, label in labels.items():
-            axis.plot(
-                *zip(*[(r["step"] + 1, r[key]) for r in run.log[stage] if key in r]),
-                label=label,
-            )
+    def points(stage, key):
+        return [
+            (record["step"] + 1, record[key])
+            for record in run.log.get(stage, ())
+            if abs(record.get(key, math.nan))
+            < 1e100  # not what is infinite, NaN or beyond an axis
+        ]
+
+    def panel(title, x, y, stage, labels):
+        """A panel of curves; None if there is nothing to draw."""
+        lines = {label: points(stage, key) for key, label in labels.items()}
+        return (title, x, y, curves, lines) if any(lines.values()) else None
+
+    def curves(axis, lines):
+        for label, line in lines.items():
+            if line:
+                axis.plot(*zip(*line), label=label)
         axis.legend()
 
     def bars(axis):
@@ -1147,19 +1248,18 @@ def draw_plots(run, metrics, evaluation):
     figure(
         "losses",
         [
-            (stage, "step", "loss (nats)", curves, stage, {"loss": "training", "valid": valid})
+            panel(stage, "step", "loss (nats)", stage, {"loss": "training", "valid": valid})
             for stage, valid in (
                 ("sft", "validation"),
                 ("identifiers", "-macro-F1, validation"),
                 ("judge", "-macro-F1, validation"),
             )
-            if run.log[stage]
         ],
     )
     figure(
         "ppo",
         [
-            (title, x, unit, curves, "ppo", labels)
+            panel(title, x, unit, "ppo", labels)
             for title, unit, labels in (
                 ("reward", "0..1", {"reward": "training"}),
                 ("KL to the MLE policy", "nats a response", {"kl": "k1", "kl_k3": "k3"}),
@@ -1177,7 +1277,7 @@ def draw_plots(run, metrics, evaluation):
             for i, m in enumerate(MECHANISMS)
         ],
     )
-    figure("learnt_vs_truth", [("validation", x, "reward (0..1)", curves, "ppo", learnt)])
+    figure("learnt_vs_truth", [panel("validation", x, "reward (0..1)", "ppo", learnt)])
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -1234,6 +1334,9 @@ def main(arguments=None):
     )
     a = parser.parse_args(arguments)
     folder = a.run or f"runs/{a.preset}-seed{a.seed}"
+    if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal does not have is a "?"
+        sys.stdout.reconfigure(errors="replace")
+    before = on_ctrl_c(signal.default_int_handler)
     try:
         if a.command != "run" and (a.set or a.t5 or bool(a.data) != (a.command == "evaluate")):
             raise DataError(
@@ -1255,9 +1358,13 @@ def main(arguments=None):
             keep_memory()
             config = make_config(a.preset, a.seed, a.data, a.t5, a.set)
             refuse_without_effect(config, a.set)
+            if a.t5:  # before anything is trained or written
+                official_file(a.t5, "config.json")
+                official_file(a.t5, "spiece.model")
+                weights_file(a.t5)
             run = Run(folder, config)
             run.command = sys.argv[1:] if arguments is None else arguments
-            signal.signal(signal.SIGINT, run.on_interrupt)
+            on_ctrl_c(run.on_interrupt)
             run_all(run)
         else:  # what is done with finished runs is no part of the recipe: it is kept with the tests
             sys.path.insert(0, str(Path(__file__).parent / "tests"))
@@ -1265,34 +1372,66 @@ def main(arguments=None):
 
             getattr(finished, a.command)(a, folder)
         return 0
-    except (
-        DataError,
-        CheckpointError,
-        ImportError,
-        OSError,
-        MemoryError,
-        RuntimeError,
-    ) as error:
-        words = (
-            f"{error.filename or folder}: {error.strerror}; make room or name another path"
-            if isinstance(error, OSError)
-            else error
-        )
-        if isinstance(error, (MemoryError, RuntimeError)):
-            if not isinstance(error, MemoryError) and not re.search(
-                "out of memory|can't allocate", str(error)
-            ):
-                raise
-            words = "out of memory; lower the stage's micro_batch (the gradient stays the same but for dropout), ppo.batch_size or eval.batch_size"
-        return print(f"emprl.py: {words}", file=sys.stderr) or 2
     except KeyboardInterrupt:
-        return (
-            print(
-                f"\nstopped; go on with: python emprl.py {shlex.join(arguments or sys.argv[1:])}",
-                file=sys.stderr,
+        on_ctrl_c(signal.SIG_IGN)  # a second one comes too late
+        command = shlex.join(arguments or sys.argv[1:])
+        print(f"\nstopped; go on with: python emprl.py {command}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        words = in_one_line(error, folder)
+        if words:
+            print(f"emprl.py: {words}", file=sys.stderr)
+            return 2
+        # not foreseen, perhaps a fault in a changed copy: whoever mends it needs all of it
+        traceback.print_exc()
+        if a.command == "run":
+            words = (
+                f"what was finished is saved in {folder}; the same command goes on from there"
             )
-            or 130
+        else:
+            words = "the finished runs are as they were; the same command tries again"
+        print(f"emprl.py: a fault in the program, see above; {words}", file=sys.stderr)
+        return 1
+    finally:
+        on_ctrl_c(before)
+
+
+def on_ctrl_c(handler):
+    """From now on Ctrl-C calls the handler. Returns the one before. Only the main thread may ask for that: elsewhere, nothing."""
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        return signal.signal(signal.SIGINT, handler)
+
+
+def in_one_line(error, folder):
+    """What is wrong and what to do, if that could be foreseen: input, disk, memory. None for anything else."""
+    if isinstance(error, (DataError, CheckpointError)):
+        return str(error)
+    if isinstance(error, ImportError):
+        return f"{error}; install what it needs: pip install -r requirements.txt"
+    if isinstance(error, BrokenPipeError):
+        # Python would write what is left on its way out, and complain once more
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return "stopped: the program that read the output has ended; the same command goes on, best into a file"
+    if isinstance(error, OSError):
+        cures = {
+            **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+            **dict.fromkeys(
+                (errno.EACCES, errno.EPERM, errno.EROFS), "name a folder you may write to"
+            ),
+            errno.EMFILE: "close other programs",
+        }
+        cure = cures.get(error.errno, "name another path")
+        return f"{error.filename or folder}: {error.strerror or error}; {cure}"
+    memory = "out of memory|can't allocate|not enough memory"
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(memory, str(error))
+    ):
+        return (
+            "out of memory; lower the stage's micro_batch (the gradient stays the same but for dropout), ppo.batch_size or "
+            "eval.batch_size"
         )
+    return None
 
 
 if __name__ == "__main__":

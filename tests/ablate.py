@@ -334,7 +334,7 @@ def run(folder, config, replaced, given=()):
 
 def measure(source, name, variant):
     """The figures of one variant from a finished run's MLE policy and identifiers."""
-    raw = json.loads((source / "metrics.json").read_text())["config"]
+    raw = emprl.from_json((source / "metrics.json").read_text())["config"]
     folder = source / "ablations" / f"{name}-run"
     repeated, settings = (["ppo.pt"], SHORT) if name not in FINISHED else ([], [])
     given = [stage for stage in emprl.STAGES if stage != "ppo" or name == "frontier"]
@@ -429,10 +429,8 @@ def table(figures, name):
 
 def plot(figures, path, truth):
     """Learnt reward, true reward (`truth` says whose) and perplexity against the KL."""
-    import matplotlib.pyplot as plt
-
-    plt.switch_backend("Agg")
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    fig = emprl.figure_class()(figsize=(9, 3.4), layout="constrained")
+    axes = fig.subplots(1, 2)
     points = sorted((mean(by_seed, "KL"), variant) for variant, by_seed in figures.items())
     for axis, unit, keys in zip(
         axes,
@@ -457,7 +455,6 @@ def plot(figures, path, truth):
         axis.margins(0.15)
     axes[0].legend()
     fig.savefig(path, dpi=110)
-    plt.close(fig)
 
 
 def key_of(metrics):
@@ -468,7 +465,7 @@ def key_of(metrics):
 def stored(folder, name, key):
     """{variant: figures} of what has been measured under this key; None if there is nothing."""
     try:
-        raw = json.loads((folder / "ablations" / f"{name}.json").read_text())
+        raw = emprl.from_json((folder / "ablations" / f"{name}.json").read_text())
         return raw["figures"] if raw["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -479,7 +476,9 @@ def keep(folder, name, key, variant, figures):
     path = folder / "ablations" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     found = (stored(folder, name, key) or {}) | {variant: figures}
-    text = json.dumps({"key": key, "code": emprl.code_version(), "figures": found}, indent=1)
+    text = emprl.to_json(
+        {"key": key, "code": emprl.code_version(), "figures": found}, indent=1
+    )
     path.with_suffix(".tmp").write_text(text + "\n")
     path.with_suffix(".tmp").replace(path)
 
@@ -505,12 +504,18 @@ def main(name, *runs, again=False, write=""):
     configs, keys = {}, {}
     for folder in map(Path, runs):
         try:
-            metrics = json.loads((folder / "metrics.json").read_text())
+            metrics = emprl.from_json((folder / "metrics.json").read_text())
             configs[folder], keys[folder] = metrics["config"], key_of(metrics)
-            configs[folder]["preset"], configs[folder]["seed"]
-        except (OSError, ValueError, KeyError, TypeError):
+            needed = ("preset", "seed", "data_dir", "t5_dir")
+            if [type(configs[folder][key]) for key in needed] != [str, int, str, str]:
+                raise ValueError
+        except OSError:
             raise data.DataError(
                 f"ablate: {folder}: no finished run of this version there; make one with `python emprl.py --run {folder}`"
+            ) from None
+        except (ValueError, KeyError, TypeError):
+            raise data.DataError(
+                f"ablate: {folder}/metrics.json: damaged; delete it and finish the run again by its own command"
             ) from None
     presets = {c["preset"] for c in configs.values()} or {"toy"}
     if len(presets) > 1 or len({c["seed"] for c in configs.values()}) < len(runs):
@@ -527,7 +532,7 @@ def main(name, *runs, again=False, write=""):
     pictured, told = name in ("kl", "frontier"), ""
     where = Path(write) if write else None
     if where:
-        where.write_text(json.dumps(figures, indent=1) + "\n")
+        where.write_text(emprl.to_json(figures, indent=1) + "\n")
         told = f"\nwritten to {where}"
     elif sources:
         where = [*sources.values()][-1] / "ablations" / f"{name}.json"

@@ -821,12 +821,8 @@ def scaling(a):
 
 def draw(rows, path):
     """The rows of `scaling`: a panel an axis; dashed: a time that grows as the axis does."""
-    import matplotlib.pyplot as plt
-
-    plt.switch_backend("Agg")
-    fig, panels = plt.subplots(
-        1, len(AXES), figsize=(3 * len(AXES), 2.8), sharey=True, layout="constrained"
-    )
+    fig = emprl.figure_class()(figsize=(3 * len(AXES), 2.8), layout="constrained")
+    panels = fig.subplots(1, len(AXES), sharey=True)
     for panel, (axis, values) in zip(panels, AXES.items()):
         found = [rows[f"{axis} {x}"] for x in values]
         for column in [k for k in found[0] if k.endswith(", ms")]:

@@ -20,8 +20,10 @@ from emprl import (
     digest,
     digest_of,
     make_config,
+    from_json,
     replies,
     say,
+    to_json,
 )
 from identifiers import MECHANISMS, Identifiers, before_after, predict_levels
 from ppo import respond
@@ -70,6 +72,8 @@ def load_run(folder):
             reader.load_state_dict(
                 load_state(folder / "checkpoints" / f"{stage}.pt")["weights"]
             )
+            if not all(p.isfinite().all() for p in reader.parameters()):
+                raise ValueError(f"checkpoints/{stage}.pt has weights that are not finite")
             readers.append(reader.eval())
         foreign = mixed(run, tokenizer, models)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -96,7 +100,7 @@ def mixed(run, tokenizer, models):
     for name, stage in (("sft", "sft"), ("emprl", "ppo")):
         if digest({"weights": models[name].state_dict()}) != run.made[stage]:
             return f"{name}/pytorch_model.bin"
-    metrics = json.loads((run.folder / "metrics.json").read_text())
+    metrics = from_json((run.folder / "metrics.json").read_text())
     if metrics["code"]["modules"] != run.code["modules"]:
         print("warning: the run was made by other code than this", file=sys.stderr)
     return "" if metrics["key"] == run.key(EVALUATE) else "metrics.json"
@@ -119,7 +123,7 @@ def evaluate(arguments, folder):
     metrics["of"] = {"data": str(arguments.data), "content": content, "run": run.key(EVALUATE)}
     # named by content: another folder's or another day's mine.jsonl does not write over this one
     name = f"evaluate-{Path(arguments.data).stem}-{content[:12]}"
-    run.write(f"{name}.json", json.dumps(metrics, indent=2) + "\n")
+    run.write(f"{name}.json", to_json(metrics, indent=2) + "\n")
     run.write(f"{name}.jsonl", replies(evaluation))
     say(
         f"{before_after(metrics)}\n\nwritten to {run.folder}/{name}.json, replies to {run.folder}/{name}.jsonl"

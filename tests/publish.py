@@ -98,7 +98,8 @@ def table(metrics):
 
 def load(preset):
     return [
-        json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{preset}-seed?.json"))
+        emprl.from_json(path.read_text())
+        for path in sorted(RESULTS.glob(f"{preset}-seed?.json"))
     ]
 
 
@@ -525,10 +526,13 @@ def escaped(text):
 
 def main(run="", name=""):
     if run:
-        metrics, records = json.loads((Path(run) / "metrics.json").read_text()), responses(run)
+        metrics, records = (
+            emprl.from_json((Path(run) / "metrics.json").read_text()),
+            responses(run),
+        )
         if metrics["config"]["data_dir"]:
             metrics["config"]["data_dir"] = "../shared/data"
-        (RESULTS / f"{name}.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        (RESULTS / f"{name}.json").write_text(emprl.to_json(metrics, indent=2) + "\n")
         if name.startswith("real"):
             (RESULTS / f"levels-{name}.json").write_text(
                 json.dumps(compact(records), indent=0) + "\n"

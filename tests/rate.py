@@ -61,12 +61,15 @@ def file_name(rater):
 
 
 def main(folder, rater="", number=30, seed=0):
-    getattr(sys.stdout, "reconfigure", lambda **_: None)(
-        errors="replace"
-    )  # the texts may hold anything
-    path = pathlib.Path(folder) / (
-        "ratings-" + file_name(rater or getpass.getuser()) + ".jsonl"
-    )
+    for stream in (sys.stdin, sys.stdout):  # texts and answers may hold anything
+        getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
+    try:
+        rater = rater or getpass.getuser()
+    except (ImportError, KeyError, OSError):  # which of them depends on Python and the system
+        raise data.DataError(
+            f"rate: this system does not tell who you are; give a name: python emprl.py rate {folder} NAME"
+        ) from None
+    path = pathlib.Path(folder) / ("ratings-" + file_name(rater) + ".jsonl")
     texts = dict(
         read(
             path.with_name("responses.jsonl"),

@@ -1,6 +1,7 @@
 """The blind rating: its two statistics by hand, and whole sessions with scripted raters."""
 
 import builtins
+import io
 import json
 import re
 import runpy
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 
+import emprl
 import rate
 from data import DataError
 
@@ -308,3 +310,26 @@ def test_as_a_program(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(builtins, "input", lambda _: "t")
     runpy.run_path(rate.__file__, run_name="__main__")
     assert "raters: 1" in capsys.readouterr().out and (tmp_path / "ratings-ann.jsonl").exists()
+
+
+def test_answers_that_are_not_text(tmp_path, monkeypatch, capsys):
+    """A key that types what is not UTF-8 is asked again, not a traceback."""
+    write(tmp_path, 1)
+    answers = b"\xff\xfe\na\nb\nt\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(answers), encoding="utf-8"))
+    rate.main(tmp_path, "ANNE")
+    assert len((tmp_path / "ratings-ANNE.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [KeyError("uid not found"), OSError("No username set")])
+def test_a_system_without_names_asks_for_one(error, tmp_path, monkeypatch, capsys):
+    """As in a container whose user has no entry in passwd."""
+    write(tmp_path, 1)
+
+    def nobody():
+        raise error
+
+    monkeypatch.setattr(rate.getpass, "getuser", nobody)
+    assert emprl.main(["rate", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"rate {tmp_path} NAME" in err, err

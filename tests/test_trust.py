@@ -2,9 +2,15 @@
 
 import io
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import threading
+import time
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +86,209 @@ def test_a_skipped_step_is_counted(tmp_path):
         p.isfinite().all()
         for p in t5_small.from_pretrained(tmp_path / "run" / "emprl").parameters()
     )
+
+
+# ---- after training
+
+EMPRL = Path(emprl.__file__)
+SKIPPED = [
+    f"{stage}.steps=0" for stage in ("pretrain", "sft", "identifiers", "context", "ppo")
+]
+
+
+def same_command(folder, name="run", **process):
+    """`python emprl.py --preset smoke --run folder/name` once more, in a process of its own."""
+    arguments = ["--preset", "smoke", "--run", name]
+    return subprocess.run(
+        [sys.executable, EMPRL, *arguments], cwd=folder, stderr=subprocess.PIPE, **process
+    )
+
+
+def strictly(text):
+    """Parsed by the letter of the standard, which knows no NaN and no Infinity."""
+
+    def refuse(word):
+        pytest.fail(f"bare {word} in JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("factor, word", [(1e6, "inf"), (float("nan"), "nan")])
+def test_a_policy_that_has_diverged_is_reported_and_not_a_crash(factor, word, whole, tmp_path):
+    """Perplexities beyond what a float holds, and weights that are no numbers: a report that says so, in valid JSON."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    state = t5_small.load_state(run / "checkpoints" / "ppo.pt")
+    for x in state["weights"].values():
+        x *= factor
+    torch.save(state, run / "checkpoints" / "ppo.pt")
+    assert emprl.main(["--preset", "smoke", "--run", str(run)]) == 0
+    found = strictly((run / "metrics.json").read_text())
+    assert found["emprl"]["perplexity"] == word and found["sft"]["perplexity"] > 1
+    assert f"| {word} |" in (run / "report.md").read_text()
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        strictly(line)
+    assert (
+        str(emprl.from_json((run / "metrics.json").read_text())["emprl"]["perplexity"]) == word
+    )
+
+
+@pytest.mark.parametrize("command", ["chat", "evaluate"])
+def test_weights_that_are_no_numbers_are_refused_by_chat_and_evaluate(
+    command, whole, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    (tmp_path / "mine.jsonl").write_text('{"context": "Hello", "response": "Hi"}\n')
+    data_option = ["--data", str(tmp_path / "mine.jsonl")] if command == "evaluate" else []
+    for name, key in (("emprl/pytorch_model.bin", None), ("checkpoints/judge.pt", "weights")):
+        shutil.copytree(whole, run)
+        state = t5_small.load_state(run / name)
+        next(iter((state[key] if key else state).values())).fill_(float("nan"))
+        torch.save(state, run / name)
+        assert emprl.main([command, "--run", str(run), *data_option]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and Path(name).name in err and "not finite" in err, err
+        shutil.rmtree(run)
+
+
+def test_training_that_diverges_at_its_end_is_named(tmp_path, capsys):
+    """Fewer steps than the ten in a row after which a stage gives up."""
+    settings = ["judge", "identifiers.lr"]
+    arguments = ["--preset", "smoke", "--run", str(tmp_path), "--set", "sft.steps=1"]
+
+    def spoil(self, stage, step=0):
+        seed(self, stage, step)
+        if (stage, step) == ("judge", 7):
+            made[-1].weight.data.fill_(float("inf"))
+
+    made, seed, init = [], emprl.Run.seed, torch.nn.Linear.__init__
+
+    def remember(self, *a, **k):
+        init(self, *a, **k)
+        made.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Linear, "__init__", remember)
+        patch.setattr(emprl.Run, "seed", spoil)
+        patch.setattr(t5_small.Trainer, "finish", lambda self: None)
+        assert emprl.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert all(word in err for word in settings) and err.count("\n") == 1, err
+
+
+def test_a_run_of_skipped_stages_has_a_report_without_their_pictures(tmp_path):
+    assert emprl.main(["--preset", "smoke", "--run", str(tmp_path), "--set", *SKIPPED]) == 0
+    drawn = {path.stem for path in (tmp_path / "plots").iterdir()}
+    assert drawn == {"emp_f1", "levels"}
+    assert (tmp_path / "report.md").read_text().count("![") == len(drawn)
+
+
+def test_a_picture_that_can_not_be_drawn_costs_no_report(whole, tmp_path, capsys, monkeypatch):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "report.md").unlink()
+
+    def broken(*_):
+        raise ZeroDivisionError("in a changed copy")
+
+    monkeypatch.setattr(emprl, "draw_plots", broken)
+    assert emprl.main(["--preset", "smoke", "--run", str(tmp_path / "run")]) == 0
+    out, err = capsys.readouterr()
+    assert "ZeroDivisionError: in a changed copy" in out and "Traceback" in err
+    assert (tmp_path / "run" / "report.md").exists()
+
+
+def test_jupyters_backend_and_a_poor_terminal_cost_nothing(whole, tmp_path):
+    """MPLBACKEND names what is not installed, and the folder's name has letters that ASCII lacks."""
+    shutil.copytree(whole, tmp_path / "läufe 😀")
+    for path in (tmp_path / "läufe 😀").glob("plots/*"):
+        path.unlink()
+    environment = {
+        "MPLBACKEND": "module://not_installed.backend",
+        "PYTHONIOENCODING": "ascii:strict",
+    }
+    done = same_command(
+        tmp_path, "läufe 😀", env={**os.environ, **environment}, stdout=subprocess.PIPE
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"l?ufe ?" in done.stdout and b"no more plots" not in done.stdout
+    assert (tmp_path / "läufe 😀" / "plots" / "ppo.png").exists()
+
+
+def test_a_reader_of_the_output_that_has_ended_is_not_a_full_disk(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = same_command(tmp_path, stdout=theirs)
+    os.close(theirs)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
+    assert b"read the output" in done.stderr and b"room" not in done.stderr
+
+
+# ---- Ctrl-C, threads and what nobody foresaw
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="sees imports by /proc")
+def test_ctrl_c_while_importing(tmp_path):
+    started = subprocess.Popen(
+        [sys.executable, EMPRL, "--help"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    while "libtorch" not in Path(f"/proc/{started.pid}/maps").read_text():
+        time.sleep(0.001)
+    started.send_signal(signal.SIGINT)
+    err = started.communicate()[1]
+    assert started.returncode == 130 and err == b"\nstopped\n", err
+
+
+def test_a_second_ctrl_c_after_the_last_line_changes_nothing(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    class Impatient(io.StringIO):
+        def write(self, text):
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().write(text)
+
+    monkeypatch.setattr(emprl, "run_all", interrupted)
+    monkeypatch.setattr(sys, "stderr", Impatient())
+    before = signal.getsignal(signal.SIGINT)
+    assert emprl.main(["--preset", "smoke", "--run", str(tmp_path)]) == 130
+    assert "go on with" in sys.stderr.getvalue()
+    assert signal.getsignal(signal.SIGINT) is before, "the handler is given back"
+
+
+def test_main_outside_the_main_thread(tmp_path, monkeypatch):
+    codes = []
+    monkeypatch.setattr(emprl, "run_all", lambda run: None)
+    arguments = ["--preset", "smoke", "--run", str(tmp_path)]
+    thread = threading.Thread(target=lambda: codes.append(emprl.main(arguments)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def test_what_nobody_foresaw_keeps_its_traceback_and_says_what_is_saved(
+    tmp_path, monkeypatch, capsys
+):
+    def changed(*_):
+        return {}["a student's key"]
+
+    monkeypatch.setattr(emprl, "mle_trainer", changed)
+    assert emprl.main(["--preset", "smoke", "--run", str(tmp_path)]) == 1
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and 'KeyError: "a student\'s key"' in lines
+    assert f"saved in {tmp_path}; the same command goes on" in last
+    assert (tmp_path / "checkpoints" / "pretrain.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{", b"{}", b'{"config": {}}', b'{"config": {"preset": 3}}', b"\xff"],
+)
+def test_ablate_refuses_a_damaged_run(content, tmp_path, capsys):
+    (tmp_path / "metrics.json").write_bytes(content)
+    assert emprl.main(["ablate", "kl", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "metrics.json: damaged" in err, err
 
 
 # ---- collapse
@@ -298,6 +507,52 @@ def test_contradictions_are_refused(arguments, words, capsys, tmp_path, monkeypa
     assert emprl.main(arguments) == 2
     assert words in (err := capsys.readouterr().err) and err.count("\n") == 1, err
     assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "t5.d_model=1",
+        "t5.num_layers=1000000000",
+        "t5.initializer_factor=1e9",
+        "sft.weight_decay=1e9",
+        "identifiers.class_weight=1e9",
+        "context.class_weight=1e9",
+        "identifiers.ngrams=1000000000",
+        "reward.balance=1e9",
+        "sampling.max_length=1000000000",
+        "ppo.batch_size=1000000000",
+        "ppo.ppo_epochs=1000000000",
+        "eval.best_of=1000000000",
+        "data.num_train=1000000000",
+    ],
+)
+def test_sizes_and_exponents_have_a_sane_limit(setting):
+    with pytest.raises(DataError, match=setting):
+        emprl.make_config(settings=[setting])
+
+
+def test_a_models_name_is_no_folder(tmp_path, capsys, monkeypatch):
+    """And a folder without its tokenizer, or with a pointer to it. Nothing is written before."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+
+    def refusal():
+        assert emprl.main(["--preset", "paper", "--data", "data", "--t5", "t5-small"]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and not (tmp_path / "runs").exists()
+        return err
+
+    assert "not by its name" in refusal()
+    (tmp_path / "t5-small").mkdir()
+    (tmp_path / "t5-small" / "config.json").write_text("{}")
+    assert "has no spiece.model; download" in refusal()
+    (tmp_path / "t5-small" / "spiece.model").write_text(
+        "version https://git-lfs.github.com/spec/v1\n"
+    )
+    assert "spiece.model: only git-LFS's pointer" in refusal()
+    (tmp_path / "t5-small" / "spiece.model").write_text("a model")
+    assert "has no model.safetensors or pytorch_model.bin" in refusal()
 
 
 @pytest.mark.parametrize(

@@ -343,8 +343,8 @@ def measure(source, name, variant):
     config = emprl.make_config(
         raw["preset"],
         raw["seed"],
-        raw["data_dir"],
-        raw["t5_dir"],
+        raw.get("data_dir", ""),
+        raw.get("t5_dir", ""),
         [*settings_of(raw), *settings, *variant.settings.split()],
     )
     return figures_of(run(folder, config, variant.replaced, given), variant.after)
@@ -506,8 +506,8 @@ def main(name, *runs, again=False, write=""):
         try:
             metrics = emprl.from_json((folder / "metrics.json").read_text())
             configs[folder], keys[folder] = metrics["config"], key_of(metrics)
-            needed = ("preset", "seed", "data_dir", "t5_dir")
-            if [type(configs[folder][key]) for key in needed] != [str, int, str, str]:
+            preset, seed = configs[folder]["preset"], configs[folder]["seed"]
+            if preset not in emprl.PRESETS or type(seed) is not int:
                 raise ValueError
         except OSError:
             raise data.DataError(

@@ -393,7 +393,7 @@ def test_damaged_and_equal_runs_are_refused(content, two, tmp_path, capsys):
     assert emprl.main(["ablate", "kl", two[0], two[0]]) == 2
     err = capsys.readouterr().err
     assert (
-        err.count("no finished run of this version there") == 1
+        err.count("cut/metrics.json: damaged; delete it") == 1
         and "of different seeds" in err
         and err.count("\n") == 2
     )

@@ -282,7 +282,15 @@ def test_what_nobody_foresaw_keeps_its_traceback_and_says_what_is_saved(
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"[]", b"{", b"{}", b'{"config": {}}', b'{"config": {"preset": 3}}', b"\xff"],
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"{}",
+        b'{"config": {}}',
+        b'{"config": {"preset": "x", "seed": 0}}',
+        b"\xff",
+    ],
 )
 def test_ablate_refuses_a_damaged_run(content, tmp_path, capsys):
     (tmp_path / "metrics.json").write_bytes(content)

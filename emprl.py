@@ -19,8 +19,8 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGINT, leave)
 
-import argparse, contextlib, copy, ctypes, errno, functools, hashlib, itertools, json, math, re, shlex, subprocess, sys
-import threading, time, traceback, zlib
+import argparse, atexit, contextlib, copy, ctypes, errno, functools, hashlib, itertools, json, math, re, shlex, subprocess, sys
+import shutil, tempfile, threading, time, traceback, zlib
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -1163,7 +1163,14 @@ def report(run, metrics, evaluation):
 
 def figure_class():
     """matplotlib's Figure, which draws into files and needs neither a window nor pyplot. MPLBACKEND, which a command inherits from
-    Jupyter, may name a backend that is not here: then it is hidden while matplotlib is imported."""
+    Jupyter, may name a backend that is not here: then it is hidden while matplotlib is imported. Who has no home folder, as some
+    in containers, has no place for matplotlib's list of fonts: then it is for once."""
+    try:
+        Path.home()
+    except RuntimeError:
+        if "MPLCONFIGDIR" not in os.environ:
+            os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp()
+            atexit.register(shutil.rmtree, os.environ["MPLCONFIGDIR"], ignore_errors=True)
     try:
         from matplotlib.figure import Figure
     except ValueError:

@@ -686,27 +686,7 @@ def from_pretrained(folder, vocab_size=0):
     Every tensor of the file is used, or known to be a copy or a leftover, or named in the CheckpointError."""
     path = official_file(folder, "config.json")
     try:
-        raw = json.loads(path.read_text())
-        config = T5Config(
-            **{f.name: raw[f.name] for f in fields(T5Config) if raw.get(f.name) is not None}
-        )
-        config.num_decoder_layers = (
-            raw.get("num_decoder_layers") or config.num_layers
-        )  # older files give one number
-        config.tie_word_embeddings = raw.get(
-            "scale_decoder_outputs", config.tie_word_embeddings
-        )  # transformers >= 5
-        if config.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise ValueError(
-                f"feed_forward_proj {config.feed_forward_proj!r} is not one of T5's"
-            )
-        for name, used in (
-            ("pad_token_id", 0),
-            ("eos_token_id", 1),
-            ("decoder_start_token_id", 0),
-        ):
-            if getattr(config, name) != used:
-                raise ValueError(f"{name} {getattr(config, name)}, but T5's is {used}")
+        config, scaled, tied = read_config(path)
         if config.vocab_size < vocab_size:
             raise ValueError(
                 f"vocab_size {config.vocab_size}, but its tokenizer has {vocab_size}"

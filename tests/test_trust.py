@@ -214,6 +214,23 @@ def test_jupyters_backend_and_a_poor_terminal_cost_nothing(whole, tmp_path):
     assert (tmp_path / "läufe 😀" / "plots" / "ppo.png").exists()
 
 
+def test_who_has_no_home_has_pictures(tmp_path):
+    """As in a container whose user has no entry in passwd: Path.home() finds nothing there."""
+    code = f"""
+import pathlib, sys
+def home():
+    raise RuntimeError("Could not determine home directory.")
+pathlib.Path.home = home
+sys.path.insert(0, {str(EMPRL.parent)!r})
+import emprl
+emprl.figure_class()().savefig({str(tmp_path / "empty.png")!r})
+"""
+    hidden = ("MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "HOME")
+    environment = {key: x for key, x in os.environ.items() if key not in hidden}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert (tmp_path / "empty.png").exists()
+
+
 def test_a_reader_of_the_output_that_has_ended_is_not_a_full_disk(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     ours, theirs = os.pipe()

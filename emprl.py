@@ -927,7 +927,7 @@ def pretrain_trainer(config, t5, tokenizer, pairs):
         t5,
         loss_sum,
         batches(pairs.lengths(), config.pretrain.batch_size, config.seed),
-        lambda: 0.0,
+        None,
         config.pretrain,
     )
 

@@ -851,7 +851,7 @@ class TrainConfig:
 class Trainer:
     """Gradient descent on a sum-over-items loss, keeping the weights of the best validation.
     loss_sum(rows) -> (sum of losses, number of items) of some examples; rows_at(step) -> a step's examples;
-    validate() -> number, lower is better. Step i depends on i, the state and torch's generator (seeded for each step) only."""
+    validate() -> number, lower is better; None where there is nothing to validate by: the last weights stay. Step i depends on i, the state and torch's generator (seeded for each step) only."""
 
     def __init__(self, model, loss_sum, rows_at, validate, config):
         self.model, self.loss_sum, self.rows_at, self.validate, self.config = (
@@ -884,7 +884,8 @@ class Trainer:
             "grad_norm": norm,
             "skipped": float(not math.isfinite(norm)),
         }
-        if (i + 1) % c.eval_every == 0 or i + 1 == c.steps:
+        due = (i + 1) % c.eval_every == 0 or i + 1 == c.steps
+        if self.validate and due:
             model.eval()
             with torch.no_grad():
                 record["valid"] = self.validate()
@@ -895,7 +896,7 @@ class Trainer:
                 }
         return record
 
-    def finish(self):  # the best weights are the result
+    def finish(self):  # the best weights are the result, without a validation the last ones
         self.model.eval().load_state_dict(self.best.get("weights", self.model.state_dict()))
 
     def state_dict(self):

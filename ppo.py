@@ -360,7 +360,10 @@ class PPOTrainer:
         ]
         for rows in itertools.chain(*epochs):
             tokens, measured = r.mask[rows].sum(), Counter()
-            for part in rows.split(c.micro_batch or len(rows)):
+            parts = rows.split(c.micro_batch or len(rows))
+            if c.ptx_coef:
+                measured["human_loss"] = self.human_gradient(r.index, parts)
+            for part in parts:
                 loss, seen, error = self.loss(r, part, advantages, returns)
                 share = (
                     r.mask[part].sum() / tokens
@@ -390,8 +393,20 @@ class PPOTrainer:
         means = {name: sum(xs) / len(xs) for name, xs in seen.items()}
         return {**means, "first_ratio_error": max(ratio_errors), "optimizer_steps": steps}
 
+    def human_gradient(self, index, parts):
+        """The gradient of ptx_coef times the human responses' mean negative log-likelihood a token, which is returned. It is
+        divided by all tokens at the end: the parts' human responses have other shares of the tokens than the sampled ones."""
+        total, tokens = 0.0, 0
+        for part in parts:
+            loss, count = self.human_loss(index[part])
+            loss.backward()
+            total, tokens = total + loss.item(), tokens + count
+        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, self.config.ptx_coef / tokens)
+        return total / tokens
+
     def loss(self, r, rows, advantages, returns):
-        """L = L_policy + value_coef L_value + ptx_coef L_human on some rows; also what is logged of it, and max |ratio - 1|."""
+        """L = L_policy + value_coef L_value on some rows; also what is logged of it, and max |ratio - 1|."""
         c, width = (
             self.config,
             int(r.mask[rows].sum(1).max()),
@@ -421,11 +436,8 @@ class PPOTrainer:
             "ratio": masked_mean(ratio, mask),
             "update_kl": masked_mean(kl_estimate(old, log_probs, "k3"), mask),
         }
-        if c.ptx_coef:
-            total, tokens = self.human_loss(r.index[rows])
-            measured["human_loss"] = total / tokens
         return (
-            pg_loss + c.value_coef * v_loss + c.ptx_coef * measured.get("human_loss", 0),
+            pg_loss + c.value_coef * v_loss,
             {k: x.item() for k, x in measured.items()},
             ((ratio - 1).abs() * mask).max().item(),
         )

@@ -570,23 +570,50 @@ def test_human_responses_are_learnt_on_request(monkeypatch):
             check(name, gradients[1][name] - gradients[0][name], 0.5 * p.grad, tol=1e-4)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 5])
-def test_micro_batch_is_the_whole_minibatch(micro_batch, monkeypatch):
-    whole, record = spied_gradients(monkeypatch)
-    parts, record_of_parts = spied_gradients(monkeypatch, micro_batch=micro_batch)
-    assert len(whole) == len(parts) > 10
-    for a, b in zip(whole, parts):
-        check("gradient", b, a, tol=1e-6)
-    for name in (
-        "policy_loss",
-        "value_loss",
-        "entropy",
-        "ratio",
-        "clip_share",
-        "update_kl",
-        "grad_norm",
-    ):
-        check(name, record_of_parts[name], record[name], tol=1e-5)
+def ragged_humans(t):
+    """Human responses whose lengths have nothing to do with those of the sampled ones: 1, 8, 2, 1, ... tokens."""
+
+    def human_loss(index):
+        lengths = torch.tensor([1, 8, 2])[index % 3]
+        ids = torch.arange(8) + 3 + index[:, None] % 5
+        ids = ids.masked_fill(torch.arange(8) >= lengths[:, None], 0)
+        ids[torch.arange(len(index)), lengths - 1] = 1
+        return t.policy.t5.loss_sum(sources(0)[0][index], ids)
+
+    return human_loss
+
+
+@pytest.mark.parametrize("ptx_coef", [0.0, 0.5])
+@pytest.mark.parametrize("micro_batch", [1, 5, 7])
+def test_micro_batch_is_the_whole_minibatch(micro_batch, ptx_coef, monkeypatch):
+    """Gradient and log, value loss and human responses included; 5 and 7 do not divide the 12 rollouts."""
+    seen, plain = [], ppo.optimizer_step
+
+    def spy(optimizers, max_grad_norm):
+        groups = [g for optimizer in optimizers for g in optimizer.param_groups]
+        seen.append({g["name"]: g["params"][0].grad.clone() for g in groups})
+        return plain(optimizers, max_grad_norm)
+
+    monkeypatch.setattr(ppo, "optimizer_step", spy)
+    records = []
+    for size in (0, micro_batch):
+        t = trainer(
+            ppo_epochs=1,
+            minibatch_size=12,
+            micro_batch=size,
+            ptx_coef=ptx_coef,
+            value_coef=3.0,
+        )
+        t.human_loss = ragged_humans(t)
+        torch.nn.init.normal_(t.policy.value_head.weight, generator=torch.manual_seed(1))
+        records.append(run(t, [0])[0])
+    whole, parts = seen
+    assert len(whole) > 10 and whole["value_head.weight"].abs().max() > 1e-3
+    for name in whole:
+        check(name, parts[name], whole[name], tol=1e-6)
+    for name in records[0]:
+        check(name, records[1][name], records[0][name], tol=1e-5)
+    assert ("human_loss" in records[1]) == (ptx_coef > 0)
 
 
 def test_first_gradient_is_reinforce(monkeypatch):

@@ -69,7 +69,7 @@ from identifiers import (
     text_scores,
     words,
 )
-from ppo import PPOConfig, PPOTrainer, kl_estimate, respond, score, signs_of_collapse
+from ppo import PPOConfig, PPOTrainer, respond, sampled_kl, signs_of_collapse
 from t5_small import (
     T5,
     T5_RANGES,
@@ -981,13 +981,14 @@ class Evaluation:
     @torch.no_grad()
     def measure(self, name, t5, sampling, expected=None):
         """All figures of one policy, or with `expected` (see best_of) of its best of eval.best_of samples, the first of which is its only one
-        without. Perplexities, always the policy's, and kl ignore top-k and temperature. Texts, levels and rewards: self.results[name]."""
-        self.run.seed("evaluate " + ("sft" if name == "best_of_n" else name))
-        config, pairs, options, kl, nll, tokens = (
+        without. Perplexities, always the policy's, ignore top-k and temperature; kl is that of what is sampled from, null for greedy
+        replies and for the best of several. Texts, levels and rewards: self.results[name]."""
+        seed = "evaluate " + ("sft" if name == "best_of_n" else name)
+        self.run.seed(seed)
+        config, pairs, options, nll, tokens = (
             self.run.config,
             self.pairs,
             self.run.config.reward.options(),
-            0.0,
             0.0,
             0,
         )
@@ -1006,18 +1007,12 @@ class Evaluation:
         )
         rewards = empathy_reward(predict(self.readers[0], answered), self.gold[""], **options)
         for rows in answered.chunks(config.eval.batch_size):
-            context, ids = answered.batch(rows)
-            mask, everything = (
-                ids != 0,
-                torch.ones(*ids.shape, 1, dtype=torch.bool, device=ids.device),
-            )
-            both = [
-                score(model, context, ids, mask, everything, 1.0)[0]
-                for model in (t5, self.reference)
-            ]
-            kl += (kl_estimate(*both) * mask).sum().item()
             loss, n = t5.loss_sum(*pairs.batch(rows))
             nll, tokens = nll + loss.item(), tokens + n
+        kl = None
+        if expected is None:
+            self.run.seed(seed)  # the same replies again
+            kl = sampled_kl(t5, self.reference, pairs, sampling, config.eval.batch_size)
         truth = [*tables][-1]  # the oracle, or else the judge
         certain = (
             torch.eye(LEVELS)[tables[truth]].clamp(min=1e-4).log()
@@ -1033,7 +1028,7 @@ class Evaluation:
             "held_out_reward": held_out.mean().item(),
             "perplexity": perplexity(nll / tokens),
             "perplexity_per_word": perplexity(per_word),
-            "kl": kl / len(pairs),
+            "kl": kl,
             **text_scores(texts, [d.response for d in pairs.dialogues]),
         }
 

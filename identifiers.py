@@ -459,7 +459,7 @@ def table(header, rows):
 
 
 def before_after(metrics):
-    """The table of every figure before and after, floors and ceiling below."""
+    """The table of every figure before and after, floors and ceiling below; blank where there is none."""
     rows, columns = (
         [],
         [
@@ -473,7 +473,7 @@ def before_after(metrics):
         rows.append(
             [
                 key,
-                *(metrics[c][key] for c in columns),
+                *("" if metrics[c][key] is None else metrics[c][key] for c in columns),
                 "{relative:+.1%} ({low:+.1%} to {high:+.1%})".format(**gain) if gain else "",
             ]
         )

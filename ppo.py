@@ -274,15 +274,38 @@ def rollout(policy, reference, reward, source, index, sampling):
 
 
 @torch.no_grad()
+def generations(t5, pairs, sampling, size=128):
+    """Responses to all contexts of pairs, lot by lot: (rows, source (B, S), Generation, mask (B, T) of t1 .. </s>)."""
+    for rows in pairs.chunks(size):
+        source = pairs.batch(rows)[0]
+        with autocast(pairs.device):
+            g = generate(t5, source, sampling)
+        yield rows, source, g, response_mask(g.ids, t5.config.eos_token_id)
+
+
 def respond(t5, pairs, sampling, size=128):
     """A response for every context of pairs: lists of ids, padding removed, </s> kept."""
     responses = [None] * len(pairs)
-    for rows in pairs.chunks(size):
-        with autocast(pairs.device):
-            ids = generate(t5, pairs.batch(rows)[0], sampling).ids
-        for i, row, mask in zip(rows, ids, response_mask(ids)):
-            responses[i] = row[mask].tolist()
+    for rows, _, g, mask in generations(t5, pairs, sampling, size):
+        for i, ids, seen in zip(rows, g.ids, mask):
+            responses[i] = ids[seen].tolist()
     return responses
+
+
+@torch.no_grad()
+def sampled_kl(t5, reference, pairs, sampling, size=128):
+    """KL(t5 || reference) in nats a response, by k1 on one sample for each context (with the same seed those of `respond`),
+    under the distribution they are sampled from, as in training. None for greedy replies: nothing is sampled."""
+    if sampling.greedy:
+        return None
+    total = 0.0
+    for _, source, g, mask in generations(t5, pairs, sampling, size):
+        ours, theirs = (
+            score(model, source, g.ids, mask, g.support, sampling.temperature)[0]
+            for model in (t5, reference)
+        )
+        total += kl_estimate(ours, theirs).sum().item()
+    return total / len(pairs)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

@@ -398,10 +398,17 @@ class Pairs:
     def lengths(self):
         return [len(c) + len(r) for c, r in zip(self.contexts, self.responses)]
 
-    def chunks(self, size):
-        """All rows in lots of `size`, like lengths together."""
-        order = sorted(range(len(self)), key=self.lengths().__getitem__)
-        return [order[i : i + size] for i in range(0, len(order), size)]
+    def chunks(self, size, positions=2**15):
+        """All rows in lots of `size`, like lengths together. Fewer rows where they are long, so that a lot has at most so many
+        positions, padding included: memory."""
+        lengths = self.lengths()
+        order = sorted(range(len(self)), key=lengths.__getitem__)
+        lots = []
+        for i in range(0, len(order), size):
+            lot = order[i : i + size]
+            few = max(1, positions // lengths[lot[-1]])  # the last is the longest
+            lots += [lot[j : j + few] for j in range(0, len(lot), few)]
+        return lots
 
     def batch(self, rows):
         """Context (B, S) and response (B, T) ids of some rows."""

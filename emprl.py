@@ -100,7 +100,10 @@ class DataConfig:
     )
     vocab_size: int = 1200  # pieces and 100 sentinels; a pretrained T5 brings its own
     max_source: int = 72  # tokens of context; the newest are kept
-    max_target: int = 64  # tokens of response, </s> included
+    max_target: int = 64  # tokens of response, </s> included, that MLE learns from
+    max_scored: int = (
+        512  # the same where a human response is measured: its levels, its perplexity
+    )
     identifier_source: int = 72  # the same for the identifiers' labelled posts
     identifier_target: int = 64
 
@@ -268,6 +271,10 @@ def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
         (
             s.min_length > s.max_length,
             "sampling.min_length is above sampling.max_length; change it by --set",
+        ),
+        (
+            config.data.max_scored < config.data.max_target,
+            "data.max_scored is below data.max_target; change it by --set",
         ),
         (
             p.minibatch_size > p.batch_size,
@@ -770,6 +777,11 @@ def recipe(run):
     pairs = {
         part: Pairs(ds, tokenizer, c.max_source, c.max_target, run.device)
         for part, ds in corpus.dialogues.items()
+        if part in ("turns", "train", "valid")
+    }
+    whole = {  # for what is read in human responses, and measured on them: uncut
+        part: Pairs(corpus.dialogues[part], tokenizer, c.max_source, c.max_scored, run.device)
+        for part in ("train", "valid", "test", "probe")
     }
     labelled = {
         part: Pairs(ds, tokenizer, c.identifier_source, c.identifier_target, run.device)
@@ -824,11 +836,11 @@ def recipe(run):
     levels = run.stage(
         "label",
         lambda *_: {
-            part: predict_levels(readers[0], pairs[part]) for part in ("train", "valid")
+            part: predict_levels(readers[0], whole[part]) for part in ("train", "valid")
         },
     )
     empty = {
-        part: pairs[part].but([[1]] * len(pairs[part]), levels.get(part))
+        part: whole[part].but([[1]] * len(whole[part]), levels.get(part))
         for part in ("train", "valid", "test")
     }
     foresight = reader("context", empty["train"], empty["valid"], config.context)
@@ -848,7 +860,7 @@ def recipe(run):
         [0] * len(train), config.ppo.batch_size, config.seed
     )  # long and short ones mixed
     test, probe = (
-        Evaluation(run, tokenizer, readers, t5, pairs[part], corpus.level_probs)
+        Evaluation(run, tokenizer, readers, t5, whole[part], corpus.level_probs)
         for part in ("test", "probe")
     )
     targets = levels["train"] if target == "human" else promised["train"]
@@ -874,7 +886,7 @@ def recipe(run):
     }
     metrics |= test.compare(
         {"sft": t5, "emprl": policy},
-        train,
+        whole["train"],
         levels["train"],
         {"context": expected["test"], "context_balanced": even(expected["test"], share, 0.5)},
         promised["test"],
@@ -944,7 +956,7 @@ def mle_trainer(t5, train, valid, rows_at, config):
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 class Evaluation:
-    """Measures policies on `pairs` by the reward's identifiers, by the judge and, in the embedded world, by the oracle."""
+    """Measures policies on `pairs`, human responses uncut, by the reward's identifiers, by the judge and, in the embedded world, by the oracle."""
 
     def __init__(self, run, tokenizer, readers, reference, pairs, level_probs):
         self.run, self.tokenizer, self.readers, self.reference = (
@@ -978,6 +990,21 @@ class Evaluation:
             for key, x in level_scores(tables[who], self.gold[who]).items()
         }
 
+    def perplexities(self, t5):
+        """Of the whole human responses, a token and a word. Of one that is longer than data.max_scored its beginning counts, in
+        the likelihood and in the number of words. The end is predicted, too: + 1."""
+        pairs, nll, tokens, count = self.pairs, 0.0, 0, 0
+        for rows in pairs.chunks(self.run.config.eval.batch_size, 2**13):
+            loss, n = t5.loss_sum(*pairs.batch(rows))
+            nll, tokens = nll + loss.item(), tokens + n
+        for d, ids in zip(pairs.dialogues, pairs.responses):
+            cut = len(ids) >= self.run.config.data.max_scored
+            count += len(words(self.tokenizer.decode(ids) if cut else d.response)) + 1
+        return {
+            "perplexity": perplexity(nll / tokens),
+            "perplexity_per_word": perplexity(nll / count),
+        }
+
     @torch.no_grad()
     def measure(self, name, t5, sampling, expected=None):
         """All figures of one policy, or with `expected` (see best_of) of its best of eval.best_of samples, the first of which is its only one
@@ -985,13 +1012,7 @@ class Evaluation:
         replies and for the best of several. Texts, levels and rewards: self.results[name]."""
         seed = "evaluate " + ("sft" if name == "best_of_n" else name)
         self.run.seed(seed)
-        config, pairs, options, nll, tokens = (
-            self.run.config,
-            self.pairs,
-            self.run.config.reward.options(),
-            0.0,
-            0,
-        )
+        config, pairs, options = self.run.config, self.pairs, self.run.config.reward.options()
         tries = [
             pairs.but(respond(t5, pairs, sampling, config.eval.batch_size))
             for _ in range(config.eval.best_of if expected is not None else 1)
@@ -1006,9 +1027,6 @@ class Evaluation:
             self.levels(answered.responses),
         )
         rewards = empathy_reward(predict(self.readers[0], answered), self.gold[""], **options)
-        for rows in answered.chunks(config.eval.batch_size):
-            loss, n = t5.loss_sum(*pairs.batch(rows))
-            nll, tokens = nll + loss.item(), tokens + n
         kl = None
         if expected is None:
             self.run.seed(seed)  # the same replies again
@@ -1018,16 +1036,12 @@ class Evaluation:
             torch.eye(LEVELS)[tables[truth]].clamp(min=1e-4).log()
         )  # as of a reader without doubt
         held_out = empathy_reward(certain, self.gold[truth], **options)
-        per_word = nll / sum(
-            len(words(d.response)) + 1 for d in pairs.dialogues
-        )  # + 1: the end is predicted too
         self.results[name] = {"texts": texts, "levels": tables, "rewards": rewards.tolist()}
         return {
             **self.scores(tables),
             "reward": rewards.mean().item(),
             "held_out_reward": held_out.mean().item(),
-            "perplexity": perplexity(nll / tokens),
-            "perplexity_per_word": perplexity(per_word),
+            **self.perplexities(t5),
             "kl": kl,
             **text_scores(texts, [d.response for d in pairs.dialogues]),
         }

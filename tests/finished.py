@@ -114,7 +114,7 @@ def evaluate(arguments, folder):
         dialogues,
         tokenizer,
         run.config.data.max_source,
-        run.config.data.max_target,
+        run.config.data.max_scored,
         run.device,
     )
     content = digest_of(dialogues)

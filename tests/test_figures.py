@@ -1,11 +1,15 @@
 """Figures are what their label says: each from a run of the smallest preset, or by hand."""
 
+import json
+import math
+
 import pytest
 import torch
 
 import data
 import emprl
 import finished
+import identifiers
 import ppo
 import t5_small
 
@@ -77,3 +81,87 @@ def test_greedy_replies_have_no_kl(tmp_path):
     )
     assert [cell.strip() for cell in row.split("|")[4:7]] == ["0.000", "", ""], row
     assert metrics["best_of_n"]["kl"] > 0
+
+
+# ---- what is read in human responses, and measured on them
+
+
+def test_human_responses_are_cut_for_training_only(tmp_path, monkeypatch):
+    """Training sees 8 tokens of a response; targets, gold levels and perplexities are of the whole text."""
+    learnt, plain = [], t5_small.T5.loss_sum
+
+    def spy(self, source, response):
+        if torch.is_grad_enabled():
+            learnt.append(response.shape[1])
+        return plain(self, source, response)
+
+    monkeypatch.setattr(t5_small.T5, "loss_sum", spy)
+    settings = ["data.max_target=8", "ppo.ptx_coef=0.5", "pretrain.task=turns", "ppo.steps=2"]
+    metrics = smoke(tmp_path, *settings)
+    assert len(learnt) == 4 + 12 + 2 * 2 and max(learnt) == 8
+    run, tokenizer, readers, models = finished.load_run(tmp_path)
+    c = run.config.data
+    corpus = data.embedded_corpus(0, c.num_train, c.num_valid, c.num_test, c.num_labelled)
+    test, train = corpus.dialogues["test"], corpus.dialogues["train"]
+
+    def one_by_one(dialogues, value):
+        found = []
+        for d in dialogues:
+            context = torch.tensor([tokenizer.encode_context(d.context, c.max_source)])
+            response = torch.tensor([[*tokenizer.encode(d.response), 1]])
+            with torch.no_grad():
+                found.append(value(context, response))
+        return found
+
+    for system in ("sft", "emprl"):
+        losses, tokens = zip(*one_by_one(test, models[system].loss_sum))
+        loss = sum(losses).item()
+        assert metrics[system]["perplexity"] == pytest.approx(math.exp(loss / sum(tokens)))
+        count = sum(len(identifiers.words(d.response)) + 1 for d in test)
+        per_word = metrics[system]["perplexity_per_word"]
+        assert per_word == pytest.approx(math.exp(loss / count))
+    records = map(json.loads, (tmp_path / "responses.jsonl").read_text().splitlines())
+    gold = [r["levels"] for r in records]
+    assert [tuple(levels["oracle"]["target"]) for levels in gold] == [d.levels for d in test]
+    for name, reader in zip(("identifiers", "judge"), readers):
+        read = one_by_one(test, lambda *ids: reader(*ids).argmax(-1)[0].tolist())
+        assert [levels[name]["target"] for levels in gold] == read
+    targets = t5_small.load_state(tmp_path / "checkpoints" / "label.pt")["train"]
+    read = one_by_one(train, lambda *ids: readers[0](*ids).argmax(-1)[0].tolist())
+    assert targets.tolist() == read
+
+
+def test_one_endless_response_does_not_make_the_perplexity_look_low(tmp_path, capsys):
+    """18,000 words among ten short responses: what is not scored is not counted."""
+    smoke(tmp_path, "ppo.steps=0")
+    short = {"context": ["My dog is sick."], "response": "I am so sorry to hear that."}
+    long = {"context": ["My dog is sick."], "response": "so sad " * 9000}
+    file = tmp_path / "long.jsonl"
+    file.write_text("\n".join(json.dumps(x) for x in [short] * 10 + [long]))
+    assert emprl.main(["evaluate", "--run", str(tmp_path), "--data", str(file)]) == 0
+    found = json.loads((tmp_path / "evaluate-long.json").read_text())["sft"]
+    assert found["perplexity_per_word"] >= found["perplexity"] > 50, (
+        "a word has a token or more"
+    )
+
+
+def test_lots_have_a_limit_of_memory():
+    """Every row once, like lengths together; long ones in smaller lots, an endless one alone."""
+
+    class Words:
+        encode = staticmethod(lambda text: [5] * len(text))
+        eos_id = 1
+
+        def encode_context(self, context, limit):
+            return self.encode(context[0])
+
+        def encode_response(self, text, limit):
+            return self.encode(text)
+
+    lengths = [*range(1, 40), 900, 5000]
+    dialogues = [data.Dialogue(("c",), "w" * (n - 1)) for n in lengths]
+    pairs = data.Pairs(dialogues, Words(), 10**6, 10**6)
+    lots = pairs.chunks(16, 1000)
+    assert sorted(sum(lots, [])) == list(range(41)) and lots[-2:] == [[39], [40]]
+    assert all(len(lot) * max(lengths[i] for i in lot) <= 1000 for lot in lots[:-1])
+    assert pairs.chunks(16, 10**6) == [[*range(16)], [*range(16, 32)], [*range(32, 41)]]

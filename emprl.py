@@ -967,6 +967,8 @@ class Evaluation:
         )
         self.pairs, self.level_probs, self.results = pairs, level_probs, {}
         self.gold = self.levels(pairs.responses)
+        truth = "oracle_" if level_probs else "judge_"
+        self.matches = {"exact_match": "identifiers", f"{truth}exact_match": truth.rstrip("_")}
 
     def levels(self, responses):
         """{prefix of the reader's figures: (N, M) levels} of a response (ids) to each context."""
@@ -1031,16 +1033,10 @@ class Evaluation:
         if expected is None:
             self.run.seed(seed)  # the same replies again
             kl = sampled_kl(t5, self.reference, pairs, sampling, config.eval.batch_size)
-        truth = [*tables][-1]  # the oracle, or else the judge
-        certain = (
-            torch.eye(LEVELS)[tables[truth]].clamp(min=1e-4).log()
-        )  # as of a reader without doubt
-        held_out = empathy_reward(certain, self.gold[truth], **options)
         self.results[name] = {"texts": texts, "levels": tables, "rewards": rewards.tolist()}
         return {
             **self.scores(tables),
             "reward": rewards.mean().item(),
-            "held_out_reward": held_out.mean().item(),
             **self.perplexities(t5),
             "kl": kl,
             **text_scores(texts, [d.response for d in pairs.dialogues]),
@@ -1051,13 +1047,14 @@ class Evaluation:
         return f"{r['texts'][i]}   {r['levels'][''][i].tolist()} for {self.gold[''][i].tolist()}, reward {r['rewards'][i]:.2f}"
 
     def validate(self, t5):
-        """Inside PPO: three samples for the eye, and a few figures: among them the learnt reward beside the truth."""
+        """Inside PPO: three samples for the eye, and a few figures: among them the share of replies with all three levels right
+        as the identifiers see it, beside the truth: of one kind, so that a gap tells of a reward that is hacked."""
         scores = self.measure("valid", t5, self.run.config.sampling)
         for i, d in enumerate(self.pairs.dialogues[:3]):
             say(f"    {d.context[-1]}\n    -> {self.describe('valid', i)}")
         return {
             f"valid_{key}": scores[key]
-            for key in ("reward", "held_out_reward", "emp_f1", "kl", "perplexity", "unique")
+            for key in ("reward", "emp_f1", "kl", "perplexity", "unique", *self.matches)
         }
 
     def compare(self, policies, train=None, train_levels=None, foreseen=None, promised=None):
@@ -1191,7 +1188,7 @@ def figure_class():
 
 
 def draw_plots(run, metrics, evaluation):
-    """plots/*.png: the curves of metrics.jsonl, Emp-F1 before and after, level confusions, learnt reward against truth.
+    """plots/*.png: the curves of metrics.jsonl, Emp-F1 before and after, level confusions, what the identifiers see against the truth.
     Left out is what was not measured (of a skipped stage, for instance) and what is not finite."""
     Figure = figure_class()
     (run.folder / "plots").mkdir(exist_ok=True)
@@ -1254,13 +1251,8 @@ def draw_plots(run, metrics, evaluation):
             )
         axis.set(xticks=range(LEVELS), yticks=range(LEVELS))
 
-    x, learnt = (
-        "PPO iteration",
-        {
-            "valid_reward": "learnt reward",
-            "valid_held_out_reward": "oracle" if evaluation.level_probs else "judge",
-        },
-    )
+    x = "PPO iteration"
+    learnt = {f"valid_{key}": label for key, label in evaluation.matches.items()}
     figure(
         "losses",
         [
@@ -1293,7 +1285,8 @@ def draw_plots(run, metrics, evaluation):
             for i, m in enumerate(MECHANISMS)
         ],
     )
-    figure("learnt_vs_truth", [panel("validation", x, "reward (0..1)", "ppo", learnt)])
+    unit = "all three levels right (share)"
+    figure("learnt_vs_truth", [panel("validation", x, unit, "ppo", learnt)])
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------

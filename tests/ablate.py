@@ -181,8 +181,8 @@ def tilted(times):
             after = {
                 **before,
                 **identifiers.text_scores(*texts),
-                "reward": None,
-                "held_out_reward": None,  # not measured
+                "reward": None,  # not measured, nor the three that follow
+                **{who + "exact_match": None for who in levels},
                 **{
                     who + key: x
                     for who in levels
@@ -275,14 +275,13 @@ ABLATIONS = {
 }
 FROM_THE_START = ("pretraining", "data", "own")
 FINISHED = ("frontier", "ideal")  # PPO is not repeated
-REWARDS = (
+MATCHES = ("match, identifiers", "match, truth")  # all three levels right, by either
+PRICE = ("KL", "perplexity, times", "dist2, times", "unique, times")
+OLDER = (
     "learnt reward",
     "true reward",
-    "KL",
-    "perplexity, times",
-    "dist2, times",
-    "unique, times",
-)
+)  # of two kinds: in results that are still to be measured anew
+REWARDS = (*OLDER, *MATCHES, *PRICE)
 FRONTIER = [
     f"{measure}, {reader}"
     for reader in reversed(publish.READERS)
@@ -290,7 +289,7 @@ FRONTIER = [
 ]
 COLUMNS = {
     None: ("er", "ip", "ex", *REWARDS),
-    **dict.fromkeys(FINISHED, (*FRONTIER, *REWARDS[2:], "words, times")),
+    **dict.fromkeys(FINISHED, (*FRONTIER, *PRICE, "words, times")),
     "kl": ("er", "ip", "ex", "gain, identifiers", "gain, judge", *REWARDS),
     **dict.fromkeys(
         ("pretraining", "data"), ("MLE's Emp-F1", "MLE's perplexity per word", *REWARDS)
@@ -397,8 +396,8 @@ def figures_of(m, policy="emprl"):
         **{k: gain[f"{truth}emp_f1_{k}"] for k in emprl.MECHANISMS},
         "gain, identifiers": gain["emp_f1"],
         "gain, judge": gain["judge_emp_f1"],
-        "learnt reward": after["reward"],
-        "true reward": after["held_out_reward"],
+        "match, identifiers": after["exact_match"],
+        "match, truth": after[truth + "exact_match"],
         "KL": after["kl"],
         **{f"{k}, times": after[k] / before[k] for k in ("perplexity", "dist2", "unique")},
         **{
@@ -428,21 +427,22 @@ def table(figures, name):
 
 
 def plot(figures, path, truth):
-    """Learnt reward, true reward (`truth` says whose) and perplexity against the KL."""
+    """The share of replies with all three levels right, as the identifiers see it and as the truth (`truth` says whose), and
+    perplexity, against the KL."""
     fig = emprl.figure_class()(figsize=(9, 3.4), layout="constrained")
     axes = fig.subplots(1, 2)
     points = sorted((mean(by_seed, "KL"), variant) for variant, by_seed in figures.items())
     for axis, unit, keys in zip(
         axes,
-        ("reward (0..1)", "perplexity, times MLE's"),
-        (("learnt reward", "true reward"), ("perplexity, times",)),
+        ("all three levels right (share)", "perplexity, times MLE's"),
+        (MATCHES, ("perplexity, times",)),
     ):
         for key in keys:
             axis.plot(
                 [kl for kl, _ in points],
                 [mean(figures[variant], key) for _, variant in points],
                 "o-",
-                label=truth if key == "true reward" else key,
+                label=truth if key == MATCHES[1] else key,
             )
         for kl, variant in points:
             axis.annotate(

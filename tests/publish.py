@@ -124,8 +124,8 @@ def seeds():
                 interval(m["gain"]["oracle_emp_f1"]),
                 f"{shares[-1]:.0%}",
                 *(after[k] / before[k] for k in ("perplexity", "dist2", "unique")),
-                after["reward"],
-                after["held_out_reward"],
+                after["exact_match"],
+                after["oracle_exact_match"],
             ]
         )
     mean = [
@@ -144,8 +144,8 @@ def seeds():
             "perplexity, times",
             "dist2, times",
             "unique, times",
-            "learnt reward",
-            "oracle's",
+            "all three levels right, identifiers",
+            "oracle",
         ],
         rows,
     )

@@ -350,14 +350,20 @@ def test_from_the_start(name, results, monkeypatch):
 SIDE = {
     f"{who}{key}": 0.5
     for who in ("", "judge_")
-    for key in ("emp_f1", "emp_f1_er", "emp_f1_ip", "emp_f1_ex", *publish.MEASURES)
+    for key in (
+        "emp_f1",
+        "emp_f1_er",
+        "emp_f1_ip",
+        "emp_f1_ex",
+        "exact_match",
+        *publish.MEASURES,
+    )
 }
 METRICS = {
     name: {
         **SIDE,
         "length": 9.0,
         "reward": 0.2,
-        "held_out_reward": 0.3,
         "kl": 1.0,
         "perplexity": 2.0,
         "dist2": 3.0,

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import ablate
 import data
 import emprl
 import finished
@@ -165,3 +166,42 @@ def test_lots_have_a_limit_of_memory():
     assert sorted(sum(lots, [])) == list(range(41)) and lots[-2:] == [[39], [40]]
     assert all(len(lot) * max(lengths[i] for i in lot) <= 1000 for lot in lots[:-1])
     assert pairs.chunks(16, 10**6) == [[*range(16)], [*range(16, 32)], [*range(32, 41)]]
+
+
+# ---- what the identifiers see, and the truth
+
+
+@pytest.mark.parametrize("truth", ["oracle", "judge"])
+def test_the_learnt_and_the_true_are_of_one_kind(truth, tmp_path, monkeypatch):
+    """In the log, the picture and the ablations: shares of replies with all three levels right, by either reader. With readers
+    that see the same the two are equal, however unsure the identifiers are."""
+    pictures = []
+    monkeypatch.setattr(
+        emprl, "draw_plots", lambda run, metrics, e: pictures.append(e.matches)
+    )
+    if truth == "judge":  # a world without an oracle
+        world = data.embedded_corpus
+
+        def blind(*sizes):
+            (corpus := world(*sizes)).level_probs = {}
+            return corpus
+
+        monkeypatch.setattr(data, "embedded_corpus", blind)
+    seen = emprl.Evaluation.levels
+
+    def same_for_all(self, responses):
+        tables = seen(self, responses)
+        return dict.fromkeys(tables, tables[""])
+
+    monkeypatch.setattr(emprl.Evaluation, "levels", same_for_all)
+    metrics = smoke(tmp_path)
+    learnt, true = pictures[0]
+    log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    checked = [record for record in log if f"valid_{true}" in record]
+    assert truth in true and len(checked) == 2
+    assert all(r[f"valid_{learnt}"] == r[f"valid_{true}"] for r in checked)
+    after = ablate.figures_of(metrics)
+    assert after["match, identifiers"] == after["match, truth"] == metrics["emprl"][true]
+    records = map(json.loads, (tmp_path / "responses.jsonl").read_text().splitlines())
+    right = [r["levels"][truth]["emprl"] == r["levels"][truth]["target"] for r in records]
+    assert metrics["emprl"][true] == sum(right) / len(right)

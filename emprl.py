@@ -705,7 +705,7 @@ class Run:
                         "kl",
                         "length",
                         "entropy",
-                        *["skipped"] * bool(record.get("skipped")),
+                        *(k for k in ("skipped", "stopped_early") if record.get(k)),
                     )
                     say(
                         f"{name:<12}{i + 1:>5}/{steps}  {speed:5.2f} steps/s  {minutes}:{seconds:02d} left",

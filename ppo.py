@@ -376,7 +376,8 @@ class PPOTrainer:
 
     def update(self, r, advantages, returns):
         """ppo_epochs passes over one rollout. Returns the means of what was measured at each optimizer step;
-        `first_ratio_error` is max |ratio - 1| before the first one, which tells that sampling and scoring agree."""
+        `first_ratio_error` is max |ratio - 1| before the first one, which tells that sampling and scoring agree;
+        `stopped_early` is 1 if the policy had moved by max_update_kl, `epochs` how many passes were made until then."""
         c, log, steps, ratio_errors = self.config, [], 0, []
         epochs = [
             torch.randperm(len(r.ids)).split(c.minibatch_size) for _ in range(c.ppo_epochs)
@@ -410,11 +411,20 @@ class PPOTrainer:
                 steps += math.isfinite(norm)
             if stop:
                 break
+        epochs_done = (len(log) - stop) / len(
+            epochs[0]
+        )  # what stopped them is not learnt from
         seen = {
             name: [m[name] for m in log if name in m] for name in itertools.chain(*log)
         }  # no grad_norm without a step
         means = {name: sum(xs) / len(xs) for name, xs in seen.items()}
-        return {**means, "first_ratio_error": max(ratio_errors), "optimizer_steps": steps}
+        return {
+            **means,
+            "first_ratio_error": max(ratio_errors),
+            "optimizer_steps": steps,
+            "stopped_early": float(stop),
+            "epochs": epochs_done,
+        }
 
     def human_gradient(self, index, parts):
         """The gradient of ptx_coef times the human responses' mean negative log-likelihood a token, which is returned. It is

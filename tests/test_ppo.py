@@ -678,6 +678,36 @@ def test_kl_early_stop():
     )
 
 
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_an_early_stop_ends_all_epochs_and_is_logged(average, monkeypatch):
+    """3 minibatches, 5 epochs; the first minibatch of the second epoch finds that the policy has moved too far."""
+    looked_at, policy_loss, kl_estimate = [], ppo.policy_loss, ppo.kl_estimate
+
+    def count(*arguments):
+        looked_at.append(1)
+        return policy_loss(*arguments)
+
+    def far(*arguments):
+        return kl_estimate(*arguments) + 9.0 * (len(looked_at) == 4)
+
+    monkeypatch.setattr(ppo, "policy_loss", count)
+    monkeypatch.setattr(ppo, "kl_estimate", far)
+    options = dict(max_update_kl=5.0, average=average)
+    stopped = trainer(ppo_epochs=5, **options)
+    record = run(stopped, [0])[0]
+    assert len(looked_at) == 4, "an epoch went on"
+    assert record["stopped_early"] == 1 and record["epochs"] == 1
+    assert record["optimizer_steps"] == 3
+    monkeypatch.undo()
+    once = trainer(ppo_epochs=1, **options)
+    run(once, [0])
+    assert torch.equal(weights(stopped), weights(once)), "and leaves the weights of one epoch"
+    assert torch.equal(t5_weights(stopped.average), t5_weights(once.average))
+    whole = run(trainer(ppo_epochs=5, **options), [0])[0]
+    assert whole["stopped_early"] == 0 and whole["epochs"] == 5
+    assert whole["optimizer_steps"] == 15
+
+
 def one_step_weights():
     t = trainer(minibatch_size=12, ppo_epochs=1)
     run(t, [0])

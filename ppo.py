@@ -155,9 +155,10 @@ def value_loss(values, old_values, returns, mask, clip_range=0.2):
 
 
 def adapt_kl_coef(kl_coef, kl, target, batch_size, horizon):
-    """beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) batch_size / horizon) (Ziegler et al., section 2.2)."""
+    """beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) batch_size / horizon) (Ziegler et al., section 2.2). A horizon that is short
+    beside the batch would make it jump, or negative: one update at most doubles or halves it."""
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * batch_size / horizon)
+    return kl_coef * min(max(1 + error * batch_size / horizon, 0.5), 2.0)
 
 
 def signs_of_collapse(record, first, max_length):

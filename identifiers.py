@@ -125,9 +125,13 @@ class NGrams(nn.Module):
         return self.log_probs(*(self.grams(ids, side) for side, ids in enumerate(sides)))
 
     def fit(self, train, weights, penalty):
-        """The minimum of the weighted cross-entropy + penalty |w|^2 on all of `train`: a convex problem, so no validation."""
+        """The minimum of the weighted cross-entropy + penalty |w|^2 on all of `train`: a convex problem, so no validation. It is
+        found when an iteration no longer changes the objective in fp32: after 50 iterations, or 130 where the penalty is small."""
         optimizer = torch.optim.LBFGS(
-            self.requires_grad_().parameters(), max_iter=60, line_search_fn="strong_wolfe"
+            self.requires_grad_().parameters(),
+            max_iter=500,  # a cap, not what ends it
+            tolerance_change=1e-9,
+            line_search_fn="strong_wolfe",
         )
         sides = [
             self.grams(ids, side) for side, ids in enumerate(train.batch(range(len(train))))

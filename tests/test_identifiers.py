@@ -224,6 +224,29 @@ def test_ngrams_are_fitted_to_the_minimum():
     )
 
 
+@pytest.mark.parametrize("penalty", [1e-2, 1e-4, 3e-6])
+def test_ngrams_are_fitted_until_nothing_changes(penalty):
+    """However small the penalty, which takes more iterations: the gradient's norm is a thousandth of what it is at the start."""
+    torch.manual_seed(0)
+    context, levels = torch.randint(3, 40, (300, 8)), torch.randint(0, 3, (300, 3))
+    levels[:, 0] = (context == 5).any(1) * 2
+    empty = torch.ones(300, 1, dtype=torch.long)
+    pairs, weights = Pairs(context, empty, levels), identifiers.class_weights(levels, 0.0)
+
+    def gradient(model):
+        loss = identifiers.identification_loss(model(context, empty), levels, weights) / 300
+        loss = loss + penalty * model.weight.pow(2).sum()
+        return torch.cat(
+            [x.flatten() for x in torch.autograd.grad(loss, [model.weight, model.bias])]
+        ).norm()
+
+    model = identifiers.NGrams(2000)
+    start = gradient(model)
+    model.fit(pairs, weights, penalty)
+    end = gradient(model.requires_grad_())
+    assert start > 0.05 and end < 1e-3 * start, f"gradient norm {start:.2e} -> {end:.2e}"
+
+
 def test_even_by_hand():
     """P .6, .3, .1 over shares .8, .1, .1: to the power 1, .75, 3, 1 -> / 4.75; to the power 0 nothing changes."""
     probs, share = torch.tensor([[[0.6, 0.3, 0.1]]]), torch.tensor([[0.8, 0.1, 0.1]])

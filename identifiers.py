@@ -4,7 +4,7 @@ Source: EmpRL (arXiv 2408.02976), after EPITOME's bi-encoder (Sharma et al. 2020
 S source (context) length, T response length, D model width, M = 3 mechanisms (emotional reaction ER, interpretation IP,
 exploration EX), L = 3 levels (0 none, 1 weak, 2 strong). This file knows nothing of PPO."""
 
-import math, re
+import itertools, math, re
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -378,11 +378,9 @@ def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, see
     Returns {"relative", "low", "high"}: (after - before) / max(before, 1e-9). Efron & Tibshirani 1993, chapter 13."""
     n, mechanisms = gold_before.shape
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.cat(
-        [torch.arange(n)[None], torch.randint(n, (resamples, n), generator=generator)]
-    )  # first: as is
 
-    def scores(predicted, gold):
+    def scores(predicted, gold, draws):
+        """Emp-F1 of each resample: (R, N) indices of contexts -> (R,)."""
         cell = (gold * LEVELS + predicted)[draws] + LEVELS**2 * torch.arange(
             mechanisms
         )  # (R, N, M)
@@ -396,7 +394,22 @@ def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, see
             -1
         )  # (R,)
 
-    old, new = scores(before, gold_before), scores(after, gold_after)
+    # The contexts as they are, then the resamples: in pieces, since all at once take 0.1 MB a context.
+    few = max(1, 2**18 // n)
+    sizes = [few] * (resamples // few) + [resamples % few] * (resamples % few > 0)
+    pieces = itertools.chain(
+        [torch.arange(n)[None]],
+        (torch.randint(n, (size, n), generator=generator) for size in sizes),
+    )
+    old, new = map(
+        torch.cat,
+        zip(
+            *(
+                (scores(before, gold_before, draws), scores(after, gold_after, draws))
+                for draws in pieces
+            )
+        ),
+    )
     gain = (new - old) / old.clamp(min=1e-9)
     low, high = torch.quantile(
         gain[1:], torch.tensor([0.025, 0.975], dtype=gain.dtype)

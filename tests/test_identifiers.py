@@ -650,6 +650,38 @@ def test_paired_bootstrap_is_the_plain_loop():
     )
 
 
+def test_paired_bootstrap_in_pieces(monkeypatch):
+    """The figures are those of one piece, to the last bit (noted down from a version without pieces); 0.1 MB a context are not
+    needed at once."""
+    expected = {
+        40: {
+            "relative": -0.04635851490967336,
+            "low": -0.3754295022073759,
+            "high": 0.4348363009359203,
+        },
+        600: {
+            "relative": 0.04791071619869397,
+            "low": -0.0444052624824635,
+            "high": 0.1520600959325762,
+        },
+    }
+    for n, figures in expected.items():
+        g = torch.Generator().manual_seed(n)
+        before, after, gold = (torch.randint(3, (n, 3), generator=g) for _ in range(3))
+        assert identifiers.paired_bootstrap(before, after, gold, gold) == figures
+    drawn, plain = [], torch.randint
+
+    def spy(*arguments, **options):
+        drawn.append(plain(*arguments, **options))
+        return drawn[-1]
+
+    gold, before, after = systems(20_000, 0.4)
+    monkeypatch.setattr(torch, "randint", spy)
+    identifiers.paired_bootstrap(before, after, gold, gold, resamples=60)
+    assert sum(x.numel() for x in drawn) == 60 * 20_000
+    assert max(x.numel() for x in drawn) < 300_000
+
+
 # ---- metrics of text -------------------------------------------------------------------------------
 
 

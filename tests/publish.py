@@ -435,27 +435,37 @@ def scores(predicted, gold, draws, key):
     return f1_scores(counts.view(-1, len(MECHANISMS), LEVELS, LEVELS))[F1[key]].mean(-1)
 
 
-def bootstrap(reader, key, preset="real", resamples=2000, seed=0):
-    """Relative gain of the mean over seeds, with a 95 % percentile interval of a hierarchical bootstrap: seeds are drawn with replacement,
-    then for each of them contexts, the same for MLE and EmpRL. None without levels. {"relative", "low", "high"}."""
-    runs, generator = levels(preset), torch.Generator().manual_seed(seed)
-    if not runs:
-        return None
-    old, new = (
-        torch.zeros(resamples + 1, dtype=torch.double),
-        torch.zeros(resamples + 1, dtype=torch.double),
-    )  # first: as they are
-    for slot in range(len(runs)):
-        chosen = torch.cat(
-            [torch.tensor([slot]), torch.randint(len(runs), (resamples,), generator=generator)]
-        )
-        for k, run in enumerate(runs):
-            gold, before, after = (run[reader][name] for name in ("target", "sft", "emprl"))
-            rows = (chosen == k).nonzero()[:, 0]
-            draws = torch.randint(len(gold), (len(rows), len(gold)), generator=generator)
-            draws[rows == 0] = torch.arange(len(gold))
-            old[rows] += scores(before, gold, draws, key)
-            new[rows] += scores(after, gold, draws, key)
+def bootstrap(reader, key, preset="real"):
+    """The gain of a preset's committed runs, see gain_over_seeds; None without levels. The runs of `real` share their test
+    contexts, each of `toy` has a world of its own."""
+    names = ("target", "sft", "emprl")
+    runs = [tuple(run[reader][name] for name in names) for run in levels(preset)]
+    return gain_over_seeds(runs, key, shared=preset != "toy") if runs else None
+
+
+def gain_over_seeds(runs, key, shared, resamples=2000, seed=0):
+    """Relative gain of the mean over seeds, with a 95 % percentile interval of a bootstrap over seeds and contexts.
+    runs: (gold, before, after) levels, (N, M) each, of every seed. A resample draws as many seeds with replacement, and contexts, the
+    same for before and after: with `shared` once for all seeds, whose N contexts are the same ones, so that an easy context
+    is easy for all; without it anew for each. Returns {"relative", "low", "high"}."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = range(len(runs))
+    chosen = torch.randint(len(runs), (resamples, len(runs)), generator=generator)
+    chosen = torch.cat([torch.tensor([[*numbers]]), chosen])  # first: as they are
+
+    def draw(n):
+        anew = torch.randint(n, (resamples, n), generator=generator)
+        return torch.cat([torch.arange(n)[None], anew])
+
+    together = draw(len(runs[0][0])) if shared else None
+    totals = torch.zeros(2, resamples + 1, dtype=torch.double)
+    for slot in numbers:
+        for k, (gold, *systems) in enumerate(runs):
+            draws = together if shared else draw(len(gold))
+            rows = (chosen[:, slot] == k).nonzero()[:, 0]
+            for total, predicted in zip(totals, systems):
+                total[rows] += scores(predicted, gold, draws[rows], key)
+    old, new = totals
     gain = (new - old) / old.clamp(min=1e-9)
     low, high = torch.quantile(
         gain[1:], torch.tensor([0.025, 0.975], dtype=gain.dtype)

@@ -12,6 +12,7 @@ import emprl
 import finished
 import identifiers
 import ppo
+import publish
 import t5_small
 
 
@@ -205,3 +206,40 @@ def test_the_learnt_and_the_true_are_of_one_kind(truth, tmp_path, monkeypatch):
     records = map(json.loads, (tmp_path / "responses.jsonl").read_text().splitlines())
     right = [r["levels"][truth]["emprl"] == r["levels"][truth]["target"] for r in records]
     assert metrics["emprl"][true] == sum(right) / len(right)
+
+
+# ---- intervals over seeds
+
+
+def test_shared_contexts_are_drawn_jointly():
+    """Three seeds with the same replies to the same contexts tell no more than one of them; with contexts of their own three times
+    as much: an interval narrower by the root of 3."""
+    g = torch.Generator().manual_seed(0)
+    gold, before = torch.randint(3, (2, 400, 3), generator=g)
+    after = torch.where(torch.rand(400, 3, generator=g) < 0.3, gold, before)
+    one = (gold, before, after)
+
+    def width(runs, shared):
+        found = publish.gain_over_seeds(runs, "emp_f1", shared)
+        assert found["relative"] == pytest.approx(alone["relative"])
+        assert found["low"] < found["relative"] < found["high"]
+        return found["high"] - found["low"]
+
+    alone = identifiers.paired_bootstrap(before, after, gold, gold)
+    single = width([one], True)
+    assert single == pytest.approx(alone["high"] - alone["low"], rel=0.1)
+    assert width([one] * 3, True) == pytest.approx(single, rel=0.1)
+    assert width([one] * 3, False) == pytest.approx(single / 3**0.5, rel=0.1)
+
+
+def test_the_interval_is_also_over_seeds():
+    """One seed of two gains nothing, the other all: the interval reaches from one to the other."""
+    gold = torch.arange(300).view(100, 3) % 3
+    wrong = (gold + (torch.arange(3) == 0)) % 3  # one mechanism of three
+    for shared in (True, False):
+        runs = [(gold, wrong, gold), (gold, wrong, wrong)]
+        found = publish.gain_over_seeds(runs, "emp_f1", shared)
+        assert found["low"] == pytest.approx(0) and found["high"] == pytest.approx(
+            0.5, rel=0.1
+        )
+        assert found["relative"] == pytest.approx(0.25)

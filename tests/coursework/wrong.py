@@ -68,7 +68,7 @@ WRONG = {
     "paired_bootstrap": [
         ("(new - old) / old.clamp(min=1e-9)", "new - old"),
         ("[0.025, 0.975]", "[0.25, 0.75]"),
-        ("scores(after, gold_after)", "scores(after, gold_after).roll(1)"),
+        ("scores(after, gold_after, draws)", "scores(after, gold_after, draws).roll(1)"),
     ],
     "token_log_probs": [
         ("logits.float() / temperature", "logits.float()"),

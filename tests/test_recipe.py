@@ -1,0 +1,565 @@
+"""The wiring: who saw which data, whose weights moved, which figure comes from which classifier.
+
+Two smoke runs are watched from outside. What the tests need of the program's inside is in `Watched`, nowhere else.
+"""
+
+import functools
+import inspect
+import itertools
+import json
+import math
+import shutil
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import emprl
+import identifiers
+import ppo
+import t5_small
+
+MECHANISMS = ("er", "ip", "ex")
+
+# every option that could be taken for another has a value of its own
+SETTINGS = """
+pretrain.task=turns sft.micro_batch=5 context.class_weight=1 identifiers.batch_size=16 reward.balance=0
+ppo.batch_size=8 ppo.minibatch_size=8 ppo.gamma=0.95 ppo.lam=0.8 ppo.clip_range=0.21 ppo.value_clip_range=0.34
+ppo.kl_coef=0.05 ppo.ptx_coef=0.5 ppo.lr=2e-2 ppo.average=0 ppo.steps=4 eval.valid_contexts=8 eval.best_of=2
+""".split()
+
+
+class Watched:
+    """A run, and what passed through a handful of places of the program while it went on."""
+
+    def __init__(self, folder, settings=(), data_file="", on_reward=None):
+        self.folder, self.stage, self.on_reward = folder, "", on_reward
+        self.batches = []  # (stage, learning?, dialogue, response ids) of every row of every batch
+        self.read = []  # (classifier, stage, learning?, contexts, responses, log-probs) of a call
+        self.rewarded = []  # (contexts, targets, rewards) of every call of the reward
+        self.calls = []  # (name, arguments by name, result) of PPO's equations
+        self.pairs = {}  # id -> (context ids, response ids), as a person wrote them
+        arguments = ["--preset", "smoke", "--run", str(folder), "--set", *SETTINGS, *settings]
+        arguments += ["--data", str(data_file)] if data_file else []
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                self.watch_stages(patch)
+                self.watch_pairs(patch)
+                self.watch_classifiers(patch)
+                self.watch_equations(patch)
+                self.code = emprl.main(arguments)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+
+    def watch_stages(self, patch):
+        train = emprl.Run.train
+
+        def watched(run, name, *arguments, **options):
+            self.stage = name
+            train(run, name, *arguments, **options)
+            self.stage = f"after {name}"
+
+        patch.setattr(emprl.Run, "train", watched)
+        patch.setattr(emprl.Run, "save_every", math.inf)
+        patch.setattr(
+            emprl, "draw_plots", lambda *_: None
+        )  # which take longer than all the rest
+
+    def watch_pairs(self, patch):
+        make, batch = data.Pairs.__init__, data.Pairs.batch
+
+        def watched_make(pairs, *arguments, **options):
+            make(pairs, *arguments, **options)
+            for d, context, response in zip(pairs.dialogues, pairs.contexts, pairs.responses):
+                self.pairs[d.id] = (tuple(context), tuple(response))
+
+        def watched_batch(pairs, rows):
+            rows = [int(i) for i in rows]
+            for i in rows:
+                seen = (pairs.dialogues[i], tuple(pairs.responses[i]))
+                self.batches.append((self.stage, torch.is_grad_enabled(), *seen))
+            return batch(pairs, rows)
+
+        patch.setattr(data.Pairs, "__init__", watched_make)
+        patch.setattr(data.Pairs, "batch", watched_batch)
+
+    def watch_classifiers(self, patch):
+        read, reward = identifiers.Identifiers.forward, identifiers.empathy_reward
+
+        def watched_read(classifier, context, response):
+            log_probs = read(classifier, context, response)
+            sides = (plain(context), plain(response), log_probs.detach())
+            self.read.append((classifier, self.stage, torch.is_grad_enabled(), *sides))
+            return log_probs
+
+        def watched_reward(log_probs, target, *arguments, **options):
+            result = reward(log_probs, target, *arguments, **options)
+            if self.stage == "ppo":
+                self.rewarded.append((self.read[-1][3], target, result))
+                if self.on_reward:
+                    self.on_reward(len(self.rewarded))
+            return result
+
+        patch.setattr(identifiers.Identifiers, "forward", watched_read)
+        patch.setattr(identifiers, "empathy_reward", watched_reward)
+
+    def watch_equations(self, patch):
+        def watched(name, function):
+            def call(*arguments, **options):
+                result = function(*arguments, **options)
+                bound = inspect.signature(function).bind(*arguments, **options)
+                bound.apply_defaults()
+                self.calls.append((name, bound.arguments, result))
+                return result
+
+            patch.setattr(ppo, name, call)
+
+        for name in ("gae", "policy_loss", "value_loss"):
+            watched(name, getattr(ppo, name))
+
+    # what a finished run left in its folder
+    def figures(self):
+        return json.loads((self.folder / "metrics.json").read_text())
+
+    def log(self, stage):
+        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        return [record for record in lines if record["stage"] == stage]
+
+    def responses(self):
+        return [
+            json.loads(x) for x in (self.folder / "responses.jsonl").read_text().splitlines()
+        ]
+
+    def checkpoint(self, stage):
+        return t5_small.load_state(self.folder / "checkpoints" / f"{stage}.pt")
+
+    def model(self, name):
+        return t5_small.from_pretrained(self.folder / name).eval()
+
+    # what the tests ask
+    def parts(self, stage, learning):
+        """The parts of the corpus that a stage learnt from, or only looked at."""
+        seen = [d.id for s, learns, d, _ in self.batches if (s, learns) == (stage, learning)]
+        return {name.rpartition("/")[0] for name in seen}
+
+    @functools.cached_property
+    def trained(self):
+        """{stage: the weights that it left}."""
+        stages = ("identifiers", "judge", "context")
+        return {name: self.checkpoint(name)["weights"] for name in stages}
+
+    @functools.cache
+    def stages_of(self, classifier):
+        """Which stage's weights a classifier has, now that the run is over."""
+        state = classifier.state_dict()
+        return [name for name, weights in self.trained.items() if same(weights, state)]
+
+    def levels_read(self, name):
+        """{(context ids, response ids): (M, L) probabilities} of a trained classifier's looks."""
+        found = {}
+        for classifier, _, learns, contexts, responses, log_probs in self.read:
+            if not learns and self.stages_of(classifier) == [name]:
+                found.update(zip(zip(contexts, responses), log_probs.exp()))
+        return found
+
+    def part(self, name):
+        return {key: pair for key, pair in self.pairs.items() if key.startswith(f"{name}/")}
+
+
+def plain(ids):
+    """Rows of ids as tuples, without padding."""
+    return [tuple(i for i in row if i) for row in ids.tolist()]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def nll(model, pairs):
+    """-log p(response | context) of each pair, summed over its tokens: plain cross-entropy, one pair at a time."""
+    losses = []
+    for context, response in pairs:
+        source, ids = torch.tensor([context]), torch.tensor([response])
+        with torch.no_grad():
+            logits = model.logits(model.response_states(source, ids))[0]
+        losses.append(F.cross_entropy(logits, ids[0], reduction="sum").item())
+    return losses
+
+
+def per_token(model, pairs):
+    return sum(nll(model, pairs)) / sum(len(response) for _, response in pairs)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A whole run, every stage of which is watched."""
+    watched = Watched(tmp_path_factory.mktemp("recipe") / "run")
+    assert watched.code == 0
+    return watched
+
+
+def again(run, folder, *settings, **options):
+    """PPO once more with other settings, from a copy of the finished run."""
+    shutil.copytree(run.folder, folder)
+    return Watched(folder, settings, **options)
+
+
+# ---- who saw which data -------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "stage, learns_from, looks_at",
+    [
+        ("pretrain", {"train"}, set()),
+        ("sft", {"train"}, {"valid"}),
+        ("identifiers", {"labelled/train"}, {"labelled/valid"}),
+        ("judge", {"labelled/judge_train"}, {"labelled/judge_valid"}),
+        ("context", {"train"}, {"valid"}),
+        ("ppo", {"train"}, {"valid"}),
+        ("after ppo", set(), {"test", "labelled/test"}),
+    ],
+)
+def test_each_stage_sees_its_own_part(stage, learns_from, looks_at, run):
+    ids = [*run.part("labelled/train"), *run.part("train")]
+    assert len(ids) == len(set(ids)) == 400
+    assert run.parts(stage, True) == learns_from
+    assert run.parts(stage, False) - learns_from == looks_at
+
+
+def test_the_context_classifier_sees_no_response(run):
+    calls = [c for c in run.read if run.stages_of(c[0]) == ["context"] or c[1] == "context"]
+    assert calls and {r for call in calls for r in call[4]} == {(1,)}, "only </s>"
+
+
+def test_own_data_keeps_its_test_part_and_its_judge_apart(tmp_path):
+    world = data.embedded_corpus(3, 120, 1, 1, 1).dialogues["train"]
+    rows = [
+        {"context": d.context, "response": d.response, **dict(zip(MECHANISMS, d.levels))}
+        for d in world
+    ]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = Watched(tmp_path / "run", ["data.vocab_size=300"], data_file=file)
+    assert own.code == 0
+
+    learnt = {}
+    for stage, learns, dialogue, _ in own.batches:
+        if learns:
+            learnt.setdefault(stage, set()).add(dialogue.context)
+    tested = {tuple(r["context"]) for r in own.responses()}
+    assert len(tested) > 10
+    assert {"sft", "identifiers", "judge", "context", "ppo"} <= set(learnt)
+    assert not tested & set.union(*learnt.values())
+    assert not learnt["identifiers"] & learnt["judge"]
+
+
+# ---- whose weights moved ------------------------------------------------------------------------
+def test_ppo_moves_its_own_policy_only(run):
+    assert run.code == 0
+    before, after = run.model("sft"), run.model("emprl")
+    assert not same(before.state_dict(), after.state_dict())
+    assert same(before.state_dict(), run.checkpoint("sft")["weights"]), "MLE as it was"
+    test = [*run.part("test").values()]
+    for name, model in (("sft", before), ("emprl", after)):
+        expected = math.exp(per_token(model, test))
+        assert run.figures()[name]["perplexity"] == pytest.approx(expected, rel=1e-4), name
+
+
+def test_classifiers_stay_as_they_were_trained(run):
+    for stage in ("identifiers", "judge", "context"):
+        seen = [c[0] for c in run.read if c[1] == stage]
+        assert seen and all(run.stages_of(one) == [stage] for one in seen), stage
+
+
+def test_kl_starts_at_zero_against_the_mle_policy(run):
+    kl = [record["kl"] for record in run.log("ppo")]
+    assert kl[0] == pytest.approx(0, abs=1e-4) and abs(kl[-1]) > 1e-3
+
+
+def test_human_responses_pull_the_policy(run, tmp_path):
+    """ptx_coef: the loss is that of the policy that is trained, on the responses to the very contexts it answered."""
+    first = run.rewarded[0][0]
+    human = {context: response for context, response in run.part("train").values()}
+    mle = run.model("sft")
+    expected = per_token(mle, [(context, human[context]) for context in first])
+    assert run.log("ppo")[0]["human_loss"] == pytest.approx(expected, rel=1e-4)
+
+    few = [*run.part("train").values()][:60]
+    losses = []
+    for coef in (0, 20):
+        settings = (f"ppo.ptx_coef={coef}", "ppo.lr=4e-2", "eval.contexts=4")
+        other = again(run, tmp_path / str(coef), *settings)
+        losses.append(per_token(other.model("emprl"), few))
+    assert losses[1] < losses[0] - 0.01, losses
+
+
+# ---- maximum likelihood -------------------------------------------------------------------------
+def test_mle_loss_is_a_mean_over_tokens(run):
+    """Of the first step, in parts; and the validation that chose the weights."""
+    start = run.model("sft")
+    start.load_state_dict(run.checkpoint("pretrain")["weights"])
+    learnt = [(d.id, r) for stage, learns, d, r in run.batches if stage == "sft" and learns]
+    first = [(run.pairs[name][0], response) for name, response in learnt[:16]]
+    lengths = {len(response) for _, response in first}
+    assert len(lengths) > 2, "of one length the two means would be equal"
+    assert run.log("sft")[0]["loss"] == pytest.approx(per_token(start, first), rel=1e-4)
+
+    best = min(r["valid"] for r in run.log("sft") if "valid" in r)
+    valid = [*run.part("valid").values()]
+    assert best == pytest.approx(per_token(run.model("sft"), valid), rel=1e-4)
+
+
+# ---- the classifiers ----------------------------------------------------------------------------
+def human_levels(run, part):
+    """{context ids: the levels that the identifiers read in the human response}."""
+    read = run.levels_read("identifiers")
+    return {pair[0]: read[pair].argmax(-1) for pair in run.part(part).values()}
+
+
+def losses_of(calls, levels):
+    """Cross-entropy of each row, (N, M), of calls of a classifier whose levels are known."""
+    rows = [(c, r, p) for call in calls for c, r, p in zip(*call[3:])]
+    log_probs = torch.stack([p for _, _, p in rows])
+    gold = torch.stack([levels[context] for context, _, _ in rows])
+    losses = F.nll_loss(log_probs.flatten(0, 1), gold.flatten(), reduction="none")
+    return losses.view(-1, 3), gold
+
+
+def test_validation_counts_every_example_the_same(run):
+    """Weights of the classes are for training; the validation loss of `context` has none."""
+    levels = human_levels(run, "valid")
+    calls = [c for c in run.read if c[1] == "context" and not c[2]]
+    loss, _ = losses_of(calls, levels)
+    valid = [r["valid"] for r in run.log("context") if "valid" in r]
+    assert len(loss) == 40 * len(valid)
+    expected = loss.view(len(valid), 40, 3).sum(2).mean(1)
+    assert valid == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_training_weighs_classes_by_their_share_in_training(run):
+    levels = human_levels(run, "train")
+    first = next(c for c in run.read if c[1] == "context" and c[2])
+    loss, gold = losses_of([first], levels)
+    share = F.one_hot(torch.stack([*levels.values()]), 3).float().mean(0)  # (M, L)
+    weights = 1 / share.clamp(min=1 / len(levels))
+    weights /= (weights * share).sum(1, keepdim=True)
+    weighted = loss * weights[torch.arange(3), gold]
+    assert run.log("context")[0]["loss"] == pytest.approx(
+        weighted.sum(1).mean().item(), rel=1e-4
+    )
+
+
+def test_judge_and_identifiers_are_two(run):
+    identifiers, judge = (run.checkpoint(name)["weights"] for name in ("identifiers", "judge"))
+    assert not same(identifiers, judge)
+    for name in ("identifiers", "judge"):
+        assert set(run.figures()[name]) >= set(MECHANISMS)
+    assert run.figures()["identifiers"] != run.figures()["judge"]
+
+
+# ---- targets and reward -------------------------------------------------------------------------
+def test_a_target_is_that_of_its_context(run, tmp_path):
+    """Expected: what the context classifier says of this context. Human: the levels of this context's response."""
+    told = run.levels_read("context")
+    human = human_levels(run, "train")
+    copied = again(run, tmp_path / "human", "reward.target=human", "eval.contexts=4")
+    assert len({tuple(x.tolist()) for x in human.values()}) > 1, "all alike: the test is blind"
+    for watched, expected in (
+        (run, {context: told[context, (1,)] for context in human}),
+        (copied, human),
+    ):
+        assert len(watched.rewarded) >= 4
+        for contexts, targets, _ in watched.rewarded:
+            wanted = torch.stack([expected[context] for context in contexts])
+            assert wanted.shape == targets.shape
+            assert torch.allclose(wanted.float(), targets.float(), atol=1e-5)
+
+
+def test_only_the_identifiers_give_reward(run):
+    """From log-probs to the figure in the log: prod over mechanisms of the sum over levels of target times p."""
+    train = {context for context, _ in run.part("train").values()}
+    calls = [c for c in run.read if c[1] == "ppo" and set(c[3]) <= train]
+    assert len(calls) == len(run.rewarded) == 4
+    assert {name for c in calls for name in run.stages_of(c[0])} == {"identifiers"}
+    assert not any(c[2] for c in calls), "no gradient"
+    for call, (_, targets, _), record in zip(calls, run.rewarded, run.log("ppo")):
+        reward = (call[5].exp() * targets).sum(-1).prod(-1)
+        assert record["reward"] == pytest.approx(reward.mean().item(), rel=1e-4)
+
+
+# ---- PPO's equations, as they are called --------------------------------------------------------
+def calls_of(run, name):
+    return [(arguments, result) for one, arguments, result in run.calls if one == name]
+
+
+def test_every_option_reaches_its_own_place(run):
+    assert {(a["gamma"], a["lam"]) for a, _ in calls_of(run, "gae")} == {(0.95, 0.8)}
+    assert {a["clip_range"] for a, _ in calls_of(run, "policy_loss")} == {0.21}
+    assert {a["clip_range"] for a, _ in calls_of(run, "value_loss")} == {0.34}
+
+
+def test_the_value_head_learns_plain_returns_the_policy_whitened_advantages(run):
+    rounds = zip(
+        calls_of(run, "gae"), calls_of(run, "value_loss"), calls_of(run, "policy_loss")
+    )
+    for (_, (advantages, returns)), (value, _), (policy, _) in rounds:
+        mask = value["mask"]
+        n = mask.sum()
+        assert value["returns"].sum().item() == pytest.approx(returns.sum().item(), rel=1e-4)
+        assert sorted(value["returns"][mask].tolist()) == pytest.approx(
+            sorted(returns[returns != 0].tolist()), abs=1e-4
+        )
+        white = policy["advantages"][policy["mask"]]
+        assert white.mean().item() == pytest.approx(0, abs=1e-4)
+        assert white.std(correction=0).item() == pytest.approx(math.sqrt(1 - 1 / n), rel=1e-2)
+        assert not torch.allclose(advantages[advantages != 0].mean(), torch.tensor(0.0))
+
+
+def test_an_early_stop_ends_all_epochs(run, tmp_path):
+    settings = ("ppo.max_update_kl=1e-9", "ppo.ppo_epochs=4", "eval.contexts=4")
+    stopped = again(run, tmp_path / "stopped", *settings)
+    assert [r["optimizer_steps"] for r in stopped.log("ppo")][1:] == [1, 1, 1]
+    assert len(calls_of(stopped, "policy_loss")) <= 2 * 4, "one step, one look that stops"
+
+
+def test_a_resumed_run_goes_on_with_its_beta(run, tmp_path):
+    settings = ("ppo.adaptive_kl=on", "ppo.kl_horizon=30", "eval.contexts=4")
+    whole = again(run, tmp_path / "whole", *settings)
+    beta = [r["kl_coef"] for r in whole.log("ppo")]
+    assert len(set(beta)) == 4, "beta moves"
+
+    def interrupt(calls):
+        if calls == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    cut = again(run, tmp_path / "cut", *settings, on_reward=interrupt)
+    assert cut.code == 130 and len(cut.log("ppo")) == 2
+    resumed = Watched(tmp_path / "cut", settings)
+    assert [r["kl_coef"] for r in resumed.log("ppo")] == beta
+    assert resumed.log("ppo") == whole.log("ppo")
+
+
+# ---- figures ------------------------------------------------------------------------------------
+SYSTEMS = ("sft", "emprl", "best_of_n", "sft_greedy", "emprl_greedy")
+
+
+@pytest.mark.parametrize("who, prefix", [("identifiers", ""), ("judge", "judge_")])
+def test_levels_and_figures_are_those_of_their_classifier(who, prefix, run):
+    decode = data.Tokenizer(run.folder / "tokenizer.model").decode
+    read = run.levels_read(who)
+    by_text = {
+        (context, decode(ids)): p.argmax(-1).tolist() for (context, ids), p in read.items()
+    }
+    other = run.levels_read({"judge": "identifiers"}.get(who, "judge"))
+    both = [pair for pair in read if pair in other]
+    assert any((read[pair].argmax(-1) != other[pair].argmax(-1)).any() for pair in both)
+
+    for record in run.responses():
+        context, response = run.pairs[record["id"]]
+        table = record["levels"][who]
+        assert table["target"] == read[context, response].argmax(-1).tolist()
+        for system in SYSTEMS:
+            assert table[system] == by_text[context, record["responses"][system]], system
+
+    for system in SYSTEMS:
+        made, gold = (
+            torch.tensor([r["levels"][who][name] for r in run.responses()])
+            for name in (system, "target")
+        )
+        figure = run.figures()[system][f"{prefix}emp_f1"]
+        assert figure == pytest.approx(identifiers.emp_f1(made, gold))
+
+
+def test_the_oracles_levels_are_read_from_the_texts(run):
+    for record in run.responses():
+        for system in ("target", *SYSTEMS):
+            text = record["responses"].get(system, record["target"])
+            levels = data.oracle_levels(record["context"], text)
+            assert record["levels"]["oracle"][system] == list(levels), system
+
+
+def test_the_majority_is_that_of_the_training_responses(run):
+    majority = torch.stack([*human_levels(run, "train").values()]).mode(0).values
+    for who, prefix in (("identifiers", ""), ("judge", "judge_"), ("oracle", "oracle_")):
+        gold = torch.tensor([r["levels"][who]["target"] for r in run.responses()])
+        expected = identifiers.emp_f1(majority.expand_as(gold), gold)
+        floor = run.figures()["floors"]["majority"][f"{prefix}emp_f1"]
+        assert floor == pytest.approx(expected)
+
+
+def test_gain_is_of_emprl_over_mle(run):
+    figures = run.figures()
+    for name, gain in figures["gain"].items():
+        before, after = figures["sft"][name], figures["emprl"][name]
+        assert gain["relative"] == pytest.approx((after - before) / before, abs=1e-6)
+    assert any(gain["relative"] for gain in figures["gain"].values())
+
+
+def test_kl_in_the_table_is_of_emprl_from_mle(run):
+    """From the two saved policies, on the responses that were sampled: log p - log p_ref, a response."""
+    decode = data.Tokenizer(run.folder / "tokenizer.model").decode
+    ids = {(c, decode(r)): r for c, r in run.levels_read("identifiers")}
+    contexts = {name: context for name, (context, _) in run.part("test").items()}
+    sampled = [(contexts[r["id"]], r["responses"]["emprl"]) for r in run.responses()]
+    pairs = [(context, ids[context, text]) for context, text in sampled]
+    mle, policy = (sum(nll(run.model(name), pairs)) for name in ("sft", "emprl"))
+    expected = (mle - policy) / len(pairs)
+    assert abs(expected) > 0.05
+    # sampling leaves out two tokens, padding and unknown: hence not to the last digit
+    assert run.figures()["emprl"]["kl"] == pytest.approx(expected, rel=0.1)
+
+
+# ---- an interval, a corpus and the oracle -------------------------------------------------------
+def test_the_interval_is_of_95_percent():
+    """`after` is right in h of 400 contexts, h binomial: Emp-F1 is 2 h / (400 + h), and the ends of h are known."""
+    n = 400
+    gold = torch.ones(n, 3, dtype=torch.long)
+    after = gold.clone()
+    after[: n // 5] = 0
+    found = identifiers.paired_bootstrap(gold, after, gold, gold, resamples=8000)
+    chances = [math.comb(n, h) * 0.8**h * 0.2 ** (n - h) for h in range(n + 1)]
+    below = list(itertools.accumulate(chances))
+
+    def end_of(share):
+        h = next(h for h in range(n + 1) if below[h] >= share)
+        return 2 * h / (n + h) - 1
+
+    for end, (right, wrong) in {"low": (0.025, 0.05), "high": (0.975, 0.95)}.items():
+        assert abs(found[end] - end_of(right)) < abs(found[end] - end_of(wrong)), end
+
+
+@pytest.mark.parametrize(
+    "rows, settled",
+    [
+        ([(0, 0, 0), (0, 0, 0), (2, 2, 2)], (0, 0, 0)),
+        ([(2, 1, 2), (2, 1, 0), (0, 2, 0)], (2, 1, 0)),
+        ([(0, 1, 2), (2, 0, 1)], (0, 1, 2)),  # a tie: the first row's
+        ([(2, 1, 0), (0, 2, 1), (0, 1, 1)], (0, 1, 1)),
+    ],
+)
+def test_conflicting_levels_are_settled_by_majority(rows, settled, tmp_path):
+    for m, name in enumerate(data.EPITOME_FILES):
+        lines = [f"s1,r1,a post,a response,{levels[m]}," for levels in rows]
+        header = "sp_id,rp_id,seeker_post,response_post,level,rationales"
+        (tmp_path / name).write_text("\n".join([header, *lines]) + "\n")
+    dialogues, _ = data.read_epitome(tmp_path)
+    assert [d.levels for d in dialogues] == [settled]
+
+
+@pytest.mark.parametrize(
+    "topic, er",
+    [
+        ("trip to Rome", 2),
+        ("your trip to Rome", 2),
+        ("trip to Romeo", 1),
+        ("trip to Rome2", 1),
+        ("atrip to Rome", 1),
+        ("the roundtrip to Rome", 1),
+        ("strip to Romes", 1),
+    ],
+)
+def test_the_oracle_finds_a_topic_as_whole_words(topic, er):
+    context = ("I booked a trip to Rome.",)
+    assert data.oracle_levels(context, f"I am overjoyed for you about {topic}.") == (er, 0, 0)
+    assert data.oracle_levels(context, f"What makes {topic} so special to you?") == (0, 0, er)

@@ -202,8 +202,9 @@ def run(tmp_path_factory):
 
 
 def again(run, folder, *settings, **options):
-    """PPO once more with other settings, from a copy of the finished run."""
-    shutil.copytree(run.folder, folder)
+    """PPO once more with other settings, on the stages before it of the finished run."""
+    shutil.copytree(run.folder / "checkpoints", folder / "checkpoints")
+    (folder / "checkpoints" / "ppo.pt").unlink()
     return Watched(folder, settings, **options)
 
 

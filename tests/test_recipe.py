@@ -564,3 +564,18 @@ def test_the_oracle_finds_a_topic_as_whole_words(topic, er):
     context = ("I booked a trip to Rome.",)
     assert data.oracle_levels(context, f"I am overjoyed for you about {topic}.") == (er, 0, 0)
     assert data.oracle_levels(context, f"What makes {topic} so special to you?") == (0, 0, er)
+
+
+@pytest.mark.parametrize(
+    "response, levels",
+    [
+        ("How lovely.", (1, 0, 0)),
+        ("Somehow lovely.", (0, 0, 0)),
+        ("How lovelyish.", (0, 0, 0)),
+        ("What comes next?", (0, 0, 1)),
+        ("What comes nextdoor?", (0, 0, 0)),
+        ("Somewhat comes next?", (0, 0, 0)),
+    ],
+)
+def test_the_oracle_finds_a_phrase_as_whole_words(response, levels):
+    assert data.oracle_levels(("I booked a trip to Rome.",), response) == levels

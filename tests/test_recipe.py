@@ -36,7 +36,7 @@ class Watched:
 
     def __init__(self, folder, settings=(), data_file="", on_reward=None):
         self.folder, self.stage, self.on_reward = folder, "", on_reward
-        self.batches = []  # (stage, learning?, dialogue, response ids) of every row of every batch
+        self.batches = []  # (stage, learning?, dialogue, (context, response) ids) of a row
         self.read = []  # (classifier, stage, learning?, contexts, responses, log-probs) of a call
         self.rewarded = []  # (contexts, targets, rewards) of every call of the reward
         self.calls = []  # (name, arguments by name, result) of PPO's equations
@@ -79,8 +79,9 @@ class Watched:
         def watched_batch(pairs, rows):
             rows = [int(i) for i in rows]
             for i in rows:
-                seen = (pairs.dialogues[i], tuple(pairs.responses[i]))
-                self.batches.append((self.stage, torch.is_grad_enabled(), *seen))
+                ids = (tuple(pairs.contexts[i]), tuple(pairs.responses[i]))
+                seen = (self.stage, torch.is_grad_enabled(), pairs.dialogues[i], ids)
+                self.batches.append(seen)
             return batch(pairs, rows)
 
         patch.setattr(data.Pairs, "__init__", watched_make)
@@ -150,6 +151,10 @@ class Watched:
         """{stage: the weights that it left}."""
         stages = ("identifiers", "judge", "context")
         return {name: self.checkpoint(name)["weights"] for name in stages}
+
+    def ids(self, stage, learning):
+        """(context ids, response ids) of every row of these batches, in order."""
+        return [ids for s, learns, _, ids in self.batches if (s, learns) == (stage, learning)]
 
     @functools.cache
     def stages_of(self, classifier):
@@ -233,17 +238,24 @@ def test_the_context_classifier_sees_no_response(run):
     assert calls and {r for call in calls for r in call[4]} == {(1,)}, "only </s>"
 
 
-def test_own_data_keeps_its_test_part_and_its_judge_apart(tmp_path):
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A run on a file of one's own, with dropout."""
+    folder = tmp_path_factory.mktemp("own")
     world = data.embedded_corpus(3, 120, 1, 1, 1).dialogues["train"]
     rows = [
         {"context": d.context, "response": d.response, **dict(zip(MECHANISMS, d.levels))}
         for d in world
     ]
-    file = tmp_path / "mine.jsonl"
+    file = folder / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = Watched(tmp_path / "run", ["data.vocab_size=300"], data_file=file)
-    assert own.code == 0
+    settings = ("data.vocab_size=300", "t5.dropout_rate=0.3")
+    watched = Watched(folder / "run", settings, data_file=file)
+    assert watched.code == 0
+    return watched
 
+
+def test_own_data_keeps_its_test_part_and_its_judge_apart(own):
     learnt = {}
     for stage, learns, dialogue, _ in own.batches:
         if learns:
@@ -295,13 +307,33 @@ def test_human_responses_pull_the_policy(run, tmp_path):
     assert losses[1] < losses[0] - 0.01, losses
 
 
+def test_dropout_is_for_learning_only(own):
+    """Not in a validation, not in a rollout, not in what the classifiers say: all of that is what the saved weights say."""
+    best = min(r["valid"] for r in own.log("sft") if "valid" in r)
+    valid = dict.fromkeys(own.ids("sft", False))
+    assert best == pytest.approx(per_token(own.model("sft"), valid), rel=1e-4)
+    first = own.log("ppo")[0]
+    assert first["first_ratio_error"] < 1e-4 and abs(first["kl"]) < 1e-4
+    said = {}
+    for classifier, stage, learns, contexts, responses, log_probs in own.read:
+        for pair, row in zip(zip(contexts, responses), log_probs):
+            if not learns and not own.stages_of(classifier) == [stage]:
+                once = said.setdefault((classifier, *pair), row)
+                assert torch.allclose(once, row, atol=1e-4)
+
+
+def test_the_value_head_moves_with_the_whole_learning_rate(run):
+    """It starts at 0, so a step relative to its size would leave it there."""
+    values = [record["value_mean"] for record in run.log("ppo")]
+    assert values[0] == 0 and abs(values[-1]) > 0.05, values
+
+
 # ---- maximum likelihood -------------------------------------------------------------------------
 def test_mle_loss_is_a_mean_over_tokens(run):
     """Of the first step, in parts; and the validation that chose the weights."""
     start = run.model("sft")
     start.load_state_dict(run.checkpoint("pretrain")["weights"])
-    learnt = [(d.id, r) for stage, learns, d, r in run.batches if stage == "sft" and learns]
-    first = [(run.pairs[name][0], response) for name, response in learnt[:16]]
+    first = run.ids("sft", True)[:16]
     lengths = {len(response) for _, response in first}
     assert len(lengths) > 2, "of one length the two means would be equal"
     assert run.log("sft")[0]["loss"] == pytest.approx(per_token(start, first), rel=1e-4)
@@ -579,3 +611,29 @@ def test_the_oracle_finds_a_topic_as_whole_words(topic, er):
 )
 def test_the_oracle_finds_a_phrase_as_whole_words(response, levels):
     assert data.oracle_levels(("I booked a trip to Rome.",), response) == levels
+
+
+# ---- files --------------------------------------------------------------------------------------
+def test_own_data_needs_levels_everywhere_and_fifty_dialogues(tmp_path):
+    def refused(count, without=()):
+        file = tmp_path / "mine.jsonl"
+        rows = [
+            {"context": [f"I ate {i} pies."], "response": f"Oh, {i}?"} for i in range(count)
+        ]
+        levels = dict.fromkeys(MECHANISMS, 1)
+        rows = [row if i in without else row | levels for i, row in enumerate(rows)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        try:
+            data.own_corpus(file)
+        except data.DataError:
+            return True
+        return False
+
+    assert refused(49) and refused(60, without=[7]) and not refused(60)
+
+
+def test_a_csv_row_with_a_field_too_many_is_refused(tmp_path):
+    file = tmp_path / "mine.csv"
+    file.write_text("context,response\nI am sad.,Oh no.\nI am sad.,Oh, no.\n")
+    with pytest.raises(data.DataError, match="3"):
+        data.read_dialogues(file)

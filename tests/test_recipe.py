@@ -312,6 +312,14 @@ def test_dropout_is_for_learning_only(own):
     best = min(r["valid"] for r in own.log("sft") if "valid" in r)
     valid = dict.fromkeys(own.ids("sft", False))
     assert best == pytest.approx(per_token(own.model("sft"), valid), rel=1e-4)
+    start = own.model("sft")
+    start.load_state_dict(own.checkpoint("pretrain")["weights"])
+    loss, rows = (
+        own.log("sft")[0]["loss"],
+        own.ids("sft", True),
+    )  # the first batch may be short
+    plainly = [per_token(start, rows[:size]) for size in range(1, 17)]
+    assert min(abs(loss - x) for x in plainly) > 1e-5, "it learns without dropout"
     first = own.log("ppo")[0]
     assert first["first_ratio_error"] < 1e-4 and abs(first["kl"]) < 1e-4
     said = {}
@@ -389,6 +397,30 @@ def test_judge_and_identifiers_are_two(run):
     for name in ("identifiers", "judge"):
         assert set(run.figures()[name]) >= set(MECHANISMS)
     assert run.figures()["identifiers"] != run.figures()["judge"]
+
+
+def test_ngrams_are_fitted_each_to_its_own_part(tmp_path):
+    settings = (
+        "identifiers.ngrams=512",
+        "context.ngrams=512",
+        "eval.contexts=4",
+        "ppo.steps=1",
+    )
+    watched = Watched(tmp_path / "run", settings)
+    expected = {
+        "identifiers": "labelled/train",
+        "judge": "labelled/judge_train",
+        "context": "train",
+    }
+    for stage, part in expected.items():
+        assert watched.parts(stage, True) == {part}
+        rows = [
+            row
+            for one in watched.read
+            if watched.stages_of(one[0]) == [stage]
+            for row in one[5]
+        ]
+        assert torch.stack(rows).std(0).max() > 0.01, f"{stage}: the same to every response"
 
 
 # ---- targets and reward -------------------------------------------------------------------------
@@ -512,6 +544,24 @@ def test_the_oracles_levels_are_read_from_the_texts(run):
             assert record["levels"]["oracle"][system] == list(levels), system
 
 
+def test_best_of_n_is_the_one_that_promises_most(run):
+    """Of the samples seen by the identifiers; two of them are the MLE policy's candidates."""
+    decode = data.Tokenizer(run.folder / "tokenizer.model").decode
+    read, told = run.levels_read("identifiers"), run.levels_read("context")
+    by_text = {(context, decode(ids)): probs for (context, ids), probs in read.items()}
+    better = []
+    for record in run.responses():
+        context = run.pairs[record["id"]][0]
+        promised = {
+            name: (by_text[context, record["responses"][name]] * told[context, (1,)])
+            .sum(-1)
+            .prod()
+            for name in ("sft", "best_of_n")
+        }
+        better.append((promised["best_of_n"] - promised["sft"]).item())
+    assert min(better) > -1e-6 and max(better) > 0, "its first candidate is MLE's own sample"
+
+
 def test_the_majority_is_that_of_the_training_responses(run):
     majority = torch.stack([*human_levels(run, "train").values()]).mode(0).values
     for who, prefix in (("identifiers", ""), ("judge", "judge_"), ("oracle", "oracle_")):
@@ -613,6 +663,12 @@ def test_the_oracle_finds_a_phrase_as_whole_words(response, levels):
     assert data.oracle_levels(("I booked a trip to Rome.",), response) == levels
 
 
+def test_a_level_that_occurs_once_counts_in_macro_f1():
+    counts = torch.tensor([[2, 0, 0], [1, 0, 0], [0, 0, 0]])  # gold 0, 0, 1; predicted 0, 0, 0
+    macro = identifiers.f1_scores(counts)["macro_f1"].item()
+    assert macro == pytest.approx((2 * 2 / 5 + 0) / 2)
+
+
 # ---- files --------------------------------------------------------------------------------------
 def test_own_data_needs_levels_everywhere_and_fifty_dialogues(tmp_path):
     def refused(count, without=()):
@@ -633,7 +689,9 @@ def test_own_data_needs_levels_everywhere_and_fifty_dialogues(tmp_path):
 
 
 def test_a_csv_row_with_a_field_too_many_is_refused(tmp_path):
-    file = tmp_path / "mine.csv"
-    file.write_text("context,response\nI am sad.,Oh no.\nI am sad.,Oh, no.\n")
-    with pytest.raises(data.DataError, match="3"):
-        data.read_dialogues(file)
+    for name in data.EPITOME_FILES:
+        header = "sp_id,rp_id,seeker_post,response_post,level,rationales"
+        row = "s1,r1,a post,a response,1,,one more"
+        (tmp_path / name).write_text(f"{header}\n{row}\n")
+    with pytest.raises(data.DataError, match=":2: "):
+        data.read_epitome(tmp_path)

@@ -544,6 +544,16 @@ def test_the_oracles_levels_are_read_from_the_texts(run):
             assert record["levels"]["oracle"][system] == list(levels), system
 
 
+def test_the_held_out_reward_is_the_oracles(run):
+    """A reader without doubt pays 1 where all three levels are right, and next to nothing elsewhere."""
+    figures = [run.figures()[system] for system in SYSTEMS]
+    for figure in figures:
+        assert figure["held_out_reward"] == pytest.approx(
+            figure["oracle_exact_match"], abs=0.01
+        )
+    assert any(abs(f["oracle_exact_match"] - f["judge_exact_match"]) > 0.03 for f in figures)
+
+
 def test_best_of_n_is_the_one_that_promises_most(run):
     """Of the samples seen by the identifiers; two of them are the MLE policy's candidates."""
     decode = data.Tokenizer(run.folder / "tokenizer.model").decode

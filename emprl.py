@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 import argparse, atexit, contextlib, copy, ctypes, errno, functools, hashlib, itertools, json, math, re, shlex, subprocess, sys
 import shutil, tempfile, threading, time, traceback, zlib
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -109,6 +109,11 @@ class DataConfig:
 
 
 @dataclass
+class SFTConfig(TrainConfig):
+    epochs: int = 0  # passes over the pairs, instead of a number of steps
+
+
+@dataclass
 class PretrainConfig(TrainConfig):
     task: str = (
         "spans"  # "spans": T5's span corruption; "turns": the next turn, whoever speaks
@@ -149,8 +154,8 @@ class Config:
     pretrain: PretrainConfig = field(
         default_factory=lambda: PretrainConfig(steps=0)
     )  # 0: MLE learns sooner without
-    sft: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=1000, batch_size=16, lr=4e-2, eval_every=250)
+    sft: SFTConfig = field(
+        default_factory=lambda: SFTConfig(steps=1000, batch_size=16, lr=4e-2, eval_every=250)
     )
     identifiers: IdentifierConfig = field(default_factory=IdentifierConfig)
     context: IdentifierConfig = field(
@@ -159,7 +164,9 @@ class Config:
         )
     )
     reward: RewardConfig = field(default_factory=RewardConfig)
+    # what PPO explores with and scores, and what replies are given with
     sampling: Sampling = field(default_factory=lambda: Sampling(max_length=64))
+    replying: Sampling = field(default_factory=lambda: Sampling(max_length=64))
     ppo: PPOConfig = field(default_factory=PPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -169,20 +176,23 @@ PRESETS = {  # what differs from the defaults above, which are `toy`
     "smoke": """data.num_train=200 data.num_valid=40 data.num_test=40 data.num_labelled=200 data.vocab_size=500 t5.d_model=32
         t5.d_kv=16 t5.d_ff=64 t5.num_heads=2 t5.num_layers=1 t5.num_decoder_layers=1 pretrain.steps=4 sft.steps=12 sft.eval_every=6
         identifiers.steps=8 identifiers.eval_every=4 identifiers.batch_size=16 context.steps=4 context.batch_size=16 ppo.steps=4
-        ppo.batch_size=8 ppo.minibatch_size=4 ppo.eval_every=2 eval.valid_contexts=8 sampling.max_length=12""",
+        ppo.batch_size=8 ppo.minibatch_size=4 ppo.eval_every=2 eval.valid_contexts=8 sampling.max_length=12
+        replying.max_length=12""",
     "real": """data.corpus=real data.vocab_size=5000 data.max_source=96 data.max_target=40 data.identifier_source=96 data.identifier_target=256
         t5.d_model=160 t5.d_kv=32 t5.d_ff=640 t5.num_layers=2 t5.num_heads=5 t5.dropout_rate=0.1 pretrain.task=turns pretrain.steps=600
         pretrain.batch_size=96 pretrain.muon=on sft.steps=1200 sft.eval_every=300 sft.batch_size=96 sft.lr=3e-2 sft.muon=on
         identifiers.ngrams=65536 identifiers.class_weight=1 context.ngrams=65536 context.penalty=3e-6 reward.balance=0.6
-        sampling.min_length=5 sampling.max_length=40 ppo.steps=150 ppo.batch_size=256 ppo.lr=6e-3 ppo.kl_coef=0.1 ppo.ptx_coef=0.5
+        sampling.min_length=5 sampling.max_length=40 replying.min_length=5 replying.max_length=40 ppo.steps=150 ppo.batch_size=256 ppo.lr=6e-3 ppo.kl_coef=0.1 ppo.ptx_coef=0.5
         ppo.average=0.99 eval.contexts=1024 eval.best_of=8""",
-    "paper": """data.corpus=real data.max_source=200 data.max_target=50 data.identifier_source=128 data.identifier_target=96
-        pretrain.steps=0 sft.steps=12900 sft.batch_size=8 sft.lr=1e-4 sft.rms_scaled=off sft.warmup=1 sft.eval_every=2000
-        identifiers.lr=2e-5 context.lr=2e-5 identifiers.rms_scaled=off context.rms_scaled=off identifiers.shared=off
-        identifiers.batch_size=32 identifiers.micro_batch=8 context.batch_size=32 context.micro_batch=8 sampling.temperature=0.9
-        sampling.top_k=20 sampling.min_length=5 sampling.max_length=30 ppo.batch_size=32 ppo.minibatch_size=32 ppo.micro_batch=8
-        ppo.ppo_epochs=4 ppo.steps=1000 ppo.lr=1e-5 ppo.rms_scaled=off ppo.kl_coef=0.2 ppo.adaptive_kl=on ppo.lam=0.95
-        identifiers.steps=600 context.steps=2000 eval.batch_size=32""",
+    "paper": """data.corpus=real data.max_source=200 data.max_target=50 data.identifier_source=250 data.identifier_target=250
+        pretrain.steps=0 sft.epochs=3 sft.batch_size=8 sft.lr=1e-4 sft.rms_scaled=off sft.warmup=0 sft.eval_every=2000
+        identifiers.start=t5 identifiers.shared=off identifiers.steps=600 identifiers.lr=2e-5 identifiers.rms_scaled=off
+        identifiers.warmup=0 identifiers.batch_size=32 identifiers.micro_batch=8 context.start=t5 context.steps=2000 context.lr=2e-5
+        context.rms_scaled=off context.warmup=0 context.batch_size=32 context.micro_batch=8 reward.target=human
+        sampling.temperature=0.9 sampling.top_k=20 sampling.min_length=5 sampling.max_length=30
+        replying.temperature=0.9 replying.top_k=20 replying.max_length=30 ppo.batch_size=32 ppo.minibatch_size=32 ppo.micro_batch=8
+        ppo.ppo_epochs=4 ppo.steps=1000 ppo.lr=1e-5 ppo.rms_scaled=off ppo.warmup=0 ppo.lam=0.95 ppo.kl_coef=0.2 ppo.adaptive_kl=on
+        ppo.kl_horizon=10000 ppo.whiten_rewards=on ppo.normalise_scores=on eval.batch_size=32""",
 }
 RANGES = {
     **T5_RANGES,
@@ -203,6 +213,7 @@ RANGES = {
     **dict.fromkeys(("batch_size", "minibatch_size"), (1, 1_000_000)),
     "ngrams": (0, 2**26),
     "ppo_epochs": (1, 1000),
+    "epochs": (0, 1000),
     "best_of": (1, 10_000),
     # exponents of 1 / share, and what weights shrink by: larger ones overflow
     **dict.fromkeys(("class_weight", "balance"), (0, 4)),
@@ -212,6 +223,7 @@ RANGES = {
 CHOICES = {
     "difference": ("cross_entropy", "ordinal"),
     "keep": ("macro_f1", "loss"),
+    "start": ("sft", "t5"),
     "task": ("spans", "turns"),
     "feed_forward_proj": ("relu", "gated-gelu"),
     "mechanisms": ("er,ip,ex", "er,ip", "er,ex", "ip,ex", "er", "ip", "ex"),
@@ -226,6 +238,7 @@ ORDER = [
     "context",
     "reward",
     "sampling",
+    "replying",
     "ppo",
 ]  # a stage depends on its section and all before
 say = functools.partial(print, flush=True)
@@ -266,11 +279,16 @@ def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
                 f"--set {setting}: {' or '.join(CHOICES.get(name, [f'from {low} to {high:g}']))}"
             )
     s, p, t = config.sampling, config.ppo, config.t5
+    replying = config.replying
     for wrong, words in (
         (seed < 0, "--seed is below 0; change it"),
         (
             s.min_length > s.max_length,
             "sampling.min_length is above sampling.max_length; change it by --set",
+        ),
+        (
+            replying.min_length > replying.max_length,
+            "replying.min_length is above replying.max_length; change it by --set",
         ),
         (
             config.data.max_scored < config.data.max_target,
@@ -346,6 +364,8 @@ def refuse_without_effect(config, settings):
     if not config.pretrain.steps:
         for name in asdict(config.pretrain).keys() - {"steps"}:
             replaced[f"pretrain.{name}"] = "pretrain.steps is 0"
+    if config.sft.epochs:
+        replaced["sft.steps"] = "sft.epochs takes its place"
     for section in ("identifiers", "context"):
         reader = getattr(config, section)
         network = asdict(reader).keys() - {"ngrams", "penalty", "class_weight"}
@@ -793,6 +813,7 @@ def recipe(run):
     size = f"{tokenizer.vocab_size} tokens, {sum(p.numel() for p in t5.parameters()) / 1e6:.2f} M parameters"
     say("\n".join(f"data        {note}" for note in (*corpus.notes, size)))
     run.seconds["data"] = round(time.time() - started, 1)
+    untrained = copy.deepcopy(t5)
     # 1. The initial policy: pre-training on the training texts, then maximum likelihood on the pairs.
     run.train(
         "pretrain",
@@ -800,11 +821,14 @@ def recipe(run):
         config.pretrain.steps,
         t5,
     )
-    rows_at = batches(pairs["train"].lengths(), config.sft.batch_size, config.seed)
+    sft = config.sft
+    if sft.epochs:
+        sft = replace(sft, steps=sft.epochs * math.ceil(len(pairs["train"]) / sft.batch_size))
+    rows_at = batches(pairs["train"].lengths(), sft.batch_size, config.seed)
     run.train(
         "sft",
-        lambda: mle_trainer(t5, pairs["train"], pairs["valid"], rows_at, config.sft),
-        config.sft.steps,
+        lambda: mle_trainer(t5, pairs["train"], pairs["valid"], rows_at, sft),
+        sft.steps,
         t5,
     )
     save_pretrained(t5, run.folder / "sft")
@@ -815,7 +839,7 @@ def recipe(run):
         model = Identifiers(t5.config, config.identifiers.shared, settings.ngrams).to(
             run.device
         )
-        model.start_from(t5)
+        model.start_from(untrained if settings.start == "t5" else t5)
         rows_at = batches(
             train.lengths(), settings.batch_size, zlib.crc32(stage.encode()) + config.seed
         )
@@ -1049,7 +1073,7 @@ class Evaluation:
     def validate(self, t5):
         """Inside PPO: three samples for the eye, and a few figures: among them the share of replies with all three levels right
         as the identifiers see it, beside the truth: of one kind, so that a gap tells of a reward that is hacked."""
-        scores = self.measure("valid", t5, self.run.config.sampling)
+        scores = self.measure("valid", t5, self.run.config.replying)
         for i, d in enumerate(self.pairs.dialogues[:3]):
             say(f"    {d.context[-1]}\n    -> {self.describe('valid', i)}")
         return {
@@ -1060,7 +1084,7 @@ class Evaluation:
     def compare(self, policies, train=None, train_levels=None, foreseen=None, promised=None):
         """metrics.json's figures: floors, ceilings, both policies sampled and greedy, gains with intervals."""
         s, n, human = (
-            self.run.config.sampling,
+            self.run.config.replying,
             len(self.pairs),
             [d.response for d in self.pairs.dialogues],
         )

@@ -78,6 +78,9 @@ class IdentifierConfig(TrainConfig):
     class_weight: float = (
         0.5  # exponent of 1 / (share of the level) in the loss: 0 off, 1 fully balanced
     )
+    start: str = (
+        "sft"  # what the encoders are copies of: the MLE policy, or the "t5" it was made from
+    )
     keep: str = "macro_f1"  # what the best state is chosen by: "macro_f1", or "loss" where probabilities count
     penalty: float = 2e-4  # of NGrams.fit
     ngrams: int = 0  # weights a level of `NGrams`, which reads better where labels are few; 0: the network

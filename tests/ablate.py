@@ -137,12 +137,12 @@ def tilted(times):
             """MLE's figures, TRIES samples of it for each context, and their levels: the same for all variants."""
             self.run.seed("ideal")
             tries = [
-                self.pairs.but(ppo.respond(sft, self.pairs, self.run.config.sampling))
+                self.pairs.but(ppo.respond(sft, self.pairs, self.run.config.replying))
                 for _ in range(TRIES)
             ]
             levels = [self.levels(some.responses) for some in tries]
             return (
-                self.measure("sft", sft, self.run.config.sampling),
+                self.measure("sft", sft, self.run.config.replying),
                 tries,
                 {who: torch.stack([x[who] for x in levels]) for who in self.gold},
             )
@@ -207,7 +207,7 @@ NO_FIRST_TOKEN = {
 
 Variant = namedtuple("Variant", "settings replaced after", defaults=("", {}, "emprl"))
 DEFAULT = Variant()  # measured once for all ablations
-TOP_K = "sampling.top_k=20 sampling.temperature=0.9"
+TOP_K = "sampling.top_k=20 sampling.temperature=0.9 replying.top_k=20 replying.temperature=0.9"
 ABLATIONS = {
     "mechanisms": {
         "all three": DEFAULT,

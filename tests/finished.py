@@ -147,7 +147,7 @@ def chat(arguments, folder):
             [data.Dialogue(history, "")], tokenizer, c.max_source, c.max_target, run.device
         )
         for name, t5 in models.items() if history else ():
-            answered = pairs.but(respond(t5, pairs, run.config.sampling))
+            answered = pairs.but(respond(t5, pairs, run.config.replying))
             reply = tokenizer.decode(answered.responses[0])
             say(
                 f"{name:<6} {reply}   {dict(zip(MECHANISMS, predict_levels(readers[0], answered)[0].tolist()))}"

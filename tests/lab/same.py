@@ -24,7 +24,8 @@ EVERYTHING = """
 t5.dropout_rate=0.1 pretrain.task=turns pretrain.muon=on sft.muon=on sft.micro_batch=5
 identifiers.ngrams=512 identifiers.class_weight=1 context.ngrams=512 context.penalty=3e-6
 reward.balance=0.6 sampling.top_k=20 sampling.top_p=0.95 sampling.temperature=0.9
-sampling.min_length=3 ppo.ptx_coef=0.5 ppo.average=0.9 ppo.adaptive_kl=on ppo.kl_horizon=100
+sampling.min_length=3 replying.top_k=20 replying.top_p=0.95 replying.temperature=0.9
+replying.min_length=3 ppo.ptx_coef=0.5 ppo.average=0.9 ppo.adaptive_kl=on ppo.kl_horizon=100
 ppo.ppo_epochs=2 ppo.micro_batch=3 ppo.lam=0.95 ppo.whiten_rewards=on ppo.normalise_scores=on
 """
 RUNS = {"smoke": "", "everything": EVERYTHING}

@@ -25,7 +25,7 @@ MECHANISMS = ("er", "ip", "ex")
 
 # every option that could be taken for another has a value of its own
 SETTINGS = """
-pretrain.task=turns sft.micro_batch=5 context.class_weight=1 identifiers.batch_size=16 reward.balance=0
+pretrain.task=turns sft.micro_batch=5 context.class_weight=1 reward.balance=0
 ppo.batch_size=8 ppo.minibatch_size=8 ppo.gamma=0.95 ppo.lam=0.8 ppo.clip_range=0.21 ppo.value_clip_range=0.34
 ppo.kl_coef=0.05 ppo.ptx_coef=0.5 ppo.lr=2e-2 ppo.average=0 ppo.steps=4 eval.valid_contexts=8 eval.best_of=2
 """.split()
@@ -542,16 +542,6 @@ def test_the_oracles_levels_are_read_from_the_texts(run):
             text = record["responses"].get(system, record["target"])
             levels = data.oracle_levels(record["context"], text)
             assert record["levels"]["oracle"][system] == list(levels), system
-
-
-def test_the_held_out_reward_is_the_oracles(run):
-    """A reader without doubt pays 1 where all three levels are right, and next to nothing elsewhere."""
-    figures = [run.figures()[system] for system in SYSTEMS]
-    for figure in figures:
-        assert figure["held_out_reward"] == pytest.approx(
-            figure["oracle_exact_match"], abs=0.01
-        )
-    assert any(abs(f["oracle_exact_match"] - f["judge_exact_match"]) > 0.03 for f in figures)
 
 
 def test_best_of_n_is_the_one_that_promises_most(run):

@@ -299,8 +299,9 @@ def test_a_setting_without_effect_is_refused_by_name(
     assert not (tmp_path / "runs").exists()
 
 
-def test_settings_with_an_effect_stay(tmp_path, monkeypatch):
+def test_settings_with_an_effect_stay(whole, tmp_path, monkeypatch):
     """The sources' own options, and those of the parts that are used."""
+    folder = official(tmp_path / "t5", whole)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(emprl, "run_all", lambda run: None)
     (tmp_path / "mine.jsonl").write_text("".join(records(60)))
@@ -308,7 +309,7 @@ def test_settings_with_an_effect_stay(tmp_path, monkeypatch):
     for arguments in (
         ["--data", "mine.jsonl", "--set", "t5.d_model=64", "data.vocab_size=300"],
         ["--preset", "smoke", "--data", "folder", "--set", "data.corpus=real"],
-        ["--t5", "t5", "--set", "data.num_train=99", "data.max_source=50"],
+        ["--t5", folder, "--set", "data.num_train=99", "data.max_source=50"],
         ["--set", "pretrain.steps=5", "pretrain.task=turns"],
         ["--set", "context.ngrams=99", "context.penalty=1", "identifiers.lr=1"],
     ):
@@ -330,7 +331,7 @@ def test_a_t5_with_other_ids_is_refused(name, whole, tmp_path):
     official(tmp_path / "t5", whole)
     raw = json.loads((tmp_path / "t5" / "config.json").read_text())
     (tmp_path / "t5" / "config.json").write_text(json.dumps({**raw, name: 2}))
-    with pytest.raises(t5_small.CheckpointError, match=f"{name} 2"):
+    with pytest.raises(t5_small.CheckpointError, match=f"{name} is 2"):
         t5_small.from_pretrained(tmp_path / "t5")
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -14,8 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import data
 import emprl
@@ -25,15 +24,6 @@ import identifiers
 import ppo
 import t5_small
 from data import DataError
-
-settings.register_profile(
-    "trust",
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
-settings.load_profile("trust")
 
 
 @pytest.fixture(scope="module")
@@ -378,97 +368,151 @@ def reads_or_refuses(read, path):
         ), message
 
 
-ODD = st.sampled_from(
-    [
-        "",
-        " ",
-        "\0",
-        "\ufeff",
-        "\ud83d\ude00" if False else "😀",
-        '"',
-        '""',
-        ",",
-        "\r",
-        "_comma_",
-        "</s>",
-        "1",
-        "2",
-        "7",
-        "-1",
-        "x" * 300,
-        "NaN",
-        "null",
-        "[]",
-        "{}",
-        "\u202e",
-        "\u200b",
-        "hello",
-        "I am sad.",
-        "hit:0_conv:1",
-    ]
-)
-CELL = st.one_of(ODD, st.text(max_size=12))
+# Every case is drawn from a seeded random.Random: the same files on every machine, with no package for it.
+ODD = [
+    "",
+    " ",
+    "\0",
+    "\ufeff",
+    "\U0001f600",
+    '"',
+    '""',
+    ",",
+    "\r",
+    "_comma_",
+    "</s>",
+    "1",
+    "2",
+    "7",
+    "-1",
+    "x" * 300,
+    "NaN",
+    "null",
+    "[]",
+    "{}",
+    "\u202e",
+    "\u200b",
+    "hello",
+    "I am sad.",
+    "hit:0_conv:1",
+]
+CHARACTERS = [(0x20, 0x7E), (0, 0x1F), (0x7F, 0xFF), (0x100, 0xD7FF), (0xE000, 0x10FFFF)]
+NUMBERS = [0.0, -0.0, 1.5, -1e308, 5e-324, float("nan"), float("inf"), float("-inf")]
 
 
-def lines_of(header, width):
-    """Files that begin right and go wrong: the header, then rows of about the right width."""
-    row = st.lists(CELL, min_size=width - 2, max_size=width + 2).map(",".join)
-    return st.lists(row, max_size=6).map(
-        lambda rows: "\n".join([header, *rows]).encode("utf-8", "surrogatepass")
+def text_of(rng):
+    """Up to 12 characters of every kind; seldom a lone surrogate, which no encoding can hold."""
+    if rng.random() < 0.01:
+        return "\ud83d"
+    return "".join(
+        chr(rng.randint(*rng.choice(CHARACTERS))) for _ in range(rng.randint(0, 12))
     )
 
 
-def json_lines():
-    value = st.recursive(
-        st.one_of(st.none(), st.booleans(), st.integers(-3, 4), st.floats(), CELL),
-        lambda inner: st.lists(inner, max_size=3),
-        max_leaves=4,
-    )
-    record = st.dictionaries(st.sampled_from([*data.FIELDS, "other"]), value, max_size=7)
-    return st.lists(record, max_size=4).map(
-        lambda rows: "\n".join(map(json.dumps, rows)).encode("utf-8", "surrogatepass")
-    )
+def cell_of(rng):
+    return rng.choice(ODD) if rng.random() < 0.5 else text_of(rng)
+
+
+def bytes_of(rng, longest):
+    """Rubbish: any bytes at all, or few different ones, so that line ends and quotes are among them."""
+    length = rng.randint(0, longest)
+    if rng.random() < 0.5:
+        return rng.randbytes(length)
+    return bytes(rng.choice(b'\0\n\r,"{}[]:\\\xff\xef1a ') for _ in range(length))
+
+
+def lines_of(header, good):
+    """Files that begin right and go wrong: the header, then rows like the good one, or of about its width."""
+    cells = good.split(",")
+
+    def row_of(rng):
+        if rng.random() < 0.3:
+            return good
+        if rng.random() < 0.3:  # one cell is another
+            row = list(cells)
+            row[rng.randrange(len(row))] = cell_of(rng)
+            return ",".join(row)
+        width = rng.randint(len(cells) - 2, len(cells) + 2)
+        return ",".join(cell_of(rng) for _ in range(width))
+
+    def draw(rng):
+        rows = [row_of(rng) for _ in range(rng.randint(0, 6))]
+        return "\n".join([header, *rows]).encode("utf-8", "surrogatepass")
+
+    return draw
+
+
+def value_of(rng, depth=0):
+    kind = rng.randrange(6 if depth < 3 else 5)
+    if kind == 0:
+        return rng.choice([None, True, False])
+    if kind == 1:
+        return rng.randint(-3, 4)
+    if kind == 2:
+        return rng.choice([*NUMBERS, rng.gauss(0, 1e3)])
+    if kind in (3, 4):
+        return cell_of(rng)
+    return [value_of(rng, depth + 1) for _ in range(rng.randint(0, 3))]
+
+
+def json_lines(rng):
+    """Records like a good one, or with any of the right names, others among them, and values of every kind."""
+    names = [*data.FIELDS, "other"]
+    records = []
+    for _ in range(rng.randint(0, 4)):
+        record = {"context": ["I am sad."], "response": "Why?", "er": 1, "ip": 0, "ex": 2}
+        if rng.random() < 0.7:
+            changed = rng.sample(names, rng.randint(0, len(names)))
+            record = record if rng.random() < 0.3 else {}
+            record |= {name: value_of(rng) for name in changed}
+        records.append(record)
+    return "\n".join(map(json.dumps, records)).encode("utf-8", "surrogatepass")
 
 
 FILES = {
-    "ed.csv": (data.read_empathetic_dialogues, lines_of(data.ED_HEADER, 8)),
-    "mine.csv": (data.read_dialogues, lines_of("context,response,emotion,er,ip,ex", 6)),
-    "mine.jsonl": (data.read_dialogues, json_lines()),
+    "ed.csv": (
+        data.read_empathetic_dialogues,
+        lines_of(data.ED_HEADER, "hit:0_conv:1,2,sad,I am sad.,7,Oh no.,5|5|5_2|2|2,"),
+    ),
+    "mine.csv": (
+        data.read_dialogues,
+        lines_of("context,response,emotion,er,ip,ex", "I am sad.,Why?,sad,1,0,2"),
+    ),
+    "mine.jsonl": (data.read_dialogues, json_lines),
     "epitome": (
         data.read_epitome,
-        lines_of("sp_id,rp_id,seeker_post,response_post,level,rationales", 6),
+        lines_of(
+            "sp_id,rp_id,seeker_post,response_post,level,rationales", "a,b,I am sad.,Why?,2,"
+        ),
     ),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_two_thousand_files_are_read_or_refused(name, tmp_path_factory):
-    folder, (read, structured) = tmp_path_factory.mktemp("rubbish"), FILES[name]
-
-    @settings(max_examples=550)
-    @given(st.one_of(st.binary(max_size=200), structured))
-    def throw(content):
+def test_two_thousand_files_are_read_or_refused(name, tmp_path):
+    read, structured = FILES[name]
+    before = dict(tried)
+    for case in range(600):
+        rng = random.Random(f"{name} {case}")
+        content = bytes_of(rng, 200) if rng.random() < 0.1 else structured(rng)
         if name == "epitome":
             for file in data.EPITOME_FILES:
-                (folder / file).write_bytes(content)
-            reads_or_refuses(lambda path: read(folder), folder / "x")
+                (tmp_path / file).write_bytes(content)
+            reads_or_refuses(lambda path: read(tmp_path), tmp_path / "x")
         else:
-            (folder / name).write_bytes(content)
-            reads_or_refuses(read, folder / name)
-
-    before = dict(tried)
-    throw()
-    assert tried["files"] - before["files"] >= 500 and tried["refused"] > before["refused"]
+            (tmp_path / name).write_bytes(content)
+            reads_or_refuses(read, tmp_path / name)
+    files, refused = (tried[key] - before[key] for key in ("files", "refused"))
+    assert files >= 550 and 0 < refused < files, "some are read, others are refused"
 
 
 def test_rubbish_for_models(tmp_path):
     """Tokenizers, checkpoints and their configurations."""
-
-    @settings(max_examples=100)
-    @given(st.binary(max_size=300), st.one_of(json_lines(), st.binary(max_size=50)))
-    def throw(content, config):
+    for case in range(120):
+        rng = random.Random(f"model {case}")
         for name in ("spiece.model", "pytorch_model.bin"):
-            (tmp_path / name).write_bytes(content)
+            (tmp_path / name).write_bytes(bytes_of(rng, 300))
+        config = json_lines(rng) if rng.random() < 0.5 else bytes_of(rng, 50)
         (tmp_path / "config.json").write_bytes(config)
         for load, error in (
             (lambda: data.Tokenizer(tmp_path / "spiece.model"), DataError),
@@ -481,8 +525,6 @@ def test_rubbish_for_models(tmp_path):
             with pytest.raises(error) as raised:
                 load()
             assert "\n" not in str(raised.value)
-
-    throw()
 
 
 FIELDS = [

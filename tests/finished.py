@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import ablate as ablations
+import crisis
 import data
 import rate as rating
 from data import DataError, Pairs, Tokenizer
@@ -28,17 +28,6 @@ from emprl import (
 from identifiers import MECHANISMS, Identifiers, before_after, predict_levels
 from ppo import respond
 from t5_small import from_pretrained, load_state
-
-CRISIS = re.compile(
-    r"suicid|\b(kill|hurt|harm|cut|cutt|hang)(ing)? (my|him|her|them)sel|self.?harm|overdos|wish i (was|were) dead|"
-    r"(i|i.m|i am) (\w+ )?(want|wish|going|plan\w*) to die|end (it all|my (own )?life)|better off (dead|without me)|"
-    r"(n.?t|no reason to|no point in) (want to )?(live|living|be alive)",
-    re.I,
-)
-HELP = (
-    "If you or someone near you may be in danger, please talk to a person now: the emergency number (112, 911, 999), a crisis "
-    "line (988 in the US; findahelpline.com lists others), or someone you trust. This program can not help with that."
-)
 
 
 def load_run(folder):
@@ -133,15 +122,18 @@ def evaluate(arguments, folder):
 def chat(arguments, folder):
     """You write, both policies answer, with the levels that the identifiers read in each answer."""
     run, tokenizer, readers, models = load_run(folder)
-    say(
-        "A research model, not a counsellor. An empty line starts a new conversation; Ctrl-D ends."
-    )
+    say(*crisis.OPENING, sep="\n")
+    say("An empty line starts a new conversation, /help repeats this, the end of input ends.")
     history, c = (), run.config.data
     getattr(sys.stdin, "reconfigure", lambda **_: None)(errors="replace")
     for line in map(data.clean, sys.stdin):
-        history = (*history, line[-2000:]) if line else ()
-        if CRISIS.search(line):
-            say(HELP)
+        line = line[-2000:]
+        if line == "/help":  # nothing that was said, and the conversation goes on
+            say(*crisis.OPENING, sep="\n")
+            continue
+        history = (*history, line) if line else ()
+        if crisis.signs_of_crisis(line):
+            say(*crisis.OPENING, sep="\n")
             history = ()
         pairs = Pairs(
             [data.Dialogue(history, "")], tokenizer, c.max_source, c.max_target, run.device

@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench
+import crisis
 import emprl
 from data import DataError
 from identifiers import LEVELS, MECHANISMS, emp_f1, f1_scores
@@ -504,6 +505,7 @@ def page(records, name, number=40, seed=0):
     rows = sorted(random.Random(seed).sample(range(len(records)), min(number, len(records))))
     lines = [
         f"# {len(rows)} test contexts of {name}",
+        crisis.NOTE,
         f"Drawn by `random.Random({seed}).sample` from {len(records)}; nothing is selected. "
         "Levels are [ER, IP, EX], by the reward's identifiers and by the judge. The contexts and the human responses are EmpatheticDialogues' "
         "own (CC BY-NC 4.0): the run folder's responses.jsonl has them; here stand their ids (conversation / utterance).",

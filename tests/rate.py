@@ -5,6 +5,7 @@ two raters to an item; kappa: Cohen's (1960), the mean over pairs of raters (Lig
 import contextlib, getpass, hashlib, itertools, json, math, pathlib, random, re, sys, urllib.parse
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import crisis
 import data
 
 ASKED = {
@@ -69,6 +70,7 @@ def main(folder, rater="", number=30, seed=0):
         raise data.DataError(
             f"rate: this system does not tell who you are; give a name: python emprl.py rate {folder} NAME"
         ) from None
+    print(crisis.NOTE)
     path = pathlib.Path(folder) / ("ratings-" + file_name(rater) + ".jsonl")
     texts = dict(
         read(

@@ -205,6 +205,14 @@ def test_stopped_at_any_question_it_goes_on_there(tmp_path, monkeypatch, capsys,
     Rater(monkeypatch, capsys, lambda *_: pytest.fail("asked again")).rate(tmp_path, "ann")
 
 
+def test_a_content_note_comes_before_the_first_text(tmp_path, monkeypatch, capsys):
+    write(tmp_path, 3)
+    rater = Rater(monkeypatch, capsys, warm, patience=1)
+    rater.rate(tmp_path, "ann")
+    assert rater.read.startswith("Content note: ") and rater.read.count("Content note") == 1
+    assert rater.read.index("findahelpline.com") < rater.read.index("1 of 3")
+
+
 def test_each_item_is_on_disk_at_once(tmp_path, monkeypatch, capsys):
     write(tmp_path, 3)
     lines = []

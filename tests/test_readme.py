@@ -155,6 +155,14 @@ def test_committed_page_is_of_forty_contexts_without_their_text():
         )
 
 
+def test_pages_of_replies_begin_with_a_content_note():
+    """Each committed page, and each that is written anew."""
+    written = [path.read_text(encoding="utf-8") for path in publish.RESULTS.glob("*-page.md")]
+    for page in (*written, publish.page(responses(100), "real-seed0")):
+        assert page.split("\n\n")[1].startswith("Content note: "), page[:80]
+        assert "findahelpline.com" in page.split("\n\n")[1]
+
+
 def test_intervals_over_seeds_and_contexts(tmp_path, monkeypatch):
     """EmpRL right everywhere, MLE right in two mechanisms of three, on every context of every seed: no spread at all. One seed whose
     MLE is right too: the interval reaches down to the gain of nearly only that one."""

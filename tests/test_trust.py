@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import crisis
 import data
 import emprl
 import faults
-import finished
 import identifiers
 import ppo
 import t5_small
@@ -687,10 +687,20 @@ def test_chat_survives_what_people_type(whole, capsys, monkeypatch):
         + b"no end of line"
     )
     out = chat(whole, typed, capsys, monkeypatch)
-    assert "not a counsellor" in out[0] and len(out) == 1 + 2 * 6, (
-        "two replies to each of six lines that say something"
-    )
-    assert len(chat(whole, b"", capsys, monkeypatch)) == 1, "the end of the file at once"
+    assert len(out) == 3 + 2 * 6, "two replies to each of six lines that say something"
+    assert len(chat(whole, b"", capsys, monkeypatch)) == 3, "the end of the file at once"
+
+
+def test_chat_says_first_what_it_is_and_where_help_is(whole, capsys, monkeypatch):
+    """Two lines before anything is read, and again on /help, which is no part of the conversation."""
+    torch.manual_seed(0)
+    told = chat(whole, b"Hello\n/help\nHello\n", capsys, monkeypatch)
+    exercise, help_is = told[:2]
+    assert "exercise" in exercise and "no person reads along" in exercise
+    assert all(words in help_is for words in ("112", "911", "988", "findahelpline.com"))
+    assert told[5:7] == told[:2] and len(told) == 3 + 2 + 2 + 2
+    torch.manual_seed(0)
+    assert chat(whole, b"Hello\nHello\n", capsys, monkeypatch)[5:] == told[7:]
 
 
 @pytest.mark.parametrize(
@@ -713,7 +723,7 @@ def test_chat_survives_what_people_type(whole, capsys, monkeypatch):
 )
 def test_signs_of_crisis_get_a_pointer_to_people(text, whole, capsys, monkeypatch):
     out = chat(whole, f"Hello\n{text}\nHello\n".encode(), capsys, monkeypatch)
-    assert out[3] == finished.HELP and len(out) == 1 + 2 + 1 + 2, (
+    assert out[5:7] == out[:2] and len(out) == 3 + 2 + 2 + 2, (
         "no generated line answers it, and it is not kept in the context"
     )
 
@@ -731,7 +741,7 @@ def test_signs_of_crisis_get_a_pointer_to_people(text, whole, capsys, monkeypatc
     ],
 )
 def test_ordinary_sorrow_is_answered(text):
-    assert not finished.CRISIS.search(text)
+    assert not crisis.signs_of_crisis(text)
 
 
 # ---- fair figures

@@ -1,6 +1,6 @@
 """EmpRL, end to end: the recipe from top to bottom, and the command line.
 
-    python emprl.py [--preset toy|real|paper|smoke] [--data DIR] [--t5 DIR] [--run DIR] [--seed N] [--set key=value ...]
+    python emprl.py [--preset toy|real|paper|smoke] [--data DIR] [--t5 DIR] [--run DIR] [--seed N] [--device cpu|cuda] [--set key=value ...]
     python emprl.py evaluate --run DIR --data DIALOGUES     measure a finished run on other dialogues
     python emprl.py chat --run DIR                          talk to a finished run
     python emprl.py rate RUN [YOUR NAME]                    compare its two policies blindly, reply by reply
@@ -20,7 +20,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, leave)
 
 import argparse, atexit, contextlib, copy, ctypes, errno, functools, hashlib, itertools, json, math, re, shlex, subprocess, sys
-import shutil, tempfile, threading, time, traceback, zlib
+import shutil, tempfile, threading, time, traceback, warnings, zlib
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -532,6 +532,43 @@ def alone(folder):
         yield
 
 
+@functools.cache
+def find_device(wanted=""):
+    """ "cuda" or "cpu": the wanted one, or a GPU if one can be used. Says, once, why one that is there is not used."""
+    if wanted == "cpu":
+        return "cpu"
+    why = ""
+    with warnings.catch_warnings(
+        record=True
+    ) as warned:  # torch warns of a driver that is too old
+        warnings.simplefilter("always")
+        try:
+            if torch.cuda.is_available():
+                torch.ones(2, 2, device="cuda").mm(
+                    torch.ones(2, 2, device="cuda")
+                ).sum().item()
+                return "cuda"
+        except (
+            RuntimeError,
+            AssertionError,
+        ) as error:  # no code for this GPU, or it is in use
+            why = str(error)
+    why = why or "".join(str(warning.message) for warning in warned[:1])
+    why = " ".join(why.split())[:150]
+    if not why and shutil.which("nvidia-smi"):
+        why = f"torch {torch.__version__} is built without it or finds no driver for it"
+    if wanted == "cuda":
+        raise DataError(
+            f"--device cuda: no GPU that torch can use ({why or 'none is seen'}); "
+            "leave --device out, or install the build of torch that fits its driver"
+        )
+    if why:
+        say(f"device      a GPU is seen but can not be used, the CPU is ({why})")
+    elif torch.backends.mps.is_available():
+        say("device      Apple's GPU is not used, the CPU is")
+    return "cpu"
+
+
 # ---- the run folder -------------------------------------------------------------------------------------------------
 class Run:
     """A folder with config.json, metrics.jsonl and checkpoints/, and the loop that every training stage shares."""
@@ -540,7 +577,7 @@ class Run:
     command = None  # the arguments of the command line, if it was one
     given = ()  # stages that must be there: they are never trained anew
 
-    def __init__(self, folder, config):
+    def __init__(self, folder, config, device=""):
         self.code = (
             code_version()
         )  # noted beside results; another one is no reason to refuse them
@@ -553,7 +590,7 @@ class Run:
             {},
         )  # log: stage -> a record a step
         self.device, self.in_loop, self.interrupted = (
-            "cuda" if torch.cuda.is_available() else "cpu",
+            find_device(device),
             False,
             False,
         )
@@ -612,6 +649,7 @@ class Run:
             **self.code,
             "python": sys.version,
             **{name: version(name) for name in ("torch", "sentencepiece", "numpy")},
+            "device": self.device,
             "threads": threads,
             "gflops": {str(n): round(gflops(n), 1) for n in sorted({1, threads})},
         }
@@ -1349,6 +1387,12 @@ def main(arguments=None):
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
+        "--device",
+        default="",
+        choices=("cpu", "cuda"),
+        help="of run, evaluate, chat (default: cuda if it can be used)",
+    )
+    parser.add_argument(
         "--set",
         action="extend",
         nargs="+",
@@ -1387,6 +1431,8 @@ def main(arguments=None):
             raise DataError(
                 "only rate takes RUN [YOUR NAME] here, and ablate NAME [RUN ...] [--again] [--write FILE]; see --help"
             )
+        if a.device and a.command in ("rate", "ablate"):
+            raise DataError(f"{a.command} takes no --device; leave it out")
         if a.command == "run":
             keep_memory()
             config = make_config(a.preset, a.seed, a.data, a.t5, a.set)
@@ -1395,7 +1441,7 @@ def main(arguments=None):
                 official_file(a.t5, "config.json")
                 official_file(a.t5, "spiece.model")
                 weights_file(a.t5)
-            run = Run(folder, config)
+            run = Run(folder, config, a.device)
             run.command = sys.argv[1:] if arguments is None else arguments
             on_ctrl_c(run.on_interrupt)
             run_all(run)

@@ -30,7 +30,7 @@ from ppo import respond
 from t5_small import from_pretrained, load_state
 
 
-def load_run(folder):
+def load_run(folder, device=""):
     """A finished run -> (Run, Tokenizer, readers, {"sft": T5, "emprl": T5}). Raises DataError where there is none."""
     folder = Path(folder)
     if not (folder / "metrics.json").exists():
@@ -47,7 +47,7 @@ def load_run(folder):
         config.preset, config.data_dir, config.t5_dir = (
             raw[name] for name in ("preset", "data_dir", "t5_dir")
         )
-        tokenizer, run = Tokenizer(folder / "tokenizer.model"), Run(folder, config)
+        tokenizer, run = Tokenizer(folder / "tokenizer.model"), Run(folder, config, device)
         run.content = raw["content"]
         models = {
             name: from_pretrained(folder / name, tokenizer.vocab_size).to(run.device).eval()
@@ -97,7 +97,7 @@ def mixed(run, tokenizer, models):
 
 def evaluate(arguments, folder):
     """Before and after on any dialogue file; prints the table and writes it into the run folder."""
-    run, tokenizer, readers, models = load_run(folder)
+    run, tokenizer, readers, models = load_run(folder, arguments.device)
     dialogues = data.read_dialogues(arguments.data)
     pairs = Pairs(
         dialogues,
@@ -121,7 +121,7 @@ def evaluate(arguments, folder):
 
 def chat(arguments, folder):
     """You write, both policies answer, with the levels that the identifiers read in each answer."""
-    run, tokenizer, readers, models = load_run(folder)
+    run, tokenizer, readers, models = load_run(folder, arguments.device)
     say(*crisis.OPENING, sep="\n")
     say("An empty line starts a new conversation, /help repeats this, the end of input ends.")
     history, c = (), run.config.data

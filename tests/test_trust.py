@@ -806,3 +806,4 @@ def test_the_run_folder_says_what_it_came_from(whole):
         or found["torch"] == torch.__version__
     )
     assert {"command", "commit", "python", "sentencepiece", "numpy", "threads"} <= set(found)
+    assert found["device"] == emprl.find_device()

@@ -517,7 +517,7 @@ def differing(one, two):
 @contextlib.contextmanager
 def alone(folder):
     """Nobody else in a folder meanwhile. Raises DataError if somebody is. The system frees it when the process ends, however it ends."""
-    with open(Path(folder) / ".lock", "a") as file:
+    with open(Path(folder) / ".lock", "a", encoding="utf-8") as file:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -616,7 +616,7 @@ class Run:
         if not results or not path.exists():
             return
         try:
-            raw = json.loads(path.read_text())
+            raw = json.loads(path.read_text(encoding="utf-8"))
             there, old = comparable(raw), raw.get("content", {})
         except (AttributeError, KeyError, TypeError, ValueError):
             raise DataError(f"{path}: damaged; {self.elsewhere()}") from None
@@ -633,7 +633,7 @@ class Run:
     def note_environment(self):
         """Append to environment.json, a list with an entry for each start of the run, what this one runs on."""
         try:
-            known = json.loads((self.folder / "environment.json").read_text())
+            known = json.loads((self.folder / "environment.json").read_text(encoding="utf-8"))
             known = known if isinstance(known, list) else [known]
         except (OSError, ValueError):
             known = []

@@ -762,7 +762,7 @@ def save_pretrained(model, folder):
         "is_encoder_decoder": True,
     }
     (folder / "config.json").write_text(
-        json.dumps({**kind, **asdict(model.config)}, indent=2) + "\n"
+        json.dumps({**kind, **asdict(model.config)}, indent=2) + "\n", encoding="utf-8"
     )
     save_atomically(
         {official_name(n): p for n, p in model.state_dict().items()},

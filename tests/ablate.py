@@ -333,7 +333,7 @@ def run(folder, config, replaced, given=()):
 
 def measure(source, name, variant):
     """The figures of one variant from a finished run's MLE policy and identifiers."""
-    raw = emprl.from_json((source / "metrics.json").read_text())["config"]
+    raw = emprl.from_json((source / "metrics.json").read_text(encoding="utf-8"))["config"]
     folder = source / "ablations" / f"{name}-run"
     repeated, settings = (["ppo.pt"], SHORT) if name not in FINISHED else ([], [])
     given = [stage for stage in emprl.STAGES if stage != "ppo" or name == "frontier"]
@@ -365,7 +365,7 @@ def train(seed, name, variant):
             for d in dialogues
         ]
         (folder / "mine.jsonl").write_text(
-            "".join(json.dumps(record) + "\n" for record in records)
+            "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
         )
     file = folder / "mine.jsonl" if name == "own" else ""
     return figures_of(
@@ -465,7 +465,9 @@ def key_of(metrics):
 def stored(folder, name, key):
     """{variant: figures} of what has been measured under this key; None if there is nothing."""
     try:
-        raw = emprl.from_json((folder / "ablations" / f"{name}.json").read_text())
+        raw = emprl.from_json(
+            (folder / "ablations" / f"{name}.json").read_text(encoding="utf-8")
+        )
         return raw["figures"] if raw["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -479,7 +481,7 @@ def keep(folder, name, key, variant, figures):
     text = emprl.to_json(
         {"key": key, "code": emprl.code_version(), "figures": found}, indent=1
     )
-    path.with_suffix(".tmp").write_text(text + "\n")
+    path.with_suffix(".tmp").write_text(text + "\n", encoding="utf-8")
     path.with_suffix(".tmp").replace(path)
 
 
@@ -504,7 +506,7 @@ def main(name, *runs, again=False, write=""):
     configs, keys = {}, {}
     for folder in map(Path, runs):
         try:
-            metrics = emprl.from_json((folder / "metrics.json").read_text())
+            metrics = emprl.from_json((folder / "metrics.json").read_text(encoding="utf-8"))
             configs[folder], keys[folder] = metrics["config"], key_of(metrics)
             preset, seed = configs[folder]["preset"], configs[folder]["seed"]
             if preset not in emprl.PRESETS or type(seed) is not int:
@@ -532,7 +534,7 @@ def main(name, *runs, again=False, write=""):
     pictured, told = name in ("kl", "frontier"), ""
     where = Path(write) if write else None
     if where:
-        where.write_text(emprl.to_json(figures, indent=1) + "\n")
+        where.write_text(emprl.to_json(figures, indent=1) + "\n", encoding="utf-8")
         told = f"\nwritten to {where}"
     elif sources:
         where = [*sources.values()][-1] / "ablations" / f"{name}.json"

@@ -752,7 +752,7 @@ def parts(a):
     for run in a.run:
         yield from rows(
             f"run {Path(run).name}",
-            json.loads((Path(run) / "metrics.json").read_text())["seconds"],
+            json.loads((Path(run) / "metrics.json").read_text(encoding="utf-8"))["seconds"],
             {},
         )
 
@@ -781,7 +781,15 @@ def peaks(work, who):
     def peak():  # not ru_maxrss, which starts at what the parent held
         if DEVICE == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+        return (
+            int(
+                Path("/proc/self/status")
+                .read_text(encoding="utf-8")
+                .split("VmHWM:")[1]
+                .split()[0]
+            )
+            / 1024
+        )
 
     (kind, c, n), library = WORK[work], who.split()[0]
     __import__("torch._dynamo")  # every optimizer does
@@ -851,7 +859,7 @@ PARTS = {
 
 # ---- results and the command line
 def results():
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
 
 
 def record(part, work, row):
@@ -868,7 +876,10 @@ def record(part, work, row):
     )
     where, merged = ", ".join(f"{k} {x}" for k, x in what.items()), results()
     cpu = (
-        Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
+        Path("/proc/cpuinfo")
+        .read_text(encoding="utf-8")
+        .split("model name\t: ")[1]
+        .split("\n")[0]
         if sys.platform == "linux"
         else ""
     )
@@ -880,7 +891,9 @@ def record(part, work, row):
         "date": str(datetime.date.today()),
     }
     mine["rows"][work] = row
-    RESULTS.with_suffix(".tmp").write_text(json.dumps(merged, indent=1) + "\n")
+    RESULTS.with_suffix(".tmp").write_text(
+        json.dumps(merged, indent=1) + "\n", encoding="utf-8"
+    )
     os.replace(RESULTS.with_suffix(".tmp"), RESULTS)
     return mine["rows"]
 

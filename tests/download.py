@@ -59,9 +59,9 @@ def _fetch(url, path, progress):
             have = have if answer.status == 206 else 0
             total = have + int(answer.headers.get("Content-Length") or 0)
             if not have:
-                _write(part, b"", "wb")
+                _write(part, b"", "w")
             while max(have, total) <= limit and (block := answer.read(1 << 20)):
-                _write(part, block, "ab")
+                _write(part, block, "a")
                 have += len(block)
                 progress(
                     f"{posixpath.basename(url)} {100 * have // max(total, 1):3d} % of {total:,} bytes"
@@ -84,7 +84,7 @@ def _fetch(url, path, progress):
 def _write(path, content, mode):
     """What a full disk or a folder that may not be written to says is no error of the network."""
     try:
-        with open(path, mode) as file:
+        with open(path, mode + "b") as file:
             file.write(content)
     except OSError as error:
         remedy = "make room" if error.errno == errno.ENOSPC else "choose another folder"
@@ -135,12 +135,12 @@ def _unpack(archive, folder, members):
     for name, content in found.items():
         path = os.path.join(folder, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        _write(f"{path}.tmp", content, "wb")  # a crash leaves no half file under the name
+        _write(f"{path}.tmp", content, "w")  # a crash leaves no half file under the name
         os.replace(f"{path}.tmp", path)
         line = f"{hashlib.sha256(content).hexdigest()}  {os.path.basename(name)}\n"
         sums[_record(path)] = sums.get(_record(path), "") + line
     for record, lines in sums.items():
-        _write(f"{record}.tmp", lines.encode(), "wb")
+        _write(f"{record}.tmp", lines.encode(), "w")
         os.replace(f"{record}.tmp", record)
 
 

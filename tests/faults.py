@@ -34,8 +34,8 @@ def run(folder, *settings, before=lambda: None):
     sys.stdout.flush()
     if (pid := os.fork()) == 0:
         with (
-            open(os.devnull, "w") as nothing,
-            open(errors, "w") as file,
+            open(os.devnull, "w", encoding="utf-8") as nothing,
+            open(errors, "w", encoding="utf-8") as file,
             contextlib.redirect_stdout(nothing),
             contextlib.redirect_stderr(file),
         ):
@@ -58,7 +58,7 @@ def run(folder, *settings, before=lambda: None):
             finally:
                 file.flush()
                 os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), errors.read_text()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), errors.read_text(encoding="utf-8")
 
 
 def differences(a, b):
@@ -68,7 +68,10 @@ def differences(a, b):
         for name in ("metrics.jsonl", "samples.md", "config.json", "tokenizer.model")
         if (a / name).read_bytes() != (b / name).read_bytes()
     ]
-    one, two = ({**json.loads((x / "metrics.json").read_text()), "seconds": 0} for x in (a, b))
+    one, two = (
+        {**json.loads((x / "metrics.json").read_text(encoding="utf-8")), "seconds": 0}
+        for x in (a, b)
+    )
     found += ["metrics.json"] if one != two else []
     for name in ("sft", "emprl"):
         one, two = (t5_small.load_state(x / name / "pytorch_model.bin") for x in (a, b))

@@ -38,7 +38,7 @@ def load_run(folder, device=""):
             f"--run {folder}: no finished run there; make one with `python emprl.py --run {folder}`"
         )
     try:
-        raw = json.loads((folder / "config.json").read_text())
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         sections = [k for k, v in asdict(Config()).items() if isinstance(v, dict)]
         config = make_config(
             seed=raw["seed"], settings=ablations.settings_of({s: raw[s] for s in sections})
@@ -89,7 +89,7 @@ def mixed(run, tokenizer, models):
     for name, stage in (("sft", "sft"), ("emprl", "ppo")):
         if digest({"weights": models[name].state_dict()}) != run.made[stage]:
             return f"{name}/pytorch_model.bin"
-    metrics = from_json((run.folder / "metrics.json").read_text())
+    metrics = from_json((run.folder / "metrics.json").read_text(encoding="utf-8"))
     if metrics["code"]["modules"] != run.code["modules"]:
         print("warning: the run was made by other code than this", file=sys.stderr)
     return "" if metrics["key"] == run.key(EVALUATE) else "metrics.json"

@@ -199,7 +199,8 @@ def main():
     path = Path(__file__).parent / "results" / "identifiers.json"
     path.parent.mkdir(exist_ok=True)
     path.with_suffix(".tmp").write_text(
-        json.dumps({"mean_and_std": summary, "seeds": seeds}, indent=1) + "\n"
+        json.dumps({"mean_and_std": summary, "seeds": seeds}, indent=1) + "\n",
+        encoding="utf-8",
     )
     os.replace(path.with_suffix(".tmp"), path)
 

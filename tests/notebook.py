@@ -86,9 +86,11 @@ def source_hash(notebook):
 
 if __name__ == "__main__":
     path = ROOT / "train.ipynb"
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     run(content, progress=lambda text: print(text, flush=True))
     if "--write" in sys.argv:
         content["metadata"]["executed_source"] = source_hash(content)
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        path.write_text(
+            json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         print(f"outputs stored in {path.name}")

@@ -42,12 +42,16 @@ def shown(page, anchor):
 
 def put(anchor, table):
     """Write the table below the paragraph with (anchor), in the place of the one there; in every page that has it. Returns those."""
-    pages = [path for path in PAGES if f"({anchor})" in path.read_text() and table]
+    pages = [
+        path for path in PAGES if f"({anchor})" in path.read_text(encoding="utf-8") and table
+    ]
     for path in pages:
-        page = path.read_text().rstrip("\n") + "\n\n"
+        page = path.read_text(encoding="utf-8").rstrip("\n") + "\n\n"
         start = page.index("\n\n", page.index(f"({anchor})")) + 2
         end = page.index("\n\n", start) if page.startswith("|", start) else start - 2
-        path.write_text((page[:start] + table + page[end:]).rstrip("\n") + "\n")
+        path.write_text(
+            (page[:start] + table + page[end:]).rstrip("\n") + "\n", encoding="utf-8"
+        )
     return pages
 
 
@@ -70,7 +74,9 @@ def tables():
         found[f"bench: {part}"] = bench.sheet(rows)
     for path in sorted(RESULTS.glob("ablate-*.json")):
         name = path.stem.split("-")[1]
-        found[f"tests/results/{path.name}"] = ablate.table(json.loads(path.read_text()), name)
+        found[f"tests/results/{path.name}"] = ablate.table(
+            json.loads(path.read_text(encoding="utf-8")), name
+        )
     if (RESULTS / "identifiers.json").exists():
         found["tests/results/identifiers.json"] = identifiers()
     if load("toy"):
@@ -99,7 +105,7 @@ def table(metrics):
 
 def load(preset):
     return [
-        emprl.from_json(path.read_text())
+        emprl.from_json(path.read_text(encoding="utf-8"))
         for path in sorted(RESULTS.glob(f"{preset}-seed?.json"))
     ]
 
@@ -154,7 +160,9 @@ def seeds():
 
 def identifiers():
     """EPITOME's test part: mean (standard deviation) over the seeds of tests/identify.py."""
-    means = json.loads((RESULTS / "identifiers.json").read_text())["mean_and_std"]
+    means = json.loads((RESULTS / "identifiers.json").read_text(encoding="utf-8"))[
+        "mean_and_std"
+    ]
     measures = [
         (m, k)
         for m in MECHANISMS
@@ -410,7 +418,7 @@ def levels(preset):
         for path in sorted(RESULTS.glob(f"{preset}-seed?.json"))
     ]
     texts = (
-        [json.loads(path.read_text()) for path in files]
+        [json.loads(path.read_text(encoding="utf-8")) for path in files]
         if all(path.exists() for path in files)
         else []
     )
@@ -479,7 +487,8 @@ def gain_over_seeds(runs, key, shared, resamples=2000, seed=0):
 
 def responses(run):
     records = [
-        json.loads(line) for line in (Path(run) / "responses.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (Path(run) / "responses.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     if not records or not {*READERS} <= {*records[0]["levels"]}:
         raise DataError(
@@ -539,19 +548,21 @@ def escaped(text):
 def main(run="", name=""):
     if run:
         metrics, records = (
-            emprl.from_json((Path(run) / "metrics.json").read_text()),
+            emprl.from_json((Path(run) / "metrics.json").read_text(encoding="utf-8")),
             responses(run),
         )
         if metrics["config"]["data_dir"]:
             metrics["config"]["data_dir"] = "../shared/data"
-        (RESULTS / f"{name}.json").write_text(emprl.to_json(metrics, indent=2) + "\n")
+        (RESULTS / f"{name}.json").write_text(
+            emprl.to_json(metrics, indent=2) + "\n", encoding="utf-8"
+        )
         if name.startswith("real"):
             (RESULTS / f"levels-{name}.json").write_text(
-                json.dumps(compact(records), indent=0) + "\n"
+                json.dumps(compact(records), indent=0) + "\n", encoding="utf-8"
             )
         if name in ("real-seed0", "topk-seed0"):
             (RESULTS / f"{name.removesuffix('-seed0')}-page.md").write_text(
-                page(records, name)
+                page(records, name), encoding="utf-8"
             )
     for anchor, new in tables().items():
         put(anchor, new)

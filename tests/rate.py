@@ -90,7 +90,7 @@ def main(folder, rater="", number=30, seed=0):
     ]  # in the order of their hash: drawn
     with (
         contextlib.suppress(StopIteration, EOFError, KeyboardInterrupt),
-        path.open("a", buffering=1) as file,
+        path.open("a", buffering=1, encoding="utf-8") as file,
     ):
         for item in sorted({*items} - {*dict(read(path))}):
             text, a = (

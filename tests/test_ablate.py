@@ -43,7 +43,8 @@ def two(tmp_path):
     for seed in range(2):
         (tmp_path / f"run{seed}").mkdir()
         (tmp_path / f"run{seed}" / "metrics.json").write_text(
-            json.dumps({"config": {"preset": "smoke", "seed": seed}, "key": f"run{seed}"})
+            json.dumps({"config": {"preset": "smoke", "seed": seed}, "key": f"run{seed}"}),
+            encoding="utf-8",
         )
     return [str(tmp_path / f"run{seed}") for seed in range(2)]
 
@@ -59,7 +60,7 @@ def results(tmp_path, monkeypatch):
 
 def stored(path):
     """{variant: {seed: figures}} as --write wrote it."""
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_settings_of_every_variant_are_options():
@@ -123,7 +124,7 @@ def test_the_frontier_is_measured_without_training(finished, results, monkeypatc
     figures = {
         variant: by_seed["0"] for variant, by_seed in stored(results / "all.json").items()
     }
-    metrics = json.loads(open(f"{finished}/metrics.json").read())
+    metrics = json.loads(open(f"{finished}/metrics.json", encoding="utf-8").read())
     assert (
         list(figures) == list(ablate.ABLATIONS["frontier"]) and (results / "all.png").exists()
     )
@@ -257,12 +258,14 @@ def test_other_runs_figures_are_never_shown(two, results, counted):
     other = results / "other"
     shutil.copytree(two[1], other)
     (other / "metrics.json").write_text(
-        json.dumps({"config": {"preset": "smoke", "seed": 0}, "key": "other"})
+        json.dumps({"config": {"preset": "smoke", "seed": 0}, "key": "other"}),
+        encoding="utf-8",
     )
     assert emprl.main(["ablate", "reward", str(other)]) == 0 and len(counted) == 8
     assert emprl.main(["ablate", "reward", two[0]]) == 0 and len(counted) == 8
     (results / "run0" / "metrics.json").write_text(
-        json.dumps({"config": {"preset": "smoke", "seed": 0}, "key": "made anew"})
+        json.dumps({"config": {"preset": "smoke", "seed": 0}, "key": "made anew"}),
+        encoding="utf-8",
     )
     assert emprl.main(["ablate", "reward", two[0]]) == 0 and len(counted) == 12
 
@@ -296,9 +299,9 @@ def test_a_run_whose_checkpoints_are_of_another_is_not_trained_anew_in_silence(
 ):
     monkeypatch.setattr(t5_small.Trainer, "step", lambda *_: pytest.fail("trained"))
     copied = shutil.copytree(finished, results / "copied")
-    metrics = json.loads((copied / "metrics.json").read_text())
+    metrics = json.loads((copied / "metrics.json").read_text(encoding="utf-8"))
     metrics["config"]["sft"]["lr"] = 1.0
-    (copied / "metrics.json").write_text(json.dumps(metrics))
+    (copied / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     assert emprl.main(["ablate", "kl", str(copied)]) == 2
     err = capsys.readouterr().err
     assert "sft.pt: of other data or other settings" in err and err.count("\n") == 1, err
@@ -341,7 +344,9 @@ def test_from_the_start(name, results, monkeypatch):
     if name == "own":
         assert (
             len(
-                (results / "runs" / "ablate-own-seed0" / "mine.jsonl").read_text().splitlines()
+                (results / "runs" / "ablate-own-seed0" / "mine.jsonl")
+                .read_text(encoding="utf-8")
+                .splitlines()
             )
             == 1500
         )
@@ -394,7 +399,9 @@ def test_bad_calls_are_one_line(arguments, words, capsys, tmp_path, monkeypatch)
 @pytest.mark.parametrize("content", ["[]", "", "{}", "\udcff"])
 def test_damaged_and_equal_runs_are_refused(content, two, tmp_path, capsys):
     (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "metrics.json").write_text(content, errors="surrogateescape")
+    (tmp_path / "cut" / "metrics.json").write_text(
+        content, errors="surrogateescape", encoding="utf-8"
+    )
     assert emprl.main(["ablate", "kl", str(tmp_path / "cut")]) == 2
     assert emprl.main(["ablate", "kl", two[0], two[0]]) == 2
     err = capsys.readouterr().err
@@ -510,11 +517,13 @@ def test_recomputed_log_probs_are_those_of_the_sampling_and_unmodified_ones_are_
 
 def test_a_table_is_put_below_its_anchor_and_nothing_else_moves(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
-    page.write_text("# Page\n\n(tests/results/ablate-kl-smoke.json)\n\n| old |\n\nEnd.\n")
+    page.write_text(
+        "# Page\n\n(tests/results/ablate-kl-smoke.json)\n\n| old |\n\nEnd.\n", encoding="utf-8"
+    )
     monkeypatch.setattr(publish, "PAGES", (page,))
     figures = {v: {"0": ablate.figures_of(METRICS)} for v in ablate.ABLATIONS["kl"]}
     publish.put("tests/results/ablate-kl-smoke.json", ablate.table(figures, "kl"))
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert text.startswith(
         "# Page\n\n(tests/results/ablate-kl-smoke.json)\n\n| variant | gain"
     ) and text.endswith(" |\n\nEnd.\n")

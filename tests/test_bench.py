@@ -283,11 +283,13 @@ def test_every_part_runs(little, monkeypatch, capsys):
     )
     (little / "empatheticdialogues").mkdir()
     (little / "empatheticdialogues" / "train.csv").write_text(
-        data.ED_HEADER + "\n" + conversations
+        data.ED_HEADER + "\n" + conversations, encoding="utf-8"
     )
-    (little / "metrics.json").write_text(json.dumps({"seconds": {"sft": 3.0, "ppo": 1.0}}))
+    (little / "metrics.json").write_text(
+        json.dumps({"seconds": {"sft": 3.0, "ppo": 1.0}}), encoding="utf-8"
+    )
     assert bench.main(["--data", str(little), "--run", str(little)]) == 0
-    found = json.loads((little / "bench.json").read_text())
+    found = json.loads((little / "bench.json").read_text(encoding="utf-8"))
     assert set(found) == set(bench.PARTS) and not list(little.glob("*.tmp"))
     (row,) = [x["rows"]["training step, tiny"] for x in found["step"].values()]
     assert row["EmpRL, ms"] > 0 and row["GFLOP"] == 3 * forward_flops(LITTLE, 32, 64, 24) / 1e9

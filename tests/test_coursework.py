@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 
 
 def grade(path, text):
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     done = subprocess.run(
         [
             sys.executable,
@@ -34,6 +34,7 @@ def grade(path, text):
         capture_output=True,
         text=True,
         cwd=path.parent,
+        encoding="utf-8",
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -84,7 +85,9 @@ def test_units_are_whole():
             effort == f"{sum(graded.minutes for graded in functions.values()) // 60} hours"
         ), unit
     for file, test in graders():
-        assert f"def {test}(" in (TESTS / file).read_text(), f"{file} has no {test}"
+        assert f"def {test}(" in (TESTS / file).read_text(encoding="utf-8"), (
+            f"{file} has no {test}"
+        )
     assert {g.module for _, _, functions in UNITS.values() for g in functions.values()} == set(
         FILES
     )
@@ -92,7 +95,7 @@ def test_units_are_whole():
 
 def test_specification_is_python_with_nothing_solved(tmp_path):
     specify.write(tmp_path / "mine.py")
-    text = (tmp_path / "mine.py").read_text()
+    text = (tmp_path / "mine.py").read_text(encoding="utf-8")
     compile(text, "mine.py", "exec")
     names = [name for _, _, functions in UNITS.values() for name in functions]
     assert text.count(" minutes. Example: ") == text.count("#     gives ") == len(names)
@@ -100,9 +103,9 @@ def test_specification_is_python_with_nothing_solved(tmp_path):
     again = subprocess.run(
         [sys.executable, specify.__file__, str(tmp_path / "mine.py")], capture_output=True
     )
-    assert again.returncode == 1 and (tmp_path / "mine.py").read_text() == text, (
-        "a student's work is not written over"
-    )
+    assert (
+        again.returncode == 1 and (tmp_path / "mine.py").read_text(encoding="utf-8") == text
+    ), "a student's work is not written over"
 
 
 def test_a_solution_is_graded_by_unit(tmp_path):
@@ -137,7 +140,7 @@ def test_a_file_that_can_not_be_graded_is_one_line(text, words, tmp_path):
 @pytest.mark.parametrize("number", plant_bug.BUGS)
 def test_a_bug_has_its_place_and_the_copy_is_python(number):
     file, right, wrong = plant_bug.BUGS[number]
-    text = (plant_bug.ROOT / file).read_text()
+    text = (plant_bug.ROOT / file).read_text(encoding="utf-8")
     assert text.count(right) == 1 and right != wrong
     compile(text.replace(right, wrong), file, "exec")
 
@@ -148,7 +151,9 @@ def test_the_test_that_the_teacher_names_catches_the_bug(number, monkeypatch):
     file, right, wrong = plant_bug.BUGS[number]
     row = next(
         line
-        for line in (TESTS / "coursework" / "teacher.md").read_text().splitlines()
+        for line in (TESTS / "coursework" / "teacher.md")
+        .read_text(encoding="utf-8")
+        .splitlines()
         if line.startswith(f"| {number} |")
     )
     module, named, test_file = (
@@ -163,7 +168,11 @@ def test_the_test_that_the_teacher_names_catches_the_bug(number, monkeypatch):
     ):  # the same program, made anew, passes: it is the bug that is caught
         mutant = dict(vars(module))
         exec(
-            compile((plant_bug.ROOT / file).read_text().replace(right, instead), file, "exec"),
+            compile(
+                (plant_bug.ROOT / file).read_text(encoding="utf-8").replace(right, instead),
+                file,
+                "exec",
+            ),
             mutant,
         )
         for name, value in mutant.items():
@@ -183,7 +192,8 @@ def test_planting_copies_the_project_with_one_change(tmp_path):
     changed = [
         name
         for name in ("data.py", "emprl.py", "identifiers.py", "ppo.py", "t5_small.py")
-        if (tmp_path / "copy" / name).read_text() != (plant_bug.ROOT / name).read_text()
+        if (tmp_path / "copy" / name).read_text(encoding="utf-8")
+        != (plant_bug.ROOT / name).read_text(encoding="utf-8")
     ]
     assert changed == ["ppo.py"] and not [*(tmp_path / "copy").glob("tests/**/test_*")], (
         "the tests would tell"
@@ -192,7 +202,9 @@ def test_planting_copies_the_project_with_one_change(tmp_path):
 
 def test_an_empty_specification_fails_everything_that_is_graded(tmp_path):
     specify.write(tmp_path / "source.py")
-    code, output = grade(tmp_path / "mine.py", (tmp_path / "source.py").read_text())
+    code, output = grade(
+        tmp_path / "mine.py", (tmp_path / "source.py").read_text(encoding="utf-8")
+    )
     assert code == 1 and " passed" not in output.splitlines()[-2] + output.splitlines()[-1], (
         output
     )

@@ -653,6 +653,7 @@ for read in data.read_dialogues, data.read_empathetic_dialogues, data.Tokenizer,
         text=True,
         timeout=60,
         cwd=Path(data.__file__).parent,
+        encoding="utf-8",
     )
     endings = ["a pipe or a device; give the path of an ordinary file"] * 3
     endings += ["a folder; give the path of a file in it"]
@@ -749,7 +750,9 @@ def test_a_text_without_a_visible_character_is_no_text(tmp_path):
     path = tmp_path / "x.jsonl"
     for blank in ("\u3164", "\u2800", "\ufe0f", "\u200c", "\u00ad \u115f", "\u202e\u202c"):
         for context, response in ((blank, "Oh."), ("Hello.", blank)):
-            path.write_text(json.dumps({"context": [context], "response": response}))
+            path.write_text(
+                json.dumps({"context": [context], "response": response}), encoding="utf-8"
+            )
             with pytest.raises(DataError, match=":1: empty response or utterance"):
                 data.read_dialogues(path)
 
@@ -778,8 +781,10 @@ def test_yours_jsonl_and_csv_agree(tmp_path):
         },
         {"context": ["One, two"], "response": 'He said "no".'},
     ]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n")
-    with open(tmp_path / "a.csv", "w", newline="") as file:
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(map(json.dumps, records)) + "\n\n", encoding="utf-8"
+    )
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["context", "response", "emotion", "er", "ip", "ex"])
         writer.writeheader()
         writer.writerows({**r, "context": " </s> ".join(r["context"])} for r in records)
@@ -793,7 +798,8 @@ def test_yours_jsonl_and_csv_agree(tmp_path):
     ]
     assert len({d.id for d in read}) == 2
     (tmp_path / "b.jsonl").write_text(
-        '{"context": "One </s> two", "response": "x\\u0000\\ud800 y", "er": null}'
+        '{"context": "One </s> two", "response": "x\\u0000\\ud800 y", "er": null}',
+        encoding="utf-8",
     )
     assert data.read_dialogues(tmp_path / "b.jsonl")[0].context == ("One", "two")
     assert data.read_dialogues(tmp_path / "b.jsonl")[0].response == "x y"
@@ -821,7 +827,9 @@ def test_yours_jsonl_and_csv_agree(tmp_path):
 )
 def test_yours_names_the_line(record, problem, tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_text('{"context": ["a"], "response": "b"}\n\n' + json.dumps(record) + "\n")
+    path.write_text(
+        '{"context": ["a"], "response": "b"}\n\n' + json.dumps(record) + "\n", encoding="utf-8"
+    )
     with pytest.raises(DataError) as error:
         data.read_dialogues(path)
     assert str(error.value).startswith(f"{path}:3: ") and problem in str(error.value)
@@ -832,9 +840,12 @@ def test_yours_names_the_line(record, problem, tmp_path):
 )
 def test_a_level_as_table_programs_write_it(value, level, tmp_path):
     (tmp_path / "x.jsonl").write_text(
-        json.dumps({"context": "a", "response": "b", "er": value, "ip": 0, "ex": 2})
+        json.dumps({"context": "a", "response": "b", "er": value, "ip": 0, "ex": 2}),
+        encoding="utf-8",
     )
-    (tmp_path / "x.csv").write_text(f"context,response,er,ip,ex\na,b,{value},0,2\n")
+    (tmp_path / "x.csv").write_text(
+        f"context,response,er,ip,ex\na,b,{value},0,2\n", encoding="utf-8"
+    )
     for name in ("x.jsonl", "x.csv"):
         assert data.read_dialogues(tmp_path / name)[0].levels == (level, 0, 2)
 
@@ -843,14 +854,16 @@ def test_a_level_as_table_programs_write_it(value, level, tmp_path):
     "value", ["1.5", "12", "0.1", "-0", "1e0", "\u0661", "nan", "1 2", "+1"]
 )
 def test_what_is_no_level(value, tmp_path):
-    (tmp_path / "x.csv").write_text(f"context,response,er,ip,ex\na,b,{value},0,2\n")
+    (tmp_path / "x.csv").write_text(
+        f"context,response,er,ip,ex\na,b,{value},0,2\n", encoding="utf-8"
+    )
     with pytest.raises(DataError, match="x.csv:2: level .*; levels are 0, 1 or 2"):
         data.read_dialogues(tmp_path / "x.csv")
 
 
 def test_the_extension_may_be_in_capitals(tmp_path):
-    (tmp_path / "A.CSV").write_text("context,response\na,b\n")
-    (tmp_path / "A.JSONL").write_text('{"context": "a", "response": "b"}\n')
+    (tmp_path / "A.CSV").write_text("context,response\na,b\n", encoding="utf-8")
+    (tmp_path / "A.JSONL").write_text('{"context": "a", "response": "b"}\n', encoding="utf-8")
     one, two = (data.read_dialogues(tmp_path / name)[0] for name in ("A.CSV", "A.JSONL"))
     assert one.context == two.context == ("a",) and one.response == two.response == "b"
 
@@ -889,7 +902,7 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_that_can_not_be_used_is_told_why_and_where(name, tmp_path):
     content, line, problem = TABLES[name]
-    (tmp_path / "x.csv").write_text(content)
+    (tmp_path / "x.csv").write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=f"x.csv:{line}: {problem}"):
         data.read_dialogues(tmp_path / "x.csv")
 
@@ -939,7 +952,7 @@ RECORDS = {
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_record_that_can_not_be_used_is_told_why_and_where(name, tmp_path):
     content, line, problem = RECORDS[name]
-    (tmp_path / "x.jsonl").write_text(content)
+    (tmp_path / "x.jsonl").write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=f"x.jsonl:{line}: .*{problem}"):
         data.read_dialogues(tmp_path / "x.jsonl")
 
@@ -958,7 +971,7 @@ def test_nested_json_of_any_depth_is_refused(tmp_path):
             f'{{"context": "a", "response": "b", "id": {deep}}}',
             f'{{"context": "a", "response": "b", "other": {deep}}}',
         ):
-            (tmp_path / "x.jsonl").write_text(record)
+            (tmp_path / "x.jsonl").write_text(record, encoding="utf-8")
             with pytest.raises(DataError, match="x.jsonl:1: .*; "):
                 data.read_dialogues(tmp_path / "x.jsonl")
 
@@ -967,7 +980,7 @@ def test_nested_json_of_any_depth_is_refused(tmp_path):
 
 
 def write_own(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
 
@@ -1044,7 +1057,8 @@ def test_own_equal_records_join_conversations_with_different_ids(tmp_path):
 
 def test_own_ids_in_a_csv(tmp_path):
     (tmp_path / "x.csv").write_text(
-        "id,context,response\n7,Hello.,One.\n8,Hello.,Two.\n7,Hello </s> One. </s> Go on.,Three.\n,Hello.,Four.\n"
+        "id,context,response\n7,Hello.,One.\n8,Hello.,Two.\n7,Hello </s> One. </s> Go on.,Three.\n,Hello.,Four.\n",
+        encoding="utf-8",
     )
     speakers = [d.id.rpartition("/")[0] for d in data.read_dialogues(tmp_path / "x.csv")]
     assert speakers[0] == speakers[2] and len(set(speakers)) == 3
@@ -1088,7 +1102,7 @@ def ed_rows(conversation, *utterances, emotion="proud", end=","):
 
 
 def read_ed(tmp_path, *rows):
-    (tmp_path / "ed.csv").write_text("\n".join([ED_HEADER, *rows]) + "\n")
+    (tmp_path / "ed.csv").write_text("\n".join([ED_HEADER, *rows]) + "\n", encoding="utf-8")
     return data.read_empathetic_dialogues(tmp_path / "ed.csv")
 
 
@@ -1185,19 +1199,25 @@ def test_ed_cut_short_is_refused_wherever_the_cut_is(tmp_path):
     whole = "\n".join([ED_HEADER, *many_ed_rows(2000)]) + "\n"
     last = whole.rstrip("\n").rfind("\n") + 1
     for end in [*range(last + 1, len(whole) - 2)]:
-        (tmp_path / "ed.csv").write_text(whole[:end])
+        (tmp_path / "ed.csv").write_text(whole[:end], encoding="utf-8")
         with pytest.raises(DataError, match="ed.csv:2001: .*cut short; fetch it again"):
             data.read_empathetic_dialogues(tmp_path / "ed.csv")
-    (tmp_path / "ed.csv").write_text(whole[:-1])  # only the last end of line is missing
+    (tmp_path / "ed.csv").write_text(
+        whole[:-1], encoding="utf-8"
+    )  # only the last end of line is missing
     assert len(data.read_empathetic_dialogues(tmp_path / "ed.csv")[0]) == 1000
 
 
 @real
 def test_ed_real_rewritten_is_refused(tmp_path):
     for part in ("valid", "test"):
-        lines = (REAL / "empatheticdialogues" / f"{part}.csv").read_text().splitlines()
+        lines = (
+            (REAL / "empatheticdialogues" / f"{part}.csv")
+            .read_text(encoding="utf-8")
+            .splitlines()
+        )
         rows = [[f.replace("_comma_", ",") for f in line.split(",")] for line in lines]
-        with open(tmp_path / f"{part}.csv", "w", newline="") as file:
+        with open(tmp_path / f"{part}.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
         with pytest.raises(DataError, match="rows are not as they were published"):
             data.read_empathetic_dialogues(tmp_path / f"{part}.csv")
@@ -1224,7 +1244,7 @@ def write_epitome(folder, rows, change=None):
     """rows: (sp_id, rp_id, seeker, response, (er, ip, ex)); change(file number, row number, fields)."""
     folder.mkdir(exist_ok=True)
     for m, name in enumerate(data.EPITOME_FILES):
-        with open(folder / name, "w", newline="") as file:
+        with open(folder / name, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)  # CRLF and quotes where needed, as in the originals
             writer.writerow(
                 ["sp_id", "rp_id", "seeker_post", "response_post", "level", "rationales"]
@@ -1539,7 +1559,7 @@ def test_download_unpacks_what_is_expected_only(server, tmp_path):
     assert len(server["log"]) == 1 and os.listdir(tmp_path / "sub") == []
     assert sorted(os.listdir(tmp_path / "d")) == ["SHA256SUMS", "a.csv", "b.csv"]
     assert (tmp_path / "d/a.csv").read_bytes() == b"A"
-    assert (tmp_path / "d/SHA256SUMS").read_text() == "".join(
+    assert (tmp_path / "d/SHA256SUMS").read_text(encoding="utf-8") == "".join(
         f"{hashlib.sha256(body).hexdigest()}  {name}\n"
         for name, body in (("a.csv", b"A"), ("b.csv", b"B"))
     )
@@ -1673,7 +1693,7 @@ def test_download_tells_a_full_disk_from_the_network(server, tmp_path, monkeypat
     def full(path, mode, **options):
         if "b" in mode and mode != "rb":
             raise OSError(errno.ENOSPC, "No space left on device")
-        return open(path, mode, **options)
+        return open(path, mode, **options, encoding="utf-8")
 
     monkeypatch.setattr(download, "open", full, raising=False)
     with pytest.raises(DataError, match="f.csv.part: can not be written .*; make room"):
@@ -1681,7 +1701,7 @@ def test_download_tells_a_full_disk_from_the_network(server, tmp_path, monkeypat
 
 
 def test_download_into_what_is_no_folder(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     assert download.main(["download", str(tmp_path / "file")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "choose another folder" in err
@@ -1749,7 +1769,9 @@ def test_official_sources():
 
 
 def test_command_line():
-    usage = subprocess.run([sys.executable, data.__file__], capture_output=True, text=True)
+    usage = subprocess.run(
+        [sys.executable, data.__file__], capture_output=True, text=True, encoding="utf-8"
+    )
     assert (
         usage.returncode == 2
         and usage.stderr == "data.py: usage: python data.py download DIR\n"

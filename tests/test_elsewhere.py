@@ -1,11 +1,18 @@
 """Elsewhere than here: other devices, another encoding of text files, Windows as far as it can be simulated."""
 
+import ast
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 import emprl
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +118,72 @@ def test_a_gpu_is_used_if_nothing_is_said_and_left_alone_if_the_cpu_is(tmp_path,
 def test_commands_without_a_device_refuse_one(command, capsys):
     assert emprl.main([*command, "--device", "cpu"]) == 2
     assert "--device" in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+# ---- the encoding of text files
+
+
+def without_encoding(source):
+    """Lines of the calls that open a text file, or read a program's output as text, in the machine's own encoding."""
+    for call in ast.walk(ast.parse(source)):
+        if not isinstance(call, ast.Call):
+            continue
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        options = {keyword.arg: keyword.value for keyword in call.keywords}
+        words = [
+            part.value
+            for part in ast.walk(ast.Module([*call.args, *options.values()], []))
+            if isinstance(part, ast.Constant) and isinstance(part.value, str)
+        ]
+        binary = any(set(word) <= set("rwxab+") and "b" in word for word in words)
+        reads = name in ("read_text", "write_text") or name == "open" and not binary
+        if (
+            name == "open"
+            and getattr(getattr(call.func, "value", None), "id", "") == "tarfile"
+        ):
+            reads = False
+        if (reads or "text" in options) and "encoding" not in options:
+            yield call.lineno
+
+
+def test_every_text_file_is_opened_as_utf_8():
+    assert [*without_encoding("open('x'); p.write_text(y)\nrun(z, text=True)")] == [1, 1, 2]
+    assert not [*without_encoding("open('x', 'rb'); p.read_text(encoding='utf-8')")]
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py"))
+        for line in without_encoding(path.read_text(encoding="utf-8"))
+    ]
+    assert not found
+
+
+def test_a_run_where_text_is_ascii(tmp_path):
+    """As on an old Windows: what is not opened as UTF-8 is opened as ASCII, and Python warns of it."""
+    data = tmp_path / "mine.jsonl"
+    record = '{"context": ["My caf\u00e9 is gone \U0001f436."], "response": "Oh \u2026 d\u00e9j\u00e0 vu."}\n'
+    data.write_text(record * 20, encoding="utf-8")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment |= {"PYTHONIOENCODING": "utf-8", "PYTHONWARNDEFAULTENCODING": "1"}
+
+    def python(*arguments):
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            input="My caf\u00e9 is gone.\n",
+        )
+        warned = [line for line in done.stderr.split("\n") if "EncodingWarning" in line]
+        assert done.returncode == 0, done.stderr
+        assert not [
+            line for line in warned if str(ROOT) in line and "site-packages" not in line
+        ]
+        return done.stdout
+
+    run = str(tmp_path / "run")
+    python("emprl.py", "--preset", "smoke", "--run", run, "--set", "ppo.steps=1")
+    python("emprl.py", "evaluate", "--run", run, "--data", str(data))
+    assert "exercise" in python("emprl.py", "chat", "--run", run)
+    python("emprl.py", "rate", run, "ann")
+    python("tests/coursework/specify.py", str(tmp_path / "mine.py"))

@@ -43,10 +43,12 @@ def test_run_folder_holds_what_the_readme_says(finished):
         assert (folder / name).stat().st_size > 0, name
     for name in ("losses", "ppo", "emp_f1", "levels", "learnt_vs_truth"):
         assert (folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
-    assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8")) == json.loads(
+        json.dumps(metrics)
+    )
     stages = [
         json.loads(line)["stage"]
-        for line in (folder / "metrics.jsonl").read_text().splitlines()
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     assert {s: stages.count(s) for s in stages} == {
         "pretrain": 4,
@@ -56,7 +58,7 @@ def test_run_folder_holds_what_the_readme_says(finished):
         "context": 4,
         "ppo": 4,
     }
-    assert (folder / "samples.md").read_text().count("* target: ") >= 20
+    assert (folder / "samples.md").read_text(encoding="utf-8").count("* target: ") >= 20
 
 
 def test_metrics_have_every_figure_of_the_issue(finished):
@@ -105,7 +107,8 @@ def test_metrics_have_every_figure_of_the_issue(finished):
 def test_responses_have_the_levels_of_every_reader(finished):
     folder, m = finished
     records = [
-        json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     assert len(records) == 40 and all(
         set(r["levels"]) == {"identifiers", "judge", "oracle"} for r in records
@@ -144,7 +147,8 @@ def test_best_of_one_is_plain_sampling_and_of_many_no_worse(finished, tmp_path):
 
 def test_ratio_is_one_at_the_first_minibatch_of_every_iteration(finished):
     records = [
-        json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (finished[0] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     assert all(r["first_ratio_error"] < 1e-5 for r in records if r["stage"] == "ppo")
 
@@ -252,14 +256,17 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_evaluate_and_chat_commands(finished, tmp_path, capsys, monkeypatch):
     folder, _ = finished
     file = tmp_path / "mine.jsonl"
-    file.write_text('{"context": ["My dog is sick."], "response": "I am so sorry."}\n' * 3)
+    file.write_text(
+        '{"context": ["My dog is sick."], "response": "I am so sorry."}\n' * 3,
+        encoding="utf-8",
+    )
     assert emprl.main(["evaluate", "--run", str(folder), "--data", str(file)]) == 0
     out = capsys.readouterr().out
     assert "| emp_f1 |" in out and "best_of_n" not in out, (
         "which needs what the context tells, of the run's own data"
     )
     (written,) = folder.glob("evaluate-mine-*.json")
-    assert 0 <= json.loads(written.read_text())["emprl"]["emp_f1"] <= 1
+    assert 0 <= json.loads(written.read_text(encoding="utf-8"))["emprl"]["emp_f1"] <= 1
     monkeypatch.setattr(sys, "stdin", io.StringIO("My dog is sick.\n\nHello\n"))
     assert emprl.main(["chat", "--run", str(folder)]) == 0
     out = capsys.readouterr().out
@@ -272,7 +279,7 @@ def test_rate_command(finished, capsys, monkeypatch):
     assert emprl.main(["rate", str(folder), "ann"]) == 0
     assert (
         "raters: 1" in capsys.readouterr().out
-        and len((folder / "ratings-ann.jsonl").read_text().splitlines()) == 30
+        and len((folder / "ratings-ann.jsonl").read_text(encoding="utf-8").splitlines()) == 30
     )
     monkeypatch.setattr(builtins, "input", lambda _: "")
     assert emprl.main(["rate", str(folder)]) == 0 and "raters: 1" in capsys.readouterr().out, (
@@ -320,7 +327,8 @@ def test_own_data_runs_end_to_end(tmp_path):
             )
             + "\n"
             for d in corpus.dialogues["train"]
-        )
+        ),
+        encoding="utf-8",
     )
     assert (
         emprl.main(
@@ -337,7 +345,7 @@ def test_own_data_runs_end_to_end(tmp_path):
         )
         == 0
     )
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
     assert "oracle_emp_f1" not in metrics["sft"] and metrics["sft"]["perplexity"] > 1
 
 
@@ -351,7 +359,7 @@ def test_modules_keep_to_the_design():
         "identifiers": {"t5_small"},
     }
     for name, imports in allowed.items():
-        source = (root / f"{name}.py").read_text()
+        source = (root / f"{name}.py").read_text(encoding="utf-8")
         found = {
             m
             for m in ("t5_small", "data", "ppo", "identifiers", "emprl")

@@ -32,7 +32,10 @@ def test_without_a_validation_the_last_weights_stay(tmp_path):
         smoke(tmp_path / str(every), "pretrain.steps=6", *settings)
     often, once = (weights(tmp_path / str(every) / "sft") for every in (2, 6))
     assert all((often[name] == once[name]).all() for name in once)
-    logs = [(tmp_path / str(every) / "metrics.jsonl").read_text() for every in (2, 6)]
+    logs = [
+        (tmp_path / str(every) / "metrics.jsonl").read_text(encoding="utf-8")
+        for every in (2, 6)
+    ]
     assert logs[0] == logs[1] and logs[0].count('"pretrain"') == 6
 
 
@@ -80,7 +83,9 @@ def test_greedy_replies_have_no_kl(tmp_path):
     metrics = smoke(tmp_path, "ppo.steps=0")
     assert metrics["sft_greedy"]["kl"] is metrics["emprl_greedy"]["kl"] is None
     (row,) = (
-        line for line in (tmp_path / "report.md").read_text().splitlines() if "| kl |" in line
+        line
+        for line in (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
+        if "| kl |" in line
     )
     assert [cell.strip() for cell in row.split("|")[4:7]] == ["0.000", "", ""], row
     assert metrics["best_of_n"]["kl"] > 0
@@ -123,7 +128,9 @@ def test_human_responses_are_cut_for_training_only(tmp_path, monkeypatch):
         count = sum(len(identifiers.words(d.response)) + 1 for d in test)
         per_word = metrics[system]["perplexity_per_word"]
         assert per_word == pytest.approx(math.exp(loss / count))
-    records = map(json.loads, (tmp_path / "responses.jsonl").read_text().splitlines())
+    records = map(
+        json.loads, (tmp_path / "responses.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     gold = [r["levels"] for r in records]
     assert [tuple(levels["oracle"]["target"]) for levels in gold] == [d.levels for d in test]
     for name, reader in zip(("identifiers", "judge"), readers):
@@ -140,10 +147,10 @@ def test_one_endless_response_does_not_make_the_perplexity_look_low(tmp_path, ca
     short = {"context": ["My dog is sick."], "response": "I am so sorry to hear that."}
     long = {"context": ["My dog is sick."], "response": "so sad " * 9000}
     file = tmp_path / "long.jsonl"
-    file.write_text("\n".join(json.dumps(x) for x in [short] * 10 + [long]))
+    file.write_text("\n".join(json.dumps(x) for x in [short] * 10 + [long]), encoding="utf-8")
     assert emprl.main(["evaluate", "--run", str(tmp_path), "--data", str(file)]) == 0
     (written,) = tmp_path.glob("evaluate-long-*.json")
-    found = json.loads(written.read_text())["sft"]
+    found = json.loads(written.read_text(encoding="utf-8"))["sft"]
     assert found["perplexity_per_word"] >= found["perplexity"] > 50, (
         "a word has a token or more"
     )
@@ -199,13 +206,18 @@ def test_the_learnt_and_the_true_are_of_one_kind(truth, tmp_path, monkeypatch):
     monkeypatch.setattr(emprl.Evaluation, "levels", same_for_all)
     metrics = smoke(tmp_path)
     learnt, true = pictures[0]
-    log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line)
+        for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     checked = [record for record in log if f"valid_{true}" in record]
     assert truth in true and len(checked) == 2
     assert all(r[f"valid_{learnt}"] == r[f"valid_{true}"] for r in checked)
     after = ablate.figures_of(metrics)
     assert after["match, identifiers"] == after["match, truth"] == metrics["emprl"][true]
-    records = map(json.loads, (tmp_path / "responses.jsonl").read_text().splitlines())
+    records = map(
+        json.loads, (tmp_path / "responses.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     right = [r["levels"][truth]["emprl"] == r["levels"][truth]["target"] for r in records]
     assert metrics["emprl"][true] == sum(right) / len(right)
 

@@ -69,5 +69,6 @@ def test_errors_are_one_line(tmp_path):
         [sys.executable, identify.__file__, "--data", str(tmp_path / "none")],
         capture_output=True,
         text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none" in done.stderr

@@ -7,7 +7,7 @@ import pytest
 
 import notebook
 
-CONTENT = json.loads((notebook.ROOT / "train.ipynb").read_text())
+CONTENT = json.loads((notebook.ROOT / "train.ipynb").read_text(encoding="utf-8"))
 
 
 @pytest.mark.filterwarnings(
@@ -30,7 +30,9 @@ def test_figures_of_the_real_data_are_those_of_the_results():
         for cell in CONTENT["cells"]
         if "## 13. Real data" in "".join(cell["source"])
     )
-    m = json.loads((notebook.ROOT / "tests" / "results" / "real-seed0.json").read_text())
+    m = json.loads(
+        (notebook.ROOT / "tests" / "results" / "real-seed0.json").read_text(encoding="utf-8")
+    )
     known = [
         m[policy][key]
         for policy in ("sft", "emprl")

@@ -32,7 +32,9 @@ def write(folder, number, changed=""):
         }
         for i in range(number + 1)
     ]
-    (folder / "responses.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (folder / "responses.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in records), encoding="utf-8"
+    )
 
 
 class Rater:
@@ -197,7 +199,7 @@ def test_stopped_at_any_question_it_goes_on_there(tmp_path, monkeypatch, capsys,
         assert counted["fluency"][:3] == [str(whole), "0", "0"] and counted["raters"] == bool(
             whole
         )
-        assert len(file.read_text().splitlines()) == whole
+        assert len(file.read_text(encoding="utf-8").splitlines()) == whole
         asked.append(rater.pairs)
     assert [len(pairs) for pairs in asked] == [0, 5, 3, 1, 3] and asked[1][3] == asked[2][0], (
         "a half answered item is asked again"
@@ -218,7 +220,9 @@ def test_each_item_is_on_disk_at_once(tmp_path, monkeypatch, capsys):
     lines = []
 
     def prefer(a, b):
-        lines.append(len((tmp_path / "ratings-ann.jsonl").read_text().splitlines()))
+        lines.append(
+            len((tmp_path / "ratings-ann.jsonl").read_text(encoding="utf-8").splitlines())
+        )
         return "a"
 
     Rater(monkeypatch, capsys, prefer).rate(tmp_path, "ann")
@@ -326,7 +330,7 @@ def test_answers_that_are_not_text(tmp_path, monkeypatch, capsys):
     answers = b"\xff\xfe\na\nb\nt\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(answers), encoding="utf-8"))
     rate.main(tmp_path, "ANNE")
-    assert len((tmp_path / "ratings-ANNE.jsonl").read_text().splitlines()) == 1
+    assert len((tmp_path / "ratings-ANNE.jsonl").read_text(encoding="utf-8").splitlines()) == 1
 
 
 @pytest.mark.parametrize("error", [KeyError("uid not found"), OSError("No username set")])

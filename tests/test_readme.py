@@ -13,7 +13,7 @@ import identifiers
 import publish
 
 ROOT = Path(publish.ROOT)
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -86,11 +86,11 @@ def test_pages_show_the_committed_ablations(name):
     """Each ablation has a place in README or in coursework/open.md; what has been measured is shown there."""
     anchor, pages = (
         f"tests/results/ablate-{name}{'-real' * (name in ablate.FINISHED)}.json",
-        [page.read_text() for page in publish.PAGES],
+        [page.read_text(encoding="utf-8") for page in publish.PAGES],
     )
     page = next(page for page in pages if f"({anchor})" in page)
     if (ROOT / anchor).exists():
-        figures = json.loads((ROOT / anchor).read_text())
+        figures = json.loads((ROOT / anchor).read_text(encoding="utf-8"))
         start, end = publish.shown(page, anchor)
         assert page[start:end] == ablate.table(figures, name), (
             f"run: python emprl.py ablate {name}"
@@ -149,8 +149,8 @@ def test_committed_page_is_of_forty_contexts_without_their_text():
     path = ROOT / "tests" / "results" / "real-page.md"
     if path.exists():
         assert (
-            path.read_text().count("`hit:")
-            == path.read_text().count("| human | (not shown) |")
+            path.read_text(encoding="utf-8").count("`hit:")
+            == path.read_text(encoding="utf-8").count("| human | (not shown) |")
             == 40
         )
 
@@ -171,9 +171,9 @@ def test_intervals_over_seeds_and_contexts(tmp_path, monkeypatch):
         "nothing is there"
     )
     for seed in range(3):
-        (tmp_path / f"real-seed{seed}.json").write_text("{}")
+        (tmp_path / f"real-seed{seed}.json").write_text("{}", encoding="utf-8")
         (tmp_path / f"levels-real-seed{seed}.json").write_text(
-            json.dumps(publish.compact(responses(60)))
+            json.dumps(publish.compact(responses(60))), encoding="utf-8"
         )
     gain = publish.bootstrap("judge", "emp_f1")
     assert all(x == pytest.approx(0.5) for x in gain.values()), "from 2/3 to 1"
@@ -186,7 +186,9 @@ def test_intervals_over_seeds_and_contexts(tmp_path, monkeypatch):
         {**r, "levels": {k: {**v, "sft": v["target"]} for k, v in r["levels"].items()}}
         for r in responses(60)
     ]
-    (tmp_path / "levels-real-seed2.json").write_text(json.dumps(publish.compact(equal)))
+    (tmp_path / "levels-real-seed2.json").write_text(
+        json.dumps(publish.compact(equal)), encoding="utf-8"
+    )
     gain = publish.bootstrap("judge", "emp_f1")
     assert (
         gain["relative"] == pytest.approx((3 - 7 / 3) / (7 / 3))
@@ -241,7 +243,8 @@ def test_publish_a_run(tmp_path, monkeypatch):
     results.mkdir()
     page.write_text(
         "(tests/results/real-seed0.json)\n\n(real seeds: levels)\n\n(real seeds: text)\n\n(real seeds: classes)\n\n"
-        "(real seeds: sampling)\n\n(at a glance)\n"
+        "(real seeds: sampling)\n\n(at a glance)\n",
+        encoding="utf-8",
     )
     monkeypatch.setattr(publish, "RESULTS", results)
     monkeypatch.setattr(publish, "PAGES", (page,))
@@ -257,14 +260,19 @@ def test_publish_a_run(tmp_path, monkeypatch):
     publish.main(run, "topk-seed0")
     assert (
         (results / "topk-seed0.json").exists()
-        and "`" in (results / "topk-page.md").read_text()
+        and "`" in (results / "topk-page.md").read_text(encoding="utf-8")
         and not (results / "levels-topk-seed0.json").exists()
     )
-    tables, metrics = publish.tables(), json.loads((run / "metrics.json").read_text())
-    for anchor in re.findall(r"^\((.*)\)$", page.read_text(), re.M):
+    tables, metrics = (
+        publish.tables(),
+        json.loads((run / "metrics.json").read_text(encoding="utf-8")),
+    )
+    for anchor in re.findall(r"^\((.*)\)$", page.read_text(encoding="utf-8"), re.M):
         if table := tables[anchor]:
-            start, end = publish.shown(page.read_text(), anchor)
-            assert page.read_text()[start:end] == table and table.count("\n") > 2, anchor
+            start, end = publish.shown(page.read_text(encoding="utf-8"), anchor)
+            assert (
+                page.read_text(encoding="utf-8")[start:end] == table and table.count("\n") > 2
+            ), anchor
     before, after, best = (
         metrics["sft"]["judge_emp_f1"],
         metrics["emprl"]["judge_emp_f1"],
@@ -282,7 +290,9 @@ def test_publish_a_run(tmp_path, monkeypatch):
         r"judge, macro \| mean .*% \(", publish.real_levels()
     )
     test_committed_levels_give_the_committed_figures()
-    (run / "responses.jsonl").write_text('{"levels": {"target": [0, 0, 0]}}\n')
+    (run / "responses.jsonl").write_text(
+        '{"levels": {"target": [0, 0, 0]}}\n', encoding="utf-8"
+    )
     with pytest.raises(publish.DataError, match="older version"):
         publish.main(run, "real-seed0")
 
@@ -297,10 +307,10 @@ def test_a_table_is_put_below_its_paragraph(tmp_path, monkeypatch):
         ("a (x)\n\n| 1 |", "a (x)\n\n| n |\n"),
         ("a", "a"),
     ):
-        page.write_text(before)
+        page.write_text(before, encoding="utf-8")
         assert (
             publish.put("x", "| n |") == ([page] if "(x)" in before else [])
-            and page.read_text() == after
+            and page.read_text(encoding="utf-8") == after
         )
         publish.put("x", "")
-        assert page.read_text() == after, "no table, no change"
+        assert page.read_text(encoding="utf-8") == after, "no table, no change"

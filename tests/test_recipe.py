@@ -123,15 +123,19 @@ class Watched:
 
     # what a finished run left in its folder
     def figures(self):
-        return json.loads((self.folder / "metrics.json").read_text())
+        return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
 
     def log(self, stage):
-        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        lines = map(
+            json.loads,
+            (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(),
+        )
         return [record for record in lines if record["stage"] == stage]
 
     def responses(self):
         return [
-            json.loads(x) for x in (self.folder / "responses.jsonl").read_text().splitlines()
+            json.loads(x)
+            for x in (self.folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()
         ]
 
     def checkpoint(self, stage):
@@ -248,7 +252,7 @@ def own(tmp_path_factory):
         for d in world
     ]
     file = folder / "mine.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     settings = ("data.vocab_size=300", "t5.dropout_rate=0.3")
     watched = Watched(folder / "run", settings, data_file=file)
     assert watched.code == 0
@@ -625,7 +629,7 @@ def test_conflicting_levels_are_settled_by_majority(rows, settled, tmp_path):
     for m, name in enumerate(data.EPITOME_FILES):
         lines = [f"s1,r1,a post,a response,{levels[m]}," for levels in rows]
         header = "sp_id,rp_id,seeker_post,response_post,level,rationales"
-        (tmp_path / name).write_text("\n".join([header, *lines]) + "\n")
+        (tmp_path / name).write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
     dialogues, _ = data.read_epitome(tmp_path)
     assert [d.levels for d in dialogues] == [settled]
 
@@ -678,7 +682,7 @@ def test_own_data_needs_levels_everywhere_and_fifty_dialogues(tmp_path):
         ]
         levels = dict.fromkeys(MECHANISMS, 1)
         rows = [row if i in without else row | levels for i, row in enumerate(rows)]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         try:
             data.own_corpus(file)
         except data.DataError:
@@ -692,6 +696,6 @@ def test_a_csv_row_with_a_field_too_many_is_refused(tmp_path):
     for name in data.EPITOME_FILES:
         header = "sp_id,rp_id,seeker_post,response_post,level,rationales"
         row = "s1,r1,a post,a response,1,,one more"
-        (tmp_path / name).write_text(f"{header}\n{row}\n")
+        (tmp_path / name).write_text(f"{header}\n{row}\n", encoding="utf-8")
     with pytest.raises(data.DataError, match=":2: "):
         data.read_epitome(tmp_path)

@@ -106,7 +106,7 @@ def test_settings_of_stages_of_which_nothing_is_there_may_change(tmp_path, whole
     here = tmp_path / "run"
     faults.run(here, before=lambda: faults.at("judge", 3, faults.interrupt))
     assert faults.run(here, "ppo.lr=1e-3") == (0, "")
-    assert json.loads((here / "config.json").read_text())["ppo"]["lr"] == 1e-3
+    assert json.loads((here / "config.json").read_text(encoding="utf-8"))["ppo"]["lr"] == 1e-3
     assert weights(here, "judge") == weights(whole, "judge")
 
 
@@ -125,19 +125,19 @@ def test_data_that_has_changed_is_seen(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(emprl, "draw_plots", lambda *_: None)
     lines = records(61)
     file, run = tmp_path / "mine.jsonl", tmp_path / "run"
-    file.write_text("".join(lines[:60]))
+    file.write_text("".join(lines[:60]), encoding="utf-8")
     command = ["--preset", "smoke", "--set", "data.vocab_size=300", "--run", str(run)]
     assert emprl.main([*command, "--data", str(file)]) == 0
     before = contents(run)
 
-    file.write_text("".join(lines[1:]))
+    file.write_text("".join(lines[1:]), encoding="utf-8")
     capsys.readouterr()
     assert emprl.main([*command, "--data", str(file)]) == 2
     err = capsys.readouterr().err
     assert "the content of" in err and err.count("\n") == 1 and contents(run) == before
 
     moved = tmp_path / "moved.jsonl"
-    moved.write_text("".join(lines[:60]))
+    moved.write_text("".join(lines[:60]), encoding="utf-8")
     monkeypatch.setattr(t5_small.Trainer, "step", lambda *_: pytest.fail("trained again"))
     assert emprl.main([*command, "--data", str(moved)]) == 0, "the same data at another place"
 
@@ -147,21 +147,21 @@ def test_data_is_read_once_and_its_key_is_of_what_was_read(tmp_path, monkeypatch
     monkeypatch.setattr(emprl, "draw_plots", lambda *_: None)
     lines = records(61)
     file, here = tmp_path / "mine.jsonl", tmp_path / "run"
-    file.write_text("".join(lines[:60]))
+    file.write_text("".join(lines[:60]), encoding="utf-8")
     config = emprl.make_config("smoke", 0, file, settings=["data.vocab_size=300"])
     run = emprl.Run(here, config)
     old = run.seed
 
     def seed(stage, step=0):
         if stage == "identifiers":
-            file.write_text("".join(lines[1:]))
+            file.write_text("".join(lines[1:]), encoding="utf-8")
         old(stage, step)
 
     monkeypatch.setattr(run, "seed", seed)
     emprl.run_all(run)
     with pytest.raises(emprl.DataError, match="the content of"):
         emprl.run_all(emprl.Run(here, config))
-    file.write_text("".join(lines[:60]))
+    file.write_text("".join(lines[:60]), encoding="utf-8")
     monkeypatch.setattr(t5_small.Trainer, "step", lambda *_: pytest.fail("trained again"))
     emprl.run_all(emprl.Run(here, config))
 
@@ -207,7 +207,7 @@ def test_a_t5_folder_with_other_weights_is_seen(whole, tmp_path):
 def test_a_mixture_of_two_runs_is_refused(name, copied, other, capsys, monkeypatch):
     shutil.copy(other / name, copied / name)
     file = copied / "mine.jsonl"
-    file.write_text('{"context": "Hello", "response": "Hi"}\n')
+    file.write_text('{"context": "Hello", "response": "Hi"}\n', encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     for command in (["chat"], ["evaluate", "--data", str(file)]):
         assert emprl.main([*command, "--run", str(copied)]) == 2
@@ -288,7 +288,7 @@ def test_a_setting_without_effect_is_refused_by_name(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(emprl, "run_all", lambda run: pytest.fail("accepted"))
-    (tmp_path / "mine.jsonl").write_text("".join(records(60)))
+    (tmp_path / "mine.jsonl").write_text("".join(records(60)), encoding="utf-8")
     (tmp_path / "folder").mkdir()
     (tmp_path / "t5").mkdir()
     if hasattr(os, "mkfifo"):
@@ -304,7 +304,7 @@ def test_settings_with_an_effect_stay(whole, tmp_path, monkeypatch):
     folder = official(tmp_path / "t5", whole)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(emprl, "run_all", lambda run: None)
-    (tmp_path / "mine.jsonl").write_text("".join(records(60)))
+    (tmp_path / "mine.jsonl").write_text("".join(records(60)), encoding="utf-8")
     (tmp_path / "folder").mkdir()
     for arguments in (
         ["--data", "mine.jsonl", "--set", "t5.d_model=64", "data.vocab_size=300"],
@@ -321,16 +321,18 @@ def test_config_json_says_which_t5_was_used(whole, tmp_path):
     config = emprl.make_config("smoke", t5_dir=official(tmp_path / "t5", whole))
     config.t5.d_model = 999  # of what --t5 replaces
     emprl.run_all(emprl.Run(here, config))
-    used = json.loads((whole / "sft" / "config.json").read_text())
-    said = json.loads((here / "config.json").read_text())["t5"]
+    used = json.loads((whole / "sft" / "config.json").read_text(encoding="utf-8"))
+    said = json.loads((here / "config.json").read_text(encoding="utf-8"))["t5"]
     assert said == {name: used[name] for name in said}
 
 
 @pytest.mark.parametrize("name", ["pad_token_id", "eos_token_id", "decoder_start_token_id"])
 def test_a_t5_with_other_ids_is_refused(name, whole, tmp_path):
     official(tmp_path / "t5", whole)
-    raw = json.loads((tmp_path / "t5" / "config.json").read_text())
-    (tmp_path / "t5" / "config.json").write_text(json.dumps({**raw, name: 2}))
+    raw = json.loads((tmp_path / "t5" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "t5" / "config.json").write_text(
+        json.dumps({**raw, name: 2}), encoding="utf-8"
+    )
     with pytest.raises(t5_small.CheckpointError, match=f"{name} is 2"):
         t5_small.from_pretrained(tmp_path / "t5")
 
@@ -347,6 +349,7 @@ def start(arguments, **options):
         stderr=subprocess.PIPE,
         text=True,
         **options,
+        encoding="utf-8",
     )
 
 
@@ -412,13 +415,14 @@ def git(folder, *arguments):
         capture_output=True,
         check=True,
         text=True,
+        encoding="utf-8",
     )
     return done.stdout.strip()
 
 
 def test_code_is_known_by_its_own_commit_and_its_changes(tmp_path):
     """A repository; a change in it; a new module; a copy without .git inside of it."""
-    (tmp_path / "emprl.py").write_text("one = 1\n")
+    (tmp_path / "emprl.py").write_text("one = 1\n", encoding="utf-8")
     alone = emprl.code_version(tmp_path)
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", "emprl.py")
@@ -427,14 +431,14 @@ def test_code_is_known_by_its_own_commit_and_its_changes(tmp_path):
     assert (alone["commit"], alone["changed"]) == (None, None)
     assert (clean["commit"], clean["changed"]) == (git(tmp_path, "rev-parse", "HEAD"), None)
 
-    (tmp_path / "emprl.py").write_text("one = 2\n")
+    (tmp_path / "emprl.py").write_text("one = 2\n", encoding="utf-8")
     changed = emprl.code_version(tmp_path)
     assert changed["commit"] == clean["commit"] and changed["changed"]
-    (tmp_path / "emprl.py").write_text("one = 3\n")
+    (tmp_path / "emprl.py").write_text("one = 3\n", encoding="utf-8")
     assert emprl.code_version(tmp_path)["changed"] not in (None, changed["changed"])
-    (tmp_path / "emprl.py").write_text("one = 1\n")
+    (tmp_path / "emprl.py").write_text("one = 1\n", encoding="utf-8")
     assert emprl.code_version(tmp_path) == clean
-    (tmp_path / "new.py").write_text("")
+    (tmp_path / "new.py").write_text("", encoding="utf-8")
     assert emprl.code_version(tmp_path) != clean, "that git does not know of yet"
 
     inner = tmp_path / "copy"
@@ -459,7 +463,7 @@ def test_a_resumed_run_keeps_its_first_environment_and_says_that_the_code_is_ano
     monkeypatch.setattr(t5_small.Trainer, "step", lambda *_: pytest.fail("trained again"))
     assert emprl.main(arguments) == 0, "other code is no reason to refuse"
     assert "warning: the code" in capsys.readouterr().out
-    found = json.loads((here / "environment.json").read_text())
+    found = json.loads((here / "environment.json").read_text(encoding="utf-8"))
     assert [e["command"] for e in found] == [
         "emprl.py first",
         "emprl.py second",
@@ -469,7 +473,7 @@ def test_a_resumed_run_keeps_its_first_environment_and_says_that_the_code_is_ano
 
 
 def test_how_fast_the_machine_is_on_one_and_on_all_threads(whole):
-    (found,) = json.loads((whole / "environment.json").read_text())
+    (found,) = json.loads((whole / "environment.json").read_text(encoding="utf-8"))
     assert set(found["gflops"]) == {"1", str(found["threads"])}
     assert all(x > 0.01 for x in found["gflops"].values())
     before = emprl.torch.get_num_threads()
@@ -487,18 +491,23 @@ def test_evaluations_of_different_files_are_kept_apart_with_their_replies(copied
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     one, two = tmp_path / "a" / "mine.jsonl", tmp_path / "b" / "mine.csv"
-    one.write_text('{"context": ["My dog is sick."], "response": "I am so sorry."}\n' * 3)
-    two.write_text("context,response\nMy cat is sick.,Oh no\n")
+    one.write_text(
+        '{"context": ["My dog is sick."], "response": "I am so sorry."}\n' * 3,
+        encoding="utf-8",
+    )
+    two.write_text("context,response\nMy cat is sick.,Oh no\n", encoding="utf-8")
     for number, file in ((1, one), (2, two), (2, one)):
         assert emprl.main(["evaluate", "--run", str(copied), "--data", str(file)]) == 0
         assert len([*copied.glob("evaluate-*.json")]) == number
-    one.write_text('{"context": ["My dog is sad."], "response": "I am so sorry."}\n')
+    one.write_text(
+        '{"context": ["My dog is sad."], "response": "I am so sorry."}\n', encoding="utf-8"
+    )
     assert emprl.main(["evaluate", "--run", str(copied), "--data", str(one)]) == 0
     found = sorted(copied.glob("evaluate-*.jsonl"))
     assert len(found) == 3
     texts = []
     for path in found:
-        replies = [json.loads(line) for line in path.read_text().splitlines()]
+        replies = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         texts.append([r["context"][0] for r in replies])
         assert all(set(r["responses"]) >= {"sft", "emprl"} for r in replies)
     assert sorted(texts) == [["My cat is sick."], ["My dog is sad."], ["My dog is sick."] * 3]

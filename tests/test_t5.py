@@ -141,7 +141,7 @@ def test_checkpoint_round_trip(version, tmp_path):
     if version == "t5_v10":
         useless.add("lm_head.weight")
     assert written == official - useless
-    raw = json.loads((tmp_path / "new" / "folder" / "config.json").read_text())
+    raw = json.loads((tmp_path / "new" / "folder" / "config.json").read_text(encoding="utf-8"))
     assert raw["model_type"] == "t5" and raw["is_encoder_decoder"] is True
     assert (
         raw["tie_word_embeddings"] is (version == "t5_v10")
@@ -156,10 +156,10 @@ def test_checkpoint_round_trip(version, tmp_path):
 
 def test_checkpoint_of_transformers_5(tmp_path):
     """Transformers 5 writes tie_word_embeddings true always, and scale_decoder_outputs for what v1.0 does."""
-    raw = json.loads((PARITY / "t5_v11" / "config.json").read_text())
+    raw = json.loads((PARITY / "t5_v11" / "config.json").read_text(encoding="utf-8"))
     state = torch.load(PARITY / "t5_v11" / "pytorch_model.bin", weights_only=True)
     raw.update(tie_word_embeddings=True, scale_decoder_outputs=False)
-    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert torch.equal(
         t5_small.from_pretrained(tmp_path).lm_head.weight, state["lm_head.weight"]
@@ -171,8 +171,8 @@ def test_checkpoint_of_transformers_5(tmp_path):
 
 
 def copy_of_fixture(folder, change=lambda state: None, **config):
-    raw = json.loads((PARITY / "t5_v10" / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**raw, **config}))
+    raw = json.loads((PARITY / "t5_v10" / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**raw, **config}), encoding="utf-8")
     state = torch.load(PARITY / "t5_v10" / "pytorch_model.bin", weights_only=True)
     change(state)
     torch.save(state, folder / "pytorch_model.bin")
@@ -218,7 +218,7 @@ def test_checkpoint_missing_files_are_named(tmp_path):
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(CheckpointError, match="pytorch_model.bin"):
         t5_small.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{half of a file")
+    (tmp_path / "config.json").write_text("{half of a file", encoding="utf-8")
     with pytest.raises(CheckpointError, match="config.json"):
         t5_small.from_pretrained(tmp_path)
 
@@ -354,7 +354,7 @@ def test_what_is_no_folder_of_a_checkpoint_is_told_apart(tmp_path, monkeypatch):
     for name in ("model.safetensors", "pytorch_model.bin"):
         (folder / name).unlink()
     assert "has no model.safetensors or pytorch_model.bin" in message()
-    (folder / "model.safetensors.index.json").write_text("{}")
+    (folder / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
     assert "in several files" in message()
 
 
@@ -382,9 +382,9 @@ def test_names_of_a_wrapped_model_are_a_short_message(tmp_path):
 
 def test_flan_t5_of_2022_is_gated(tmp_path):
     """Its config.json said "gelu" and is_gated_act, which later became gated-gelu."""
-    raw = json.loads((PARITY / "t5_v11" / "config.json").read_text())
+    raw = json.loads((PARITY / "t5_v11" / "config.json").read_text(encoding="utf-8"))
     raw.update(feed_forward_proj="gelu", is_gated_act=True, dense_act_fn="gelu_new")
-    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     (tmp_path / "pytorch_model.bin").write_bytes(
         (PARITY / "t5_v11" / "pytorch_model.bin").read_bytes()
     )
@@ -398,7 +398,7 @@ def test_flan_t5_of_2022_is_gated(tmp_path):
         official.eval().response_states(source, response),
     )
     raw["is_gated_act"] = False
-    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     with pytest.raises(CheckpointError, match="'gelu'"):
         t5_small.from_pretrained(tmp_path)
 

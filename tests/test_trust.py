@@ -68,7 +68,10 @@ def test_a_skipped_step_is_counted(tmp_path):
     faults.run(tmp_path / "run", before=faults.FAULTS["one reward is NaN"][0])
     ppo_records = [
         r
-        for r in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+        for r in map(
+            json.loads,
+            (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines(),
+        )
         if r["stage"] == "ppo"
     ]
     assert [r.get("skipped", 0) for r in ppo_records] == [1, 0, 0, 0]
@@ -113,13 +116,18 @@ def test_a_policy_that_has_diverged_is_reported_and_not_a_crash(factor, word, wh
         x *= factor
     torch.save(state, run / "checkpoints" / "ppo.pt")
     assert emprl.main(["--preset", "smoke", "--run", str(run)]) == 0
-    found = strictly((run / "metrics.json").read_text())
+    found = strictly((run / "metrics.json").read_text(encoding="utf-8"))
     assert found["emprl"]["perplexity"] == word and found["sft"]["perplexity"] > 1
-    assert f"| {word} |" in (run / "report.md").read_text()
-    for line in (run / "metrics.jsonl").read_text().splitlines():
+    assert f"| {word} |" in (run / "report.md").read_text(encoding="utf-8")
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         strictly(line)
     assert (
-        str(emprl.from_json((run / "metrics.json").read_text())["emprl"]["perplexity"]) == word
+        str(
+            emprl.from_json((run / "metrics.json").read_text(encoding="utf-8"))["emprl"][
+                "perplexity"
+            ]
+        )
+        == word
     )
 
 
@@ -128,7 +136,9 @@ def test_weights_that_are_no_numbers_are_refused_by_chat_and_evaluate(
     command, whole, tmp_path, capsys
 ):
     run = tmp_path / "run"
-    (tmp_path / "mine.jsonl").write_text('{"context": "Hello", "response": "Hi"}\n')
+    (tmp_path / "mine.jsonl").write_text(
+        '{"context": "Hello", "response": "Hi"}\n', encoding="utf-8"
+    )
     data_option = ["--data", str(tmp_path / "mine.jsonl")] if command == "evaluate" else []
     for name, key in (("emprl/pytorch_model.bin", None), ("checkpoints/judge.pt", "weights")):
         shutil.copytree(whole, run)
@@ -170,7 +180,7 @@ def test_a_run_of_skipped_stages_has_a_report_without_their_pictures(tmp_path):
     assert emprl.main(["--preset", "smoke", "--run", str(tmp_path), "--set", *SKIPPED]) == 0
     drawn = {path.stem for path in (tmp_path / "plots").iterdir()}
     assert drawn == {"emp_f1", "levels"}
-    assert (tmp_path / "report.md").read_text().count("![") == len(drawn)
+    assert (tmp_path / "report.md").read_text(encoding="utf-8").count("![") == len(drawn)
 
 
 def test_a_picture_that_can_not_be_drawn_costs_no_report(whole, tmp_path, capsys, monkeypatch):
@@ -239,7 +249,7 @@ def test_ctrl_c_while_importing(tmp_path):
     started = subprocess.Popen(
         [sys.executable, EMPRL, "--help"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    while "libtorch" not in Path(f"/proc/{started.pid}/maps").read_text():
+    while "libtorch" not in Path(f"/proc/{started.pid}/maps").read_text(encoding="utf-8"):
         time.sleep(0.001)
     started.send_signal(signal.SIGINT)
     err = started.communicate()[1]
@@ -612,13 +622,13 @@ def test_a_models_name_is_no_folder(tmp_path, capsys, monkeypatch):
 
     assert "not by its name" in refusal()
     (tmp_path / "t5-small").mkdir()
-    (tmp_path / "t5-small" / "config.json").write_text("{}")
+    (tmp_path / "t5-small" / "config.json").write_text("{}", encoding="utf-8")
     assert "has no spiece.model; download" in refusal()
     (tmp_path / "t5-small" / "spiece.model").write_text(
-        "version https://git-lfs.github.com/spec/v1\n"
+        "version https://git-lfs.github.com/spec/v1\n", encoding="utf-8"
     )
     assert "spiece.model: only git-LFS's pointer" in refusal()
-    (tmp_path / "t5-small" / "spiece.model").write_text("a model")
+    (tmp_path / "t5-small" / "spiece.model").write_text("a model", encoding="utf-8")
     assert "has no model.safetensors or pytorch_model.bin" in refusal()
 
 
@@ -660,7 +670,9 @@ def test_a_damaged_run_folder_is_refused_by_evaluate_and_chat(
 ):
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / name).write_bytes(content)
-    (tmp_path / "mine.jsonl").write_text('{"context": "Hello", "response": "Hi"}\n')
+    (tmp_path / "mine.jsonl").write_text(
+        '{"context": "Hello", "response": "Hi"}\n', encoding="utf-8"
+    )
     for command in (["evaluate", "--data", str(tmp_path / "mine.jsonl")], ["chat"]):
         assert emprl.main([*command, "--run", str(tmp_path / "run")]) == 2
         err = capsys.readouterr().err
@@ -762,10 +774,12 @@ def test_the_test_part_influences_nothing_before_the_evaluation(whole, tmp_path,
 
     monkeypatch.setattr(data, "embedded_corpus", other_test)
     emprl.run_all(emprl.Run(tmp_path, emprl.make_config("smoke")))
-    assert (tmp_path / "samples.md").read_text() != (whole / "samples.md").read_text(), (
-        "the test part is another one"
-    )
-    assert (tmp_path / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert (tmp_path / "samples.md").read_text(encoding="utf-8") != (
+        whole / "samples.md"
+    ).read_text(encoding="utf-8"), "the test part is another one"
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == (
+        whole / "metrics.jsonl"
+    ).read_text(encoding="utf-8")
     for name in ("sft", "identifiers", "judge", "label", "context", "ppo"):
         one, two = (
             {**t5_small.load_state(x / "checkpoints" / f"{name}.pt"), "seconds": 0}
@@ -800,7 +814,7 @@ def test_the_judge_never_sees_what_the_reward_was_trained_on():
 
 
 def test_the_run_folder_says_what_it_came_from(whole):
-    (found,) = json.loads((whole / "environment.json").read_text())
+    (found,) = json.loads((whole / "environment.json").read_text(encoding="utf-8"))
     assert (
         found["torch"] == torch.__version__.split("+")[0]
         or found["torch"] == torch.__version__

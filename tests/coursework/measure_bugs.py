@@ -64,7 +64,7 @@ print(json.dumps([{k: record[k] for k in ("reward", "kl", "length", "value_loss"
 
 def measure(runs):
     path = HERE / "bugs.json"
-    figures = json.loads(path.read_text()) if path.exists() else {}
+    figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     todo = [
         (bug, i, run)
         for bug in [0, *(b for b in BUGS if b != 9)]
@@ -81,9 +81,10 @@ def measure(runs):
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,
+                encoding="utf-8",
             ).stdout
         figures[f"{bug}/{i}"] = json.loads(out.splitlines()[-1])
-        path.with_suffix(".tmp").write_text(json.dumps(figures) + "\n")
+        path.with_suffix(".tmp").write_text(json.dumps(figures) + "\n", encoding="utf-8")
         path.with_suffix(".tmp").replace(path)
         print(f"{done}/{len(todo)}: bug {bug}, run {i}", flush=True)
     return figures

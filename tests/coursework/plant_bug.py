@@ -84,12 +84,12 @@ def plant(number, copy):
         shutil.copy(ROOT / "tests" / f"{name}.py", Path(copy) / "tests")
     if number:
         file, right, wrong = BUGS[number]
-        text = (Path(copy) / file).read_text()
+        text = (Path(copy) / file).read_text(encoding="utf-8")
         if text.count(right) != 1:
             raise ValueError(
                 f"bug {number}: its place in {file} has changed; correct plant_bug.py"
             )
-        (Path(copy) / file).write_text(text.replace(right, wrong))
+        (Path(copy) / file).write_text(text.replace(right, wrong), encoding="utf-8")
 
 
 if __name__ == "__main__":

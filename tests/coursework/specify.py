@@ -49,7 +49,7 @@ def stub(function, lines):
 def specification(name, graded):
     """Source of one exercise and the comment with its example."""
     module = importlib.import_module(graded.module)
-    source = Path(module.__file__).read_text()
+    source = Path(module.__file__).read_text(encoding="utf-8")
     lines, node = (
         source.splitlines(),
         next(n for n in ast.parse(source).body if getattr(n, "name", "") == name),
@@ -80,7 +80,7 @@ def write(path):
     for unit, (effort, hint, functions) in UNITS.items():
         parts.append(f"# ---- {unit}: about {effort}. {hint}\n")
         parts += [specification(name, graded) + "\n" for name, graded in functions.items()]
-    Path(path).write_text("\n\n".join(parts))
+    Path(path).write_text("\n\n".join(parts), encoding="utf-8")
 
 
 if __name__ == "__main__":

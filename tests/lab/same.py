@@ -48,7 +48,7 @@ def results(folder):
         yield f"{name} weights", digest(weights(folder / name / "pytorch_model.bin"))
     for name in ("metrics.jsonl", "responses.jsonl"):
         yield name, digest((folder / name).read_bytes())
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     for key in (
         "sft",
         "emprl",

@@ -5,7 +5,7 @@ EmpatheticDialogues (dialogue) and EPITOME (responses with levels); and `yours`,
 Levels: 0 none, 1 weak, 2 strong, for each of emotional reaction (er), interpretation (ip) and exploration (ex):
 Sharma et al. 2020, arXiv 2009.08441. `python data.py download DIR` fetches the two public data sets."""
 
-import copy, csv, functools, hashlib, html, io, itertools, json, os, random, re, stat, sys, unicodedata
+import copy, csv, functools, hashlib, html, io, itertools, json, os, random, re, shlex, stat, sys, unicodedata
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, field, replace
 
@@ -32,6 +32,21 @@ class DataError(ValueError):
 
     def __init__(self, message):
         super().__init__(printable(message))
+
+
+def command_line(words, windows=os.name == "nt"):
+    """The words as they are typed: with quotes where a shell, or on Windows PowerShell or cmd, needs them."""
+    if not windows:
+        return shlex.join(words)
+    typed = []
+    for word in words:
+        if not re.fullmatch(r"[\w.:=+/\\-]+", word):
+            word = re.sub(
+                r'(\\*)"', r'\1\1\\"', word
+            )  # a backslash before a quote counts double
+            word = f'"{word}{word[len(word.rstrip(chr(92))) :]}"'  # also before the last quote
+        typed.append(word)
+    return " ".join(typed)
 
 
 @dataclass(frozen=True)
@@ -785,7 +800,7 @@ def real_corpus(folder, seed=0):
     """EmpatheticDialogues for the dialogue, EPITOME for the identifiers: what `download` brings."""
     if not os.path.isdir(folder):
         raise DataError(
-            f"{folder}: no such folder; `python data.py download {folder}` fetches the data"
+            f"{folder}: no such folder; `{command_line(['python', 'data.py', 'download', str(folder)])}` fetches the data"
         )
     parts = ("train", "valid", "test")
     read = [

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGINT, leave)
 
-import argparse, atexit, contextlib, copy, ctypes, errno, functools, hashlib, itertools, json, math, re, shlex, subprocess, sys
+import argparse, atexit, contextlib, copy, ctypes, errno, functools, hashlib, itertools, json, math, re, subprocess, sys
 import shutil, tempfile, threading, time, traceback, warnings, zlib
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from importlib.metadata import version
@@ -645,7 +645,7 @@ class Run:
             )
         threads = torch.get_num_threads()
         environment = {
-            "command": shlex.join(sys.argv),
+            "command": data.command_line(sys.argv),
             **self.code,
             "python": sys.version,
             **{name: version(name) for name in ("torch", "sentencepiece", "numpy")},
@@ -666,7 +666,7 @@ class Run:
         if "--run" in command:
             at = command.index("--run")
             del command[at : at + 2]
-        return f"take another folder: {shlex.join(['python', 'emprl.py', *command, '--run', str(folder)])}"
+        return f"take another folder: {data.command_line(['python', 'emprl.py', *command, '--run', str(folder)])}"
 
     def write(self, name, text):  # a file of the run folder, atomically
         (self.folder / f"{name}.tmp").write_bytes(
@@ -1453,7 +1453,7 @@ def main(arguments=None):
         return 0
     except KeyboardInterrupt:
         on_ctrl_c(signal.SIG_IGN)  # a second one comes too late
-        command = shlex.join(arguments or sys.argv[1:])
+        command = data.command_line(arguments or sys.argv[1:])
         print(f"\nstopped; go on with: python emprl.py {command}", file=sys.stderr)
         return 130
     except Exception as error:

@@ -513,7 +513,7 @@ def main(name, *runs, again=False, write=""):
                 raise ValueError
         except OSError:
             raise data.DataError(
-                f"ablate: {folder}: no finished run of this version there; make one with `python emprl.py --run {folder}`"
+                f"ablate: {folder}: no finished run of this version there; make one with `{data.command_line(['python', 'emprl.py', '--run', str(folder)])}`"
             ) from None
         except (ValueError, KeyError, TypeError):
             raise data.DataError(

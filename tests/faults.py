@@ -8,9 +8,9 @@ import contextlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -30,6 +30,20 @@ import t5_small
 def run(folder, *settings, before=lambda: None):
     """`python emprl.py --preset smoke` without plots, in a process of its own that saves at every step. before() is called there first.
     Returns (exit code, what it wrote to stderr); the exit code is -9 if it was killed."""
+    command = ["--preset", "smoke", "--run", str(folder)]
+    command += ["--set", *settings] if settings else []
+    if not hasattr(
+        os, "fork"
+    ):  # Windows: a new Python, in which nothing can be changed before
+        done = subprocess.run(
+            [sys.executable, emprl.__file__, *command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+        )
+        return done.returncode, done.stderr
+
     errors = Path(f"{folder}.stderr")
     sys.stdout.flush()
     if (pid := os.fork()) == 0:
@@ -46,15 +60,7 @@ def run(folder, *settings, before=lambda: None):
                     lambda *_: None,
                 )  # the plots take longer than the rest
                 before()
-                code = emprl.main(
-                    [
-                        "--preset",
-                        "smoke",
-                        "--run",
-                        str(folder),
-                        *(["--set", *settings] if settings else []),
-                    ]
-                )
+                code = emprl.main(command)
             finally:
                 file.flush()
                 os._exit(code)
@@ -164,6 +170,8 @@ def out_of_memory():
 
 def disk_full():
     """No file may grow over 20 kB: as a full disk, but for this process only."""
+    import resource  # Windows has none
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 

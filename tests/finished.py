@@ -35,7 +35,7 @@ def load_run(folder, device=""):
     folder = Path(folder)
     if not (folder / "metrics.json").exists():
         raise DataError(
-            f"--run {folder}: no finished run there; make one with `python emprl.py --run {folder}`"
+            f"--run {folder}: no finished run there; make one with `{data.command_line(['python', 'emprl.py', '--run', str(folder)])}`"
         )
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))

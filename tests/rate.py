@@ -68,7 +68,7 @@ def main(folder, rater="", number=30, seed=0):
         rater = rater or getpass.getuser()
     except (ImportError, KeyError, OSError):  # which of them depends on Python and the system
         raise data.DataError(
-            f"rate: this system does not tell who you are; give a name: python emprl.py rate {folder} NAME"
+            f"rate: this system does not tell who you are; give a name: {data.command_line(['python', 'emprl.py', 'rate', str(folder), 'NAME'])}"
         ) from None
     print(crisis.NOTE)
     path = pathlib.Path(folder) / ("ratings-" + file_name(rater) + ".jsonl")

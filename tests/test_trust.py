@@ -26,6 +26,9 @@ import t5_small
 from data import DataError
 
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows can not fork")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("trust")
@@ -42,6 +45,7 @@ def whole(folder):
 # ---- interrupted
 
 
+@needs_fork
 def test_killed_in_every_stage_nothing_is_lost(folder):
     """Twice in each; `python tests/faults.py` kills twice as often."""
     killed, different = faults.kills(2 * len(faults.STEPS), folder)
@@ -53,6 +57,7 @@ def test_killed_in_every_stage_nothing_is_lost(folder):
     assert not different, different
 
 
+@needs_fork
 def test_faults_end_in_one_line_and_leave_something_to_go_on_from(folder, whole):
     """Full disks and Ctrl-C in two stages; `python tests/faults.py` tries more."""
     some = [
@@ -64,6 +69,7 @@ def test_faults_end_in_one_line_and_leave_something_to_go_on_from(folder, whole)
     assert number >= 15 and not wrong, wrong
 
 
+@needs_fork
 def test_a_skipped_step_is_counted(tmp_path):
     faults.run(tmp_path / "run", before=faults.FAULTS["one reward is NaN"][0])
     ppo_records = [

@@ -80,7 +80,7 @@ def plant(number, copy):
         ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "tests", "__pycache__")
     )
     (Path(copy) / "tests").mkdir()
-    for name in ("finished", "rate", "ablate", "publish", "download"):
+    for name in ("finished", "crisis", "rate", "ablate", "publish", "download"):
         shutil.copy(ROOT / "tests" / f"{name}.py", Path(copy) / "tests")
     if number:
         file, right, wrong = BUGS[number]
@@ -99,6 +99,9 @@ if __name__ == "__main__":
             f"usage: python tests/coursework/plant_bug.py {numbers[0]}..{numbers[-1]} NEW_FOLDER (it must not exist yet)"
         )
     plant(int(sys.argv[1]), sys.argv[2])
-    print(
-        f"bug {sys.argv[1]} is somewhere in {sys.argv[2]}; start with: cd {sys.argv[2]} && python emprl.py"
-    )
+    sys.path.insert(0, str(ROOT))
+    from data import command_line
+
+    there = command_line(["cd", sys.argv[2]])
+    print(f"bug {sys.argv[1]} is somewhere in {sys.argv[2]}; start with: {there}")
+    print("and then: python emprl.py")

@@ -13,12 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 import torch
 
+from data import command_line
 from units import UNITS
 
 HEADER = '''"""EmpRL coursework. Replace each `raise NotImplementedError`; what you delete falls back to the project's.
 
 Legend of the shapes: B batch, S source length, T response length, D model width, H heads, V vocabulary, M = 3 mechanisms,
-L = 3 levels. Grade it from the project's folder with: python -m pytest -q tests --impl {path}
+L = 3 levels. Grade it from the project's folder with: {grade}
 """
 import math
 
@@ -76,7 +77,9 @@ def specification(name, graded):
 
 
 def write(path):
-    parts = [HEADER.format(path=path)]
+    grade = command_line(["python", "-m", "pytest", "-q", "tests", "--impl", str(path)])
+    grade = grade.replace("\\", "\\\\").replace('"', '\\"')  # it stands in a docstring
+    parts = [HEADER.replace("{grade}", grade)]
     for unit, (effort, hint, functions) in UNITS.items():
         parts.append(f"# ---- {unit}: about {effort}. {hint}\n")
         parts += [specification(name, graded) + "\n" for name, graded in functions.items()]
@@ -89,6 +92,5 @@ if __name__ == "__main__":
             "usage: python tests/coursework/specify.py NEW_FILE.py (it must not exist yet)"
         )
     write(sys.argv[1])
-    print(
-        f"written: {sys.argv[1]}; grade it with: python -m pytest -q tests --impl {sys.argv[1]}"
-    )
+    grade = command_line(["python", "-m", "pytest", "-q", "tests", "--impl", sys.argv[1]])
+    print(f"written: {sys.argv[1]}; grade it with: {grade}")

@@ -797,6 +797,11 @@ def make_optimizers(model, weight_decay=0.0, muon=False, unit=("relative_bias",)
         [g for g in groups if not inside(g)], lr=0.0, weight_decay=weight_decay, fused=True
     )
     matrices = [g for g in groups if inside(g)]
+    if matrices and not hasattr(torch.optim, "Muon"):
+        raise ImportError(
+            f"torch {torch.__version__} has no Muon, 2.9 and newer have; "
+            "set pretrain.muon=off sft.muon=off, or install a newer torch"
+        )
     return [adam] + (
         [torch.optim.Muon(matrices, 0.0, weight_decay, adjust_lr_fn="match_rms_adamw")]
         if matrices

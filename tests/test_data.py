@@ -172,12 +172,6 @@ def test_deterministic_and_test_part_independent_of_training_size(corpus):
     )
 
 
-def test_default_sizes_are_fast():
-    start = time.perf_counter()
-    data.embedded_corpus()
-    assert time.perf_counter() - start < 6  # about 1 s; room for a busy machine
-
-
 def test_levels_follow_level_probs(corpus):
     pairs = [(d.levels, corpus.level_probs[d.id]) for d in corpus.dialogues["train"]]
     for m in range(3):

@@ -123,6 +123,19 @@ def test_commands_without_a_device_refuse_one(command, capsys):
     assert "--device" in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
+# ---- an older torch
+
+
+def test_without_muon_only_what_asks_for_it_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    small = ["--set", "sft.steps=2", "pretrain.steps=1", "ppo.steps=1", "eval.contexts=4"]
+    command = ["--preset", "smoke", "--run", str(tmp_path / "run")]
+    assert emprl.main([*command, *small, "sft.muon=on"]) == 2
+    err = capsys.readouterr().err
+    assert "has no Muon" in err and "sft.muon=off" in err and err.count("\n") == 1, err
+    assert emprl.main([*command[:3], str(tmp_path / "other"), *small]) == 0
+
+
 # ---- the encoding of text files
 
 

@@ -1025,6 +1025,10 @@ def test_optimizer_step_clips_and_skips():
         assert p.grad is None or p.grad == 0, "a bad gradient was kept for the next step"
 
 
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has it")
+
+
+@needs_muon
 def test_muon_takes_the_matrices_of_the_layers():
     """And only those: embeddings, norms and position biases stay with AdamW, and every tensor is in one group once."""
     model = tiny(tie_word_embeddings=False)
@@ -1046,6 +1050,7 @@ def test_muon_takes_the_matrices_of_the_layers():
     assert len(t5_small.make_optimizers(model)) == 1, "without muon AdamW has them all"
 
 
+@needs_muon
 def test_a_step_of_muon_has_equal_singular_values():
     model = tiny()
     optimizers = t5_small.make_optimizers(model, muon=True)
@@ -1083,7 +1088,7 @@ def copy_trainer(model, steps, batch=8, validate=None, **config):
     )
 
 
-@pytest.mark.parametrize("muon", [False, True])
+@pytest.mark.parametrize("muon", [False, pytest.param(True, marks=needs_muon)])
 def test_trainer_overfits(muon):
     model = tiny(
         d_model=32, d_kv=8, d_ff=64, num_layers=1, num_decoder_layers=1, dropout_rate=0.0

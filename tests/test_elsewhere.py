@@ -288,10 +288,9 @@ def test_the_exercise_can_have_any_path(path, tmp_path, monkeypatch):
 
 WITHOUT = """
 import os, signal, sys
-sys.modules["resource"] = None
-for module, name in ((os, "fork"), (signal, "SIGKILL"), (os, "waitstatus_to_exitcode")):
-    delattr(module, name)
 import pytest
+sys.modules["resource"] = None
+del os.fork, signal.SIGKILL
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/test_trust.py", "-k", sys.argv[1]]))
 """
 
@@ -303,11 +302,11 @@ def test_what_windows_lacks_stops_no_other_test():
             sys.executable,
             "-c",
             WITHOUT,
-            "killed_in or faults_end or skipped_step or damaged_run",
+            "killed_in or faults_end or skipped_step or run_folder_says",
         ],
         cwd=ROOT,
         capture_output=True,
         encoding="utf-8",
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 passed, 3 skipped" in done.stdout, done.stdout
+    assert "1 passed, 3 skipped" in done.stdout, done.stdout

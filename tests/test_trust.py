@@ -20,7 +20,6 @@ import crisis
 import data
 import emprl
 import faults
-import identifiers
 import ppo
 import t5_small
 from data import DataError
@@ -719,6 +718,22 @@ def test_chat_says_first_what_it_is_and_where_help_is(whole, capsys, monkeypatch
     assert told[5:7] == told[:2] and len(told) == 3 + 2 + 2 + 2
     torch.manual_seed(0)
     assert chat(whole, b"Hello\nHello\n", capsys, monkeypatch)[5:] == told[7:]
+
+
+def test_evaluate_and_chat_take_a_device(whole, tmp_path, capsys, monkeypatch):
+    """On a machine with no GPU: cuda is refused in one line; with cpu no GPU is even looked for."""
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"context": "Hello", "response": "Hi"}\n', encoding="utf-8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    emprl.find_device.cache_clear()
+    for command in (["evaluate", "--data", str(file)], ["chat"]):
+        assert emprl.main([*command, "--run", str(whole), "--device", "cuda"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("emprl.py: --device cuda") and err.count("\n") == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("looked for"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
+    assert emprl.main(["chat", "--run", str(whole), "--device", "cpu"]) == 0
+    emprl.find_device.cache_clear()
 
 
 @pytest.mark.parametrize(

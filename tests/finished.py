@@ -19,6 +19,7 @@ from emprl import (
     Run,
     digest,
     digest_of,
+    find_device,
     make_config,
     from_json,
     replies,
@@ -37,6 +38,7 @@ def load_run(folder, device=""):
         raise DataError(
             f"--run {folder}: no finished run there; make one with `{data.command_line(['python', 'emprl.py', '--run', str(folder)])}`"
         )
+    device = find_device(device)
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         sections = [k for k, v in asdict(Config()).items() if isinstance(v, dict)]

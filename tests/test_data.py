@@ -63,9 +63,9 @@ def everything(corpus):
 
 
 def test_32_emotions_with_six_situations_and_level_rule():
-    assert len(data.EMOTIONS) == len({e.name for e in data.EMOTIONS}) == 32
-    assert all(len(e.situations) >= 6 and len(e.feelings) >= 2 for e in data.EMOTIONS)
-    assert Counter((e.valence, e.family) for e in data.EMOTIONS) == dict.fromkeys(
+    assert len(data.world().emotions) == len({e.name for e in data.world().emotions}) == 32
+    assert all(len(e.situations) >= 6 and len(e.feelings) >= 2 for e in data.world().emotions)
+    assert Counter((e.valence, e.family) for e in data.world().emotions) == dict.fromkeys(
         itertools.product(("neg", "pos"), ("inward", "outward")), 8
     )
     assert data.modal_levels("neg", "outward", True, 1) == (2, 0, 2)
@@ -90,8 +90,8 @@ def test_32_emotions_with_six_situations_and_level_rule():
 
 
 def test_texts_are_unambiguous():
-    openers = [opener for e in data.EMOTIONS for s in e.situations for opener, _ in s]
-    topics = sorted(set(data.TOPICS.values()))
+    openers = [opener for e in data.world().emotions for s in e.situations for opener, _ in s]
+    topics = sorted(set(data.world().topics.values()))
     assert all(not any(c in opener for c in ".?!") for opener in openers)
     # no topic is the beginning of another (they would be neighbours once sorted), else cutting could help
     assert not [
@@ -99,12 +99,16 @@ def test_texts_are_unambiguous():
     ]
     same = {
         data._plain(o): {
-            data._plain(t) for e in data.EMOTIONS for s in e.situations for q, t in s if q == o
+            data._plain(t)
+            for e in data.world().emotions
+            for s in e.situations
+            for q, t in s
+            if q == o
         }
         for o in openers[::97]
     }
     assert all(len(topics) == 1 for topics in same.values())
-    for key, phrases in data.SENTENCES.items():
+    for key, phrases in data.world().sentences.items():
         texts = [
             phrase.replace("TOPIC", "the dog").replace("FEELING", "sad") for phrase in phrases
         ]
@@ -120,7 +124,7 @@ def test_texts_are_unambiguous():
                 int(m == mechanism) for m in range(3)
             ), text
             assert (level == 2) == ("TOPIC" in phrase)
-    assert len(data.SENTENCES["filler"]) >= 10
+    assert len(data.world().sentences["filler"]) >= 10
 
 
 def test_sizes_ids_turns_and_notes(corpus):
@@ -170,6 +174,12 @@ def test_deterministic_and_test_part_independent_of_training_size(corpus):
         data.embedded_corpus(seed=4, num_train=10, num_labelled=10).dialogues["test"]
         != corpus.dialogues["test"]
     )
+
+
+def test_default_sizes_are_fast():
+    start = time.perf_counter()
+    data.embedded_corpus()
+    assert time.perf_counter() - start < 6  # about 1 s; room for a busy machine
 
 
 def test_levels_follow_level_probs(corpus):
@@ -269,7 +279,7 @@ def test_oracle_hears_a_negation(negation):
         feeling = {"neg": "sad", "pos": "joyful"}[valence]
         for m, mechanism in enumerate(data.MECHANISMS):
             for level in (1, 2):
-                for phrase in data.SENTENCES[f"{mechanism} {level} {valence}"]:
+                for phrase in data.world().sentences[f"{mechanism} {level} {valence}"]:
                     said = phrase.replace("TOPIC", topic).replace("FEELING", feeling)
                     expected = tuple(level * (i == m) for i in range(3))
                     assert oracle_levels(context, said) == expected
@@ -333,9 +343,11 @@ def test_other_situations_count_one(corpus):
     for d in test:
         other = rng.choice(test)
         openers = [data._plain(x.context[0].split(".")[0]) for x in (d, other)]
-        topic, others = (data.TOPICS[opener] for opener in openers)
+        topic, others = (data.world().topics[opener] for opener in openers)
         expected = other.levels if topic == others else tuple(min(1, n) for n in other.levels)
-        if data.VALENCES[openers[0]] != data.VALENCES[openers[1]]:  # one phrase is of both
+        if (
+            data.world().valences[openers[0]] != data.world().valences[openers[1]]
+        ):  # one phrase is of both
             expected = (0, int("I understand how you feel." in other.response), 0)
         assert oracle_levels(d.context, other.response) == expected
 
@@ -345,13 +357,13 @@ def test_labelled_parts_have_mismatched_responses(corpus):
     part, strong, foreign, near = corpus.labelled["train"], 0, 0, 0
     marks = [
         re.sub("TOPIC|FEELING", "(.+)", p[:-1])
-        for key, ps in data.SENTENCES.items()
+        for key, ps in data.world().sentences.items()
         if " 2 " in key
         for p in ps
     ]
     for d in part:
         assert d.levels == oracle_levels(d.context, d.response)
-        topic = data.TOPICS[data._plain(d.context[0].split(".")[0])]
+        topic = data.world().topics[data._plain(d.context[0].split(".")[0])]
         if any(re.search(mark, d.response) for mark in marks):
             strong += 1
             foreign += topic not in data._plain(d.response)
@@ -359,6 +371,13 @@ def test_labelled_parts_have_mismatched_responses(corpus):
                 d.response
             )
     assert 0.05 < foreign / strong < 0.11 and near > 0.1 * foreign
+
+
+def test_oracle_is_fast(corpus):
+    start = time.perf_counter()
+    for d in corpus.dialogues["test"]:
+        oracle_levels(d.context, d.response)
+    assert time.perf_counter() - start < 0.5
 
 
 # ---- tokenizer
@@ -465,7 +484,7 @@ def test_damaged_models_are_refused(corpus, tokenizer, tmp_path):
     for model in (b"", b"rubbish", tokenizer.model[:1000], foreign.getvalue(), b"\0" * 100):
         with pytest.raises(DataError, match="; train it again"):
             Tokenizer(model)
-    with pytest.raises(DataError, match="none.model: can not be read"):
+    with pytest.raises(DataError, match="none.model: cannot be read"):
         Tokenizer(tmp_path / "none.model")
     with pytest.raises(DataError, match="vocab_size"):
         Tokenizer.train(["ab"] * 3, 101)
@@ -608,7 +627,7 @@ def test_missing_files_and_folders(tmp_path):
         for path in (tmp_path / "none.csv", tmp_path):
             with pytest.raises(DataError, match="; "):
                 read(path)
-    with pytest.raises(DataError, match="python data.py download"):
+    with pytest.raises(DataError, match="python emprl.py download"):
         data.real_corpus(tmp_path / "none")
 
 
@@ -640,7 +659,6 @@ for read in data.read_dialogues, data.read_empathetic_dialogues, data.Tokenizer,
         text=True,
         timeout=60,
         cwd=Path(data.__file__).parent,
-        encoding="utf-8",
     )
     endings = ["a pipe or a device; give the path of an ordinary file"] * 3
     endings += ["a folder; give the path of a file in it"]
@@ -737,9 +755,7 @@ def test_a_text_without_a_visible_character_is_no_text(tmp_path):
     path = tmp_path / "x.jsonl"
     for blank in ("\u3164", "\u2800", "\ufe0f", "\u200c", "\u00ad \u115f", "\u202e\u202c"):
         for context, response in ((blank, "Oh."), ("Hello.", blank)):
-            path.write_text(
-                json.dumps({"context": [context], "response": response}), encoding="utf-8"
-            )
+            path.write_text(json.dumps({"context": [context], "response": response}))
             with pytest.raises(DataError, match=":1: empty response or utterance"):
                 data.read_dialogues(path)
 
@@ -768,10 +784,8 @@ def test_yours_jsonl_and_csv_agree(tmp_path):
         },
         {"context": ["One, two"], "response": 'He said "no".'},
     ]
-    (tmp_path / "a.jsonl").write_text(
-        "\n".join(map(json.dumps, records)) + "\n\n", encoding="utf-8"
-    )
-    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    with open(tmp_path / "a.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["context", "response", "emotion", "er", "ip", "ex"])
         writer.writeheader()
         writer.writerows({**r, "context": " </s> ".join(r["context"])} for r in records)
@@ -785,8 +799,7 @@ def test_yours_jsonl_and_csv_agree(tmp_path):
     ]
     assert len({d.id for d in read}) == 2
     (tmp_path / "b.jsonl").write_text(
-        '{"context": "One </s> two", "response": "x\\u0000\\ud800 y", "er": null}',
-        encoding="utf-8",
+        '{"context": "One </s> two", "response": "x\\u0000\\ud800 y", "er": null}'
     )
     assert data.read_dialogues(tmp_path / "b.jsonl")[0].context == ("One", "two")
     assert data.read_dialogues(tmp_path / "b.jsonl")[0].response == "x y"
@@ -814,9 +827,7 @@ def test_yours_jsonl_and_csv_agree(tmp_path):
 )
 def test_yours_names_the_line(record, problem, tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_text(
-        '{"context": ["a"], "response": "b"}\n\n' + json.dumps(record) + "\n", encoding="utf-8"
-    )
+    path.write_text('{"context": ["a"], "response": "b"}\n\n' + json.dumps(record) + "\n")
     with pytest.raises(DataError) as error:
         data.read_dialogues(path)
     assert str(error.value).startswith(f"{path}:3: ") and problem in str(error.value)
@@ -827,12 +838,9 @@ def test_yours_names_the_line(record, problem, tmp_path):
 )
 def test_a_level_as_table_programs_write_it(value, level, tmp_path):
     (tmp_path / "x.jsonl").write_text(
-        json.dumps({"context": "a", "response": "b", "er": value, "ip": 0, "ex": 2}),
-        encoding="utf-8",
+        json.dumps({"context": "a", "response": "b", "er": value, "ip": 0, "ex": 2})
     )
-    (tmp_path / "x.csv").write_text(
-        f"context,response,er,ip,ex\na,b,{value},0,2\n", encoding="utf-8"
-    )
+    (tmp_path / "x.csv").write_text(f"context,response,er,ip,ex\na,b,{value},0,2\n")
     for name in ("x.jsonl", "x.csv"):
         assert data.read_dialogues(tmp_path / name)[0].levels == (level, 0, 2)
 
@@ -841,16 +849,14 @@ def test_a_level_as_table_programs_write_it(value, level, tmp_path):
     "value", ["1.5", "12", "0.1", "-0", "1e0", "\u0661", "nan", "1 2", "+1"]
 )
 def test_what_is_no_level(value, tmp_path):
-    (tmp_path / "x.csv").write_text(
-        f"context,response,er,ip,ex\na,b,{value},0,2\n", encoding="utf-8"
-    )
+    (tmp_path / "x.csv").write_text(f"context,response,er,ip,ex\na,b,{value},0,2\n")
     with pytest.raises(DataError, match="x.csv:2: level .*; levels are 0, 1 or 2"):
         data.read_dialogues(tmp_path / "x.csv")
 
 
 def test_the_extension_may_be_in_capitals(tmp_path):
-    (tmp_path / "A.CSV").write_text("context,response\na,b\n", encoding="utf-8")
-    (tmp_path / "A.JSONL").write_text('{"context": "a", "response": "b"}\n', encoding="utf-8")
+    (tmp_path / "A.CSV").write_text("context,response\na,b\n")
+    (tmp_path / "A.JSONL").write_text('{"context": "a", "response": "b"}\n')
     one, two = (data.read_dialogues(tmp_path / name)[0] for name in ("A.CSV", "A.JSONL"))
     assert one.context == two.context == ("a",) and one.response == two.response == "b"
 
@@ -889,7 +895,7 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_that_can_not_be_used_is_told_why_and_where(name, tmp_path):
     content, line, problem = TABLES[name]
-    (tmp_path / "x.csv").write_text(content, encoding="utf-8")
+    (tmp_path / "x.csv").write_text(content)
     with pytest.raises(DataError, match=f"x.csv:{line}: {problem}"):
         data.read_dialogues(tmp_path / "x.csv")
 
@@ -930,7 +936,7 @@ RECORDS = {
         1,
         "is there twice",
     ),
-    "a field missing": ('{"context": "a"}', 1, "no response; add"),
+    "a field missing": ('{"context": "a"}', 1, "no field response; add"),
     "cut": (f"{GOOD}\n{GOOD[:-2]}", 2, "not a record in JSON: Unterminated string"),
     "a list as id": ('{"context": "a", "response": "b", "id": []}', 1, "id is a list"),
 }
@@ -939,7 +945,7 @@ RECORDS = {
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_record_that_can_not_be_used_is_told_why_and_where(name, tmp_path):
     content, line, problem = RECORDS[name]
-    (tmp_path / "x.jsonl").write_text(content, encoding="utf-8")
+    (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(DataError, match=f"x.jsonl:{line}: .*{problem}"):
         data.read_dialogues(tmp_path / "x.jsonl")
 
@@ -958,7 +964,7 @@ def test_nested_json_of_any_depth_is_refused(tmp_path):
             f'{{"context": "a", "response": "b", "id": {deep}}}',
             f'{{"context": "a", "response": "b", "other": {deep}}}',
         ):
-            (tmp_path / "x.jsonl").write_text(record, encoding="utf-8")
+            (tmp_path / "x.jsonl").write_text(record)
             with pytest.raises(DataError, match="x.jsonl:1: .*; "):
                 data.read_dialogues(tmp_path / "x.jsonl")
 
@@ -967,7 +973,7 @@ def test_nested_json_of_any_depth_is_refused(tmp_path):
 
 
 def write_own(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
@@ -1044,8 +1050,7 @@ def test_own_equal_records_join_conversations_with_different_ids(tmp_path):
 
 def test_own_ids_in_a_csv(tmp_path):
     (tmp_path / "x.csv").write_text(
-        "id,context,response\n7,Hello.,One.\n8,Hello.,Two.\n7,Hello </s> One. </s> Go on.,Three.\n,Hello.,Four.\n",
-        encoding="utf-8",
+        "id,context,response\n7,Hello.,One.\n8,Hello.,Two.\n7,Hello </s> One. </s> Go on.,Three.\n,Hello.,Four.\n"
     )
     speakers = [d.id.rpartition("/")[0] for d in data.read_dialogues(tmp_path / "x.csv")]
     assert speakers[0] == speakers[2] and len(set(speakers)) == 3
@@ -1089,7 +1094,7 @@ def ed_rows(conversation, *utterances, emotion="proud", end=","):
 
 
 def read_ed(tmp_path, *rows):
-    (tmp_path / "ed.csv").write_text("\n".join([ED_HEADER, *rows]) + "\n", encoding="utf-8")
+    (tmp_path / "ed.csv").write_text("\n".join([ED_HEADER, *rows]) + "\n")
     return data.read_empathetic_dialogues(tmp_path / "ed.csv")
 
 
@@ -1186,25 +1191,19 @@ def test_ed_cut_short_is_refused_wherever_the_cut_is(tmp_path):
     whole = "\n".join([ED_HEADER, *many_ed_rows(2000)]) + "\n"
     last = whole.rstrip("\n").rfind("\n") + 1
     for end in [*range(last + 1, len(whole) - 2)]:
-        (tmp_path / "ed.csv").write_text(whole[:end], encoding="utf-8")
+        (tmp_path / "ed.csv").write_text(whole[:end])
         with pytest.raises(DataError, match="ed.csv:2001: .*cut short; fetch it again"):
             data.read_empathetic_dialogues(tmp_path / "ed.csv")
-    (tmp_path / "ed.csv").write_text(
-        whole[:-1], encoding="utf-8"
-    )  # only the last end of line is missing
+    (tmp_path / "ed.csv").write_text(whole[:-1])  # only the last end of line is missing
     assert len(data.read_empathetic_dialogues(tmp_path / "ed.csv")[0]) == 1000
 
 
 @real
 def test_ed_real_rewritten_is_refused(tmp_path):
     for part in ("valid", "test"):
-        lines = (
-            (REAL / "empatheticdialogues" / f"{part}.csv")
-            .read_text(encoding="utf-8")
-            .splitlines()
-        )
+        lines = (REAL / "empatheticdialogues" / f"{part}.csv").read_text().splitlines()
         rows = [[f.replace("_comma_", ",") for f in line.split(",")] for line in lines]
-        with open(tmp_path / f"{part}.csv", "w", newline="", encoding="utf-8") as file:
+        with open(tmp_path / f"{part}.csv", "w", newline="") as file:
             csv.writer(file).writerows(rows)
         with pytest.raises(DataError, match="rows are not as they were published"):
             data.read_empathetic_dialogues(tmp_path / f"{part}.csv")
@@ -1231,7 +1230,7 @@ def write_epitome(folder, rows, change=None):
     """rows: (sp_id, rp_id, seeker, response, (er, ip, ex)); change(file number, row number, fields)."""
     folder.mkdir(exist_ok=True)
     for m, name in enumerate(data.EPITOME_FILES):
-        with open(folder / name, "w", newline="", encoding="utf-8") as file:
+        with open(folder / name, "w", newline="") as file:
             writer = csv.writer(file)  # CRLF and quotes where needed, as in the originals
             writer.writerow(
                 ["sp_id", "rp_id", "seeker_post", "response_post", "level", "rationales"]
@@ -1438,12 +1437,12 @@ def source(server, body=BODY, members=(), digest=None):
 def test_download_then_nothing_to_do(server, tmp_path):
     lines = []
     sources = source(server)
-    download.download(tmp_path / "new", sources, lines.append)
+    data.download(tmp_path / "new", sources, lines.append)
     assert (tmp_path / "new/sub/f.csv").read_bytes() == BODY and os.listdir(
         tmp_path / "new/sub"
     ) == ["f.csv"]
     assert any("100 %" in line for line in lines)
-    download.download(tmp_path / "new", sources, lines.append)
+    data.download(tmp_path / "new", sources, lines.append)
     assert server["log"] == [("/f", None)] and "already there" in lines[-1]
 
 
@@ -1454,13 +1453,13 @@ def test_download_goes_on_after_a_cut(ranges, server, tmp_path):
     with pytest.raises(
         DataError, match="cut off at 100000 of 300000|IncompleteRead|same command"
     ):
-        download.download(tmp_path, sources, str)
+        data.download(tmp_path, sources, str)
     assert (
         os.listdir(tmp_path / "sub") == ["f.csv.part"]
         and (tmp_path / "sub/f.csv.part").stat().st_size == 100_000
     )
     server["limit"] = None
-    download.download(tmp_path, sources, str)
+    data.download(tmp_path, sources, str)
     assert (tmp_path / "sub/f.csv").read_bytes() == BODY
     assert server["log"] == [("/f", None), ("/f", "bytes=100000-")]
 
@@ -1468,7 +1467,7 @@ def test_download_goes_on_after_a_cut(ranges, server, tmp_path):
 def test_download_follows_a_redirection(server, tmp_path):
     sources = source(server)
     server["moved"]["/f"], server["files"]["/g"] = "/g", BODY
-    download.download(tmp_path, sources, str)
+    data.download(tmp_path, sources, str)
     assert (tmp_path / "sub/f.csv").read_bytes() == BODY and [
         path for path, _ in server["log"]
     ] == ["/f", "/g"]
@@ -1476,18 +1475,18 @@ def test_download_follows_a_redirection(server, tmp_path):
 
 def test_download_slow_and_stalled(server, tmp_path, monkeypatch):
     """A slow server is waited for, a silent one is given up; what came is kept."""
-    urlopen = download.urlopen
+    urlopen = data.urlopen
     monkeypatch.setattr(
-        download, "urlopen", lambda request, timeout: urlopen(request, timeout=0.5)
+        data, "urlopen", lambda request, timeout: urlopen(request, timeout=0.5)
     )
     server["pause"] = 0.1
-    download.download(tmp_path / "slow", source(server), str)
+    data.download(tmp_path / "slow", source(server), str)
     assert (tmp_path / "slow/sub/f.csv").read_bytes() == BODY
     server["pause"] = 1.0
     with pytest.raises(DataError, match="timed out; run the same command again"):
-        download.download(tmp_path / "stalled", source(server), str)
+        data.download(tmp_path / "stalled", source(server), str)
     server["pause"] = 0
-    download.download(tmp_path / "stalled", source(server), str)
+    data.download(tmp_path / "stalled", source(server), str)
     assert (tmp_path / "stalled/sub/f.csv").read_bytes() == BODY
 
 
@@ -1495,7 +1494,7 @@ def test_download_finished_part_needs_no_server(server, tmp_path):
     sources = source(server)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/f.csv.part").write_bytes(BODY)
-    download.download(tmp_path, sources, str)
+    data.download(tmp_path, sources, str)
     assert (tmp_path / "sub/f.csv").read_bytes() == BODY and server["log"] == []
 
 
@@ -1504,22 +1503,22 @@ def test_download_part_of_something_else_starts_over(server, tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/f.csv.part").write_bytes(BODY + b"more")
     with pytest.raises(DataError, match="416"):
-        download.download(tmp_path, sources, str)
-    download.download(tmp_path, sources, str)
+        data.download(tmp_path, sources, str)
+    data.download(tmp_path, sources, str)
     assert (tmp_path / "sub/f.csv").read_bytes() == BODY
 
 
 def test_download_wrong_hash(server, tmp_path):
     with pytest.raises(DataError, match="SHA-256"):
-        download.download(tmp_path, source(server, digest="0" * 64), str)
+        data.download(tmp_path, source(server, digest="0" * 64), str)
     assert os.listdir(tmp_path / "sub") == []
 
 
 def test_download_refused_and_missing(server, tmp_path):
     with pytest.raises(DataError, match="404"):
-        download.download(tmp_path, [(server["url"] + "/none", "f.csv", "0" * 64, [])], str)
+        data.download(tmp_path, [(server["url"] + "/none", "f.csv", "0" * 64, [])], str)
     with pytest.raises(DataError, match="refused"):
-        download.download(tmp_path, [("http://127.0.0.1:1/f", "f.csv", "0" * 64, [])], str)
+        data.download(tmp_path, [("http://127.0.0.1:1/f", "f.csv", "0" * 64, [])], str)
     assert os.listdir(tmp_path) == []
 
 
@@ -1542,11 +1541,11 @@ def test_download_unpacks_what_is_expected_only(server, tmp_path):
     body = archive(folder, ("./d/a.csv", b"A"), ("d/b.csv", b"B"), ("d/extra.sh", b"X"))
     sources = source(server, body, ["d/a.csv", "d/b.csv"])
     for _ in range(2):
-        download.download(tmp_path, sources, str)
+        data.download(tmp_path, sources, str)
     assert len(server["log"]) == 1 and os.listdir(tmp_path / "sub") == []
     assert sorted(os.listdir(tmp_path / "d")) == ["SHA256SUMS", "a.csv", "b.csv"]
     assert (tmp_path / "d/a.csv").read_bytes() == b"A"
-    assert (tmp_path / "d/SHA256SUMS").read_text(encoding="utf-8") == "".join(
+    assert (tmp_path / "d/SHA256SUMS").read_text() == "".join(
         f"{hashlib.sha256(body).hexdigest()}  {name}\n"
         for name, body in (("a.csv", b"A"), ("b.csv", b"B"))
     )
@@ -1557,7 +1556,7 @@ def test_download_unpacks_again_what_is_not_as_it_was_unpacked(damage, server, t
     files = {"a.csv": random.Random(1).randbytes(5000), "b.csv": b"B" * 5000}
     body = archive(*((f"d/{name}", content) for name, content in files.items()))
     sources = source(server, body, ["d/a.csv", "d/b.csv"])
-    download.download(tmp_path, sources, str)
+    data.download(tmp_path, sources, str)
     if damage == "cut":
         os.truncate(tmp_path / "d/b.csv", 10)
     elif damage == "changed":
@@ -1569,7 +1568,7 @@ def test_download_unpacks_again_what_is_not_as_it_was_unpacked(damage, server, t
     else:
         (tmp_path / "d/SHA256SUMS").write_bytes(b"\xff rubbish")
     for _ in range(2):
-        download.download(tmp_path, sources, str)
+        data.download(tmp_path, sources, str)
         assert {name: (tmp_path / "d" / name).read_bytes() for name in files} == files
     assert len(server["log"]) == 2, "fetched once more, and then no more"
 
@@ -1581,14 +1580,14 @@ def test_download_takes_what_was_put_in_place_by_hand(members, server, tmp_path)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/f.csv").write_bytes(body)
     for _ in range(2):
-        download.download(tmp_path, sources, str)
+        data.download(tmp_path, sources, str)
     assert server["log"] == [] and os.listdir(tmp_path / "sub") == ["f.csv"]
     assert not members or (tmp_path / "d/a.csv").read_bytes() == b"A"
     (tmp_path / "sub/f.csv").write_bytes(body[:-1])  # not the right one, after all
     if members:
         (tmp_path / "d/a.csv").unlink()
     lines = []
-    download.download(tmp_path, sources, lines.append)
+    data.download(tmp_path, sources, lines.append)
     assert len(server["log"]) == 1 and "not the published file" in lines[0]
 
 
@@ -1627,7 +1626,7 @@ def test_download_has_an_end(name, limit, length, tmp_path):
     url = f"http://127.0.0.1:{httpd.server_address[1]}/f"
     try:
         with pytest.raises(DataError, match=f"more than the {limit:,} bytes.*with a browser"):
-            download.download(tmp_path, [(url, name, "0" * 64, [])], str)
+            data.download(tmp_path, [(url, name, "0" * 64, [])], str)
     finally:
         httpd.shutdown()
         httpd.server_close()
@@ -1637,7 +1636,7 @@ def test_download_has_an_end(name, limit, length, tmp_path):
 @real
 def test_the_limits_leave_room_for_the_published_files():
     for path in (REAL / "epitome").iterdir():
-        assert path.stat().st_size < download.LARGEST / 5
+        assert path.stat().st_size < data.LARGEST / 5
 
 
 @pytest.mark.parametrize(
@@ -1668,7 +1667,7 @@ def test_download_names_the_remedy_that_helps(error, remedy, tmp_path, monkeypat
     def fails(request, timeout):
         raise error if isinstance(error, HTTPError) else URLError(error)
 
-    monkeypatch.setattr(download, "urlopen", fails)
+    monkeypatch.setattr(data, "urlopen", fails)
     assert download.main(["download", str(tmp_path / "new")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and re.search(remedy, err)
@@ -1680,15 +1679,15 @@ def test_download_tells_a_full_disk_from_the_network(server, tmp_path, monkeypat
     def full(path, mode, **options):
         if "b" in mode and mode != "rb":
             raise OSError(errno.ENOSPC, "No space left on device")
-        return open(path, mode, **options, encoding="utf-8")
+        return open(path, mode, **options)
 
-    monkeypatch.setattr(download, "open", full, raising=False)
-    with pytest.raises(DataError, match="f.csv.part: can not be written .*; make room"):
-        download.download(tmp_path, source(server), str)
+    monkeypatch.setattr(data, "open", full, raising=False)
+    with pytest.raises(DataError, match="f.csv.part: cannot be written .*; make room"):
+        data.download(tmp_path, source(server), str)
 
 
 def test_download_into_what_is_no_folder(tmp_path, capsys):
-    (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / "file").write_text("")
     assert download.main(["download", str(tmp_path / "file")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "choose another folder" in err
@@ -1715,7 +1714,7 @@ def special(name, kind):
 )
 def test_download_refuses_unsafe_archives(entry, server, tmp_path):
     with pytest.raises(DataError, match="unsafe entry"):
-        download.download(
+        data.download(
             tmp_path / "in",
             source(server, archive(("d/a.csv", b"A"), entry), ["d/a.csv"]),
             str,
@@ -1740,28 +1739,25 @@ def test_download_bad_archives(server, tmp_path):
         )
     ):
         with pytest.raises(DataError, match=problem):
-            download.download(tmp_path / str(i), source(server, body, ["d/a.csv"]), str)
+            data.download(tmp_path / str(i), source(server, body, ["d/a.csv"]), str)
         assert not (tmp_path / str(i) / "d").exists()
 
 
 def test_official_sources():
-    assert [name for _, name, _, _ in download.SOURCES] == [
+    assert [name for _, name, _, _ in data.SOURCES] == [
         "empatheticdialogues.tar.gz",
         *(f"epitome/{name}" for name in data.EPITOME_FILES),
     ]
     assert all(
-        url.startswith("https://") and len(digest) == 64
-        for url, _, digest, _ in download.SOURCES
+        url.startswith("https://") and len(digest) == 64 for url, _, digest, _ in data.SOURCES
     )
 
 
 def test_command_line():
-    usage = subprocess.run(
-        [sys.executable, data.__file__], capture_output=True, text=True, encoding="utf-8"
-    )
+    usage = subprocess.run([sys.executable, download.__file__], capture_output=True, text=True)
     assert (
         usage.returncode == 2
-        and usage.stderr == "data.py: usage: python data.py download DIR\n"
+        and usage.stderr == "download: usage: python tests/download.py download DIR\n"
     )
 
 

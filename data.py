@@ -343,20 +343,19 @@ def real_corpus(folder, seed=0):
         raise DataError(
             f"{folder}: no such folder; `python emprl.py download {folder}` fetches the data"
         )
-    dialogues = {}
+    turns = {}
     notes = []
     for part in ("train", "valid", "test"):
         path = os.path.join(folder, "empatheticdialogues", f"{part}.csv")
-        dialogues[part], note = read_empathetic_dialogues(path)
+        turns[part], note = read_turns(path)
         notes.append(note)
     pairs, note = read_epitome(os.path.join(folder, "epitome"))
     notes.append(note)
     labelled = split_labelled(pairs, seed)
 
-    # For pre-training: what both speakers said, in the training parts only.
-    path = os.path.join(folder, "empatheticdialogues", "train.csv")
-    turns, _ = read_turns(path)
-    dialogues["turns"] = turns + labelled["train"] + labelled["judge_train"]
+    # "turns" are for pre-training: what both speakers said, in the training parts only.
+    dialogues = {part: listened(turns[part]) for part in turns}
+    dialogues["turns"] = turns["train"] + labelled["train"] + labelled["judge_train"]
     return Corpus(dialogues, labelled, notes)
 
 
@@ -414,8 +413,12 @@ MAX_BAD_ROWS = 0.02  # with a larger share of bad rows it is not the file that w
 def read_empathetic_dialogues(path):
     """(dialogues, note) of one file of EmpatheticDialogues: the listener's responses."""
     turns, note = read_turns(path)
-    # The speaker begins, so the listener answers an odd number of utterances.
-    return [turn for turn in turns if len(turn.context) % 2], note
+    return listened(turns), note
+
+
+def listened(turns):
+    """The listener's responses: the speaker begins, so they answer an odd number of texts."""
+    return [turn for turn in turns if len(turn.context) % 2]
 
 
 def read_turns(path):
@@ -463,8 +466,7 @@ def read_turns(path):
         )
     if not turns:
         raise DataError(f"{path}:2: no response that can be used; fetch the file again")
-    listened = sum(len(turn.context) % 2 for turn in turns)
-    note = f"{path}: {listened} pairs"
+    note = f"{path}: {len(listened(turns))} pairs"
     if skipped:
         note += (
             f"; {len(skipped)} rows skipped: fields out of place, empty, or without the "

@@ -35,6 +35,7 @@ import stat
 import tarfile
 import unicodedata
 import zlib
+from array import array
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -208,14 +209,36 @@ def slices(rows, size):
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
+class IdRows:
+    """Lists of ids in one array: 4 bytes an id, where a list of Python ints takes up to 36."""
+
+    def __init__(self, rows):
+        self.ids = array("i")
+        self.ends = array("q", [0])  # row i is ids[ends[i] : ends[i + 1]]
+        for row in rows:
+            self.ids.extend(row)
+            self.ends.append(len(self.ids))
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, row):
+        row = range(len(self))[row]  # IndexError behind the last row, which ends a loop
+        return self.ids[self.ends[row] : self.ends[row + 1]].tolist()
+
+
 class Pairs:
     """Pairs of context and response as token ids; `batch` pads some of them."""
 
     def __init__(self, dialogues, tokenizer, max_source, max_target, device="cpu"):
         self.dialogues = dialogues
         self.device = device
-        self.contexts = [tokenizer.encode_context(d.context, max_source) for d in dialogues]
-        self.responses = [tokenizer.encode_response(d.response, max_target) for d in dialogues]
+        self.contexts = IdRows(
+            tokenizer.encode_context(d.context, max_source) for d in dialogues
+        )
+        self.responses = IdRows(
+            tokenizer.encode_response(d.response, max_target) for d in dialogues
+        )
         unknown = (0,) * len(MECHANISMS)
         self.levels = torch.tensor([d.levels or unknown for d in dialogues])  # (N, M)
 

@@ -17,6 +17,7 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -1810,3 +1811,25 @@ def test_random_spans():
     assert len(draws) >= 15, "spans are hardly random"
     half = data.random_spans(100, density=0.5, mean_span=5.0)
     assert sum(n for _, n in half) == 50 and len(half) == 10
+
+
+# ---- the ids of a corpus in one array
+
+
+def test_rows_of_ids_are_read_like_a_list_of_lists():
+    lists = [[5, 6, 7], [], [40_000], [1]]
+    rows = data.IdRows(iter(lists))
+    assert len(rows) == 4 and list(rows) == lists
+    assert rows[-1] == [1] and rows[torch.tensor(2)] == [40_000]
+    with pytest.raises(IndexError):
+        rows[4]
+
+
+def test_pairs_take_no_more_memory_than_their_ids(corpus, tokenizer):
+    """4 bytes an id, 8 a row and 24 for its levels; what a list has in reserve beside."""
+    dialogues = corpus.dialogues["train"]
+    tracemalloc.start()
+    pairs = data.Pairs(dialogues, tokenizer, 64, 32)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 1.3 * (4 * sum(pairs.lengths()) + 2 * 8 * len(pairs)) + 10_000

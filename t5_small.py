@@ -1,243 +1,233 @@
-"""T5 from scratch: the model, generation, official checkpoints, and the training step.
+"""T5 from scratch, in the order of a lecture.
 
-Source: Raffel et al. 2020 (arXiv 1910.10683); v1.1 (gated GELU, untied head): Shazeer 2020 (arXiv 2002.05202). B batch, S source
-length, T response length, D model width, H heads, V vocabulary. Ids in, ids out: id 0 is padding and also starts the decoder."""
+    the model        norm, position buckets, attention, feed-forward, block, stack, T5, the loss
+    sampling         one token at a time, with a cache; top-k, top-p, minimum length
+    checkpoints      our own, and folders of official T5 weights, read and written
+    training         learning rates, the optimizer, a trainer that keeps its best weights
+    only for speed   dropout from bytes; skip it at first reading
 
-import copy, errno, json, math, os, zipfile
+Sources: T5, Raffel et al. 2020 (arXiv 1910.10683); v1.1 (gated GELU, untied head), Shazeer 2020
+(arXiv 2002.05202). Shapes: B batch, S source length, T response length, D model width, H heads,
+V vocabulary. Ids in, ids out: this file knows nothing of text.
+"""
+
+import copy
+import errno
+import json
+import math
+import os
+import zipfile
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be used; the message says which file, what is wrong and what to do."""
-
-
 PAD_ID = 0  # fills up the rows of a batch, and starts the decoder
 EOS_ID = 1  # </s>: ends an utterance, and a response
 UNK_ID = 2  # a piece that the tokenizer does not know; never sampled
+HIDDEN = -1e9  # what a masked attention score or logit becomes; exp of it is 0
+
+
+def option(default, help, low=0, high=1e9, choices=None):
+    """A dataclass field that users may set, with its sentence of help and its legal values."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+def constant(default, low=0, high=1e9, choices=None):
+    """A field that users do not set, but an official file may: it is checked all the same."""
+    return option(default, "", low, high, choices)
+
+
+# ---- the model ------------------------------------------------------------------------------
 
 
 @dataclass
 class T5Config:
-    """T5's own config.json names, so that an official file can be read field by field."""
+    """Named as in T5's own config.json, so that an official file can be read field by field."""
 
-    vocab_size: int = 2048
-    d_model: int = 128  # D: width of the residual stream
-    d_kv: int = 32  # width of one head (H * d_kv need not be d_model)
-    d_ff: int = 512  # width inside the feed-forward layer
-    num_layers: int = 2  # encoder blocks
-    num_decoder_layers: int = 2
-    num_heads: int = 4  # H
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128  # all larger distances share the last bucket
-    dropout_rate: float = 0.1
-    layer_norm_epsilon: float = 1e-6
-    initializer_factor: float = 1.0
-    feed_forward_proj: str = "relu"  # "relu" (v1.0) or "gated-gelu" (v1.1)
-    tie_word_embeddings: bool = (
-        True  # v1.0: the head is the embedding, logits scaled by D^-1/2
+    d_model: int = option(128, "D: width of the residual stream", 2, 65536)
+    d_kv: int = option(
+        32, "width of one attention head; H * d_kv need not be d_model", 1, 8192
     )
-    pad_token_id: int = 0
-    eos_token_id: int = 1
-    decoder_start_token_id: int = 0
+    d_ff: int = option(512, "width inside the feed-forward layer", 1, 262144)
+    num_layers: int = option(2, "encoder blocks", 1, 1000)
+    num_decoder_layers: int = option(2, "decoder blocks", 1, 1000)
+    num_heads: int = option(4, "H: attention heads", 1, 1024)
+    dropout_rate: float = option(0.1, "share of activations dropped in training", 0, 0.99)
+
+    # An official checkpoint brings its own, a new T5 needs no others.
+    vocab_size: int = constant(2048, 1, 10**6)  # V: pieces and sentinels
+    relative_attention_num_buckets: int = constant(32, 4, 1000)
+    relative_attention_max_distance: int = constant(
+        128, 1, 10**6
+    )  # larger ones share a bucket
+    layer_norm_epsilon: float = constant(1e-6, 1e-12, 1)
+    initializer_factor: float = constant(1.0, 0, 100)
+    feed_forward_proj: str = constant("relu", choices=("relu", "gated-gelu"))  # v1.0, v1.1
+    # v1.0: the head is the embedding, and logits are scaled by D^-1/2
+    tie_word_embeddings: bool = constant(True, choices=(True, False))
 
 
-T5_RANGES = {  # what a T5 may have: sizes a few times those of T5-11B, the largest
-    "vocab_size": (1, 1_000_000),
-    "d_model": (2, 65_536),
-    "d_kv": (1, 8_192),
-    "d_ff": (1, 262_144),
-    "num_layers": (1, 1_000),
-    "num_decoder_layers": (1, 1_000),
-    "num_heads": (1, 1_024),
-    "relative_attention_num_buckets": (4, 1_000),
-    "relative_attention_max_distance": (1, 1_000_000),
-    "dropout_rate": (0, 0.99),
-    "layer_norm_epsilon": (1e-12, 1),
-    "initializer_factor": (0, 100),
-    "pad_token_id": (0, 0),
-    "eos_token_id": (1, 1),
-    "decoder_start_token_id": (0, 0),
-}
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467).
+
+    Unlike LayerNorm it subtracts no mean and adds no bias. x: (..., D). Returns (..., D).
+    """
+
+    def __init__(self, d_model, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
+
+    def forward(self, x):
+        x = x.float()
+        mean_square = x.pow(2).mean(-1, keepdim=True)  # (..., 1)
+        return self.weight * (x * torch.rsqrt(mean_square + self.eps))
 
 
 def relative_position_bucket(
     relative_position, bidirectional, num_buckets=32, max_distance=128
 ):
-    """The bucket of key position - query position, integers of any shape (paper, section 2.1, and its code). Of n buckets a
-    distance d below n/2 has its own, d; the others share n/2 + floor(n/2 log(d / (n/2)) / log(max_distance / (n/2))), at most n - 1.
-    Bidirectional: n is halved, and the upper half is for keys after the query. Causal: those keys all get bucket 0."""
-    bucket, distance = torch.zeros_like(relative_position), (-relative_position).clamp(min=0)
+    """The bucket of a distance in tokens: exact when near, logarithmic when far.
+
+    With n = num_buckets, a distance d < n/2 has a bucket of its own, d. A larger one gets
+        n/2 + floor(n/2 * log(d / (n/2)) / log(max_distance / (n/2))), at most n - 1.
+    bidirectional (encoder): n is halved first; the upper half is for keys after the query.
+    Otherwise (decoder): a key after the query gets bucket 0; a mask hides it anyway.
+
+    relative_position: position of the key - position of the query, integers of any shape.
+    Returns buckets of the same shape. Source: T5's paper, section 2.1, and its code.
+    """
     if bidirectional:
-        num_buckets //= 2
-        bucket, distance = (
-            (relative_position > 0).long() * num_buckets,
-            relative_position.abs(),
-        )
+        num_buckets = num_buckets // 2
+        first = (relative_position > 0).long() * num_buckets
+        distance = relative_position.abs()
+    else:
+        first = torch.zeros_like(relative_position)
+        distance = (-relative_position).clamp(min=0)
+
     max_exact = num_buckets // 2
     log_ratio = torch.log(distance.clamp(min=1) / max_exact) / math.log(
         max_distance / max_exact
     )
-    far = (max_exact + (log_ratio * (num_buckets - max_exact)).long()).clamp(
-        max=num_buckets - 1
-    )
-    return bucket + torch.where(distance < max_exact, distance, far)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight in float32: no mean is subtracted, there is no bias (Zhang & Sennrich 2019)."""
-
-    def __init__(self, d_model, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(d_model)), eps
-
-    def forward(self, x):
-        x = x.float()
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
-
-
-def scaled_mask(random_bytes, keep, like):
-    """256 / keep where a byte is below keep, else 0, as floats at once: by way of bools it takes three times as long."""
-    return torch.lt(random_bytes, keep, out=torch.empty_like(like)).mul_(256 / keep)
-
-
-class ByteDropout(torch.autograd.Function):
-    """Dropout that draws, and keeps for the backward pass, one byte an element, where torch draws and keeps floats on a CPU."""
-
-    @staticmethod
-    def forward(ctx, x, keep, relu):
-        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(
-            -(2**63), None
-        )  # 8 bytes a draw
-        random_bytes = words.view(torch.uint8)[: x.numel()].view(x.shape)
-        y = scaled_mask(random_bytes, keep, x).mul_(x.clamp(min=0) if relu else x)
-        ctx.save_for_backward(
-            y if relu else random_bytes
-        )  # y > 0: neither dropped nor cut off by relu
-        ctx.keep, ctx.relu = keep, relu
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (kept,) = ctx.saved_tensors
-        if ctx.relu:
-            return (
-                torch.gt(kept, 0, out=torch.empty_like(gradient))
-                .mul_(256 / ctx.keep)
-                .mul_(gradient),
-                None,
-                None,
-            )
-        return scaled_mask(kept, ctx.keep, gradient).mul_(gradient), None, None
-
-
-class Dropout(nn.Dropout):
-    """torch's on a GPU; on a CPU `ByteDropout`: p is rounded to 1/256, the mean stays exact. relu: of relu(x)."""
-
-    def forward(self, x, relu=False):
-        keep = 256 - round(256 * self.p)
-        if self.training and keep < 256 and x.device.type == "cpu":
-            return ByteDropout.apply(x, keep, relu)
-        return super().forward(F.relu(x) if relu else x)
+    far = max_exact + (log_ratio * (num_buckets - max_exact)).long()
+    far = far.clamp(max=num_buckets - 1)
+    return first + torch.where(distance < max_exact, distance, far)
 
 
 class Attention(nn.Module):
-    """Multi-head attention, o(dropout(`weights`) v) with weights = softmax(q(x) k^T + bias), (B, H, T, S), of keys k that are
-    projected and split already. T5 has no 1/sqrt(d_kv): it is in q's initialisation."""
+    """Multi-head attention: o(dropout(softmax(q(x) k^T + bias)) v).
+
+    T5 does not divide the scores by sqrt(d_kv); the initialisation of q takes care of that.
+    """
 
     def __init__(self, config):
         super().__init__()
         inner = config.num_heads * config.d_kv
-        self.num_heads, self.d_kv = config.num_heads, config.d_kv
-        self.q, self.k, self.v = (
-            nn.Linear(config.d_model, inner, bias=False) for _ in range(3)
-        )
+        self.num_heads = config.num_heads
+        self.d_kv = config.d_kv
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
         self.dropout = Dropout(config.dropout_rate)
 
     def split(self, x):
-        return x.unflatten(-1, (self.num_heads, self.d_kv)).transpose(
-            1, 2
-        )  # (B, T, H*d_kv) -> (B, H, T, d_kv)
+        """(B, T, H * d_kv) -> (B, H, T, d_kv): a head is a batch dimension of its own."""
+        return x.unflatten(-1, (self.num_heads, self.d_kv)).transpose(1, 2)
 
     def keys_values(self, memory):
-        return self.split(self.k(memory)), self.split(self.v(memory))  # 2 x (B, H, S, d_kv)
+        """What is attended to, (B, S, D) -> keys and values, (B, H, S, d_kv) each."""
+        return self.split(self.k(memory)), self.split(self.v(memory))
 
-    def weights(self, x, k, bias):
-        scores = self.split(self.q(x)) @ k.transpose(-1, -2) + bias  # (B, H, T, S)
+    def weights(self, x, keys, bias):
+        """x (B, T, D), keys (B, H, S, d_kv), bias (B or 1, H or 1, T or 1, S) -> (B, H, T, S)."""
+        queries = self.split(self.q(x))  # (B, H, T, d_kv)
+        scores = queries @ keys.transpose(-1, -2) + bias  # (B, H, T, S)
         return F.softmax(scores.float(), dim=-1)
 
     def forward(self, x, keys_values, bias):
-        """x: (B, T, D) asks; keys_values: two (B, H, S, d_kv) answer; bias broadcasts to (B, H, T, S)."""
-        k, v = keys_values
-        context = self.dropout(self.weights(x, k, bias)).to(v.dtype) @ v  # (B, H, T, d_kv)
+        """x (B, T, D) asks, keys_values (from a memory of S positions) answer: (B, T, D)."""
+        keys, values = keys_values
+        weights = self.dropout(self.weights(x, keys, bias)).to(values.dtype)
+        context = weights @ values  # (B, H, T, d_kv)
         return self.o(context.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class FeedForward(nn.Module):
-    """v1.0: W_o relu(W_i x). v1.1: W_o (gelu(W_i0 x) * W_i1 x)."""
+    """v1.0: W_o relu(W_i x). v1.1: W_o (gelu(W_i0 x) * W_i1 x). (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config):
         super().__init__()
         self.gated = config.feed_forward_proj == "gated-gelu"
-        for name in ("wi_0", "wi_1") if self.gated else ("wi",):
-            setattr(self, name, nn.Linear(config.d_model, config.d_ff, bias=False))
+        if self.gated:
+            self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+            self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        else:
+            self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
         self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x):
         if self.gated:
-            return self.wo(
-                self.dropout(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
-            )
-        return self.wo(self.dropout(self.wi(x), relu=True))
+            hidden = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
+        else:
+            hidden = F.relu(self.wi(x))
+        return self.wo(self.dropout(hidden))
 
 
 class Block(nn.Module):
-    """Pre-norm residual layers: x + f(norm(x)) for self-attention, cross-attention (decoder), feed-forward."""
+    """x + f(norm(x)) for each f of: self-attention, cross-attention (decoder), feed-forward."""
 
     def __init__(self, config, is_decoder):
         super().__init__()
-        norm = lambda: RMSNorm(config.d_model, config.layer_norm_epsilon)
-        self.self_norm, self.self_attn = norm(), Attention(config)
-        self.cross_norm, self.cross_attn = (
-            (norm(), Attention(config)) if is_decoder else (None, None)
-        )
-        self.ff_norm, self.ff = norm(), FeedForward(config)
+        self.is_decoder = is_decoder
+        self.self_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.self_attn = Attention(config)
+        if is_decoder:
+            self.cross_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+            self.cross_attn = Attention(config)
+        self.ff_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.ff = FeedForward(config)
         self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x, self_bias, memory=None, memory_bias=None, cache=None):
-        """x (B, T, D) -> (B, T, D). With a cache, x is the newest token only (T = 1)."""
+        """x (B, T, D) -> (B, T, D). A decoder block reads memory (B, S, D) by cross-attention.
+
+        With a cache, x is the newest token only (T = 1); the cache holds the keys and values
+        of the tokens before it and of the memory.
+        """
         h = self.self_norm(x)
         keys_values = self.self_attn.keys_values(h)
         if cache is not None:
             keys_values = cache.append(*keys_values)
         x = x + self.dropout(self.self_attn(h, keys_values, self_bias))
-        if self.cross_attn is not None:
+
+        if self.is_decoder:
             h = self.cross_norm(x)
-            if cache is None:
-                keys_values = self.cross_attn.keys_values(memory)
-            else:
+            if cache is not None:
                 keys_values = cache.memory
+            else:
+                keys_values = self.cross_attn.keys_values(memory)
             x = x + self.dropout(self.cross_attn(h, keys_values, memory_bias))
-        return x + self.dropout(self.ff(self.ff_norm(x)))
+
+        h = self.ff_norm(x)
+        return x + self.dropout(self.ff(h))
 
 
 class Stack(nn.Module):
-    """The encoder or the decoder. One table of relative position biases serves all its layers."""
+    """The encoder or the decoder. All blocks share one table of relative position biases."""
 
     def __init__(self, config, is_decoder):
         super().__init__()
-        self.config, self.is_decoder = config, is_decoder
-        self.blocks = nn.ModuleList(
-            Block(config, is_decoder)
-            for _ in range(config.num_decoder_layers if is_decoder else config.num_layers)
-        )
+        self.config = config
+        self.is_decoder = is_decoder
+        num_layers = config.num_decoder_layers if is_decoder else config.num_layers
+        self.blocks = nn.ModuleList(Block(config, is_decoder) for _ in range(num_layers))
         self.relative_bias = nn.Embedding(
             config.relative_attention_num_buckets, config.num_heads
         )
@@ -245,32 +235,36 @@ class Stack(nn.Module):
         self.dropout = Dropout(config.dropout_rate)
 
     def position_bias(self, length):
-        """(1, H, length, length); the decoder's also hides the future."""
+        """What is added to the scores of self-attention: (1, H, length, length)."""
         position = torch.arange(length, device=self.relative_bias.weight.device)
         relative = position[None, :] - position[:, None]  # key - query
-        limits = (
+        bucket = relative_position_bucket(
+            relative,
+            not self.is_decoder,
             self.config.relative_attention_num_buckets,
             self.config.relative_attention_max_distance,
         )
-        bucket = relative_position_bucket(relative, not self.is_decoder, *limits)
         bias = self.relative_bias(bucket).permute(2, 0, 1)[None]  # (1, H, T, T)
-        return bias.masked_fill(relative > 0, -1e9) if self.is_decoder else bias
+        if self.is_decoder:
+            bias = bias.masked_fill(relative > 0, HIDDEN)  # no token sees the future
+        return bias
 
     def forward(self, x, self_bias, memory=None, memory_bias=None, caches=None):
-        x = self.dropout(x)  # (B, T, D)
+        """x (B, T, D) -> (B, T, D). See Block; caches: one for each block."""
+        x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
             x = block(x, self_bias, memory, memory_bias, cache)
         return self.dropout(self.final_norm(x))
 
 
-def padding_bias(ids, pad_id=0):
-    """(B, S) -> (B, 1, 1, S): 0 on tokens, -1e9 on padding, to be added to attention scores."""
-    return (ids == pad_id)[:, None, None, :] * -1e9
+def padding_bias(ids, pad_id=PAD_ID):
+    """What hides padding from attention: ids (B, S) -> (B, 1, 1, S), 0 on tokens, -1e9 on padding."""
+    return (ids == pad_id)[:, None, None, :] * HIDDEN
 
 
 class T5Encoder(nn.Module):
-    """Embedding and encoder: half a T5, all that an identifier needs; its names are T5's own."""
+    """Embedding and encoder: the half of a T5 that a classifier needs."""
 
     def __init__(self, config):
         super().__init__()
@@ -280,32 +274,32 @@ class T5Encoder(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """T5's initialisation: normal with std 1 for embeddings, fan-in^-1/2 for matrices, and for q
-        (d_model * d_kv)^-1/2, which takes the place of attention's usual scaling."""
-        c = self.config
+        """T5's initialisation: normal, with std 1 for embeddings and fan-in^-1/2 for matrices.
+
+        For q it is (d_model * d_kv)^-1/2, in place of attention's usual division by sqrt(d_kv).
+        """
+        config = self.config
         std = {
             "shared": 1.0,
             "lm_head": 1.0,
-            "q": (c.d_model * c.d_kv) ** -0.5,
-            "o": (c.num_heads * c.d_kv) ** -0.5,
-            "wo": c.d_ff**-0.5,
+            "q": (config.d_model * config.d_kv) ** -0.5,
+            "o": (config.num_heads * config.d_kv) ** -0.5,
+            "wo": config.d_ff**-0.5,
         }
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                nn.init.normal_(
-                    p, std=c.initializer_factor * std.get(name.split(".")[-2], c.d_model**-0.5)
-                )
+        for name, parameter in self.named_parameters():
+            layer = name.split(".")[-2]
+            if parameter.dim() == 2:
+                scale = std.get(layer, config.d_model**-0.5)
+                nn.init.normal_(parameter, std=config.initializer_factor * scale)
 
     def encode(self, source):
         """(B, S) ids -> (B, S, D) states; padding is hidden from the other positions."""
-        return self.encoder(
-            self.shared(source),
-            self.encoder.position_bias(source.shape[1]) + padding_bias(source),
-        )
+        bias = self.encoder.position_bias(source.shape[1]) + padding_bias(source)
+        return self.encoder(self.shared(source), bias)
 
 
 class T5(T5Encoder):
-    """The encoder-decoder. encode -> decode -> logits, each usable alone."""
+    """The encoder-decoder: encode, decode, logits, each of them usable alone."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -315,71 +309,85 @@ class T5(T5Encoder):
         self.initialise()
 
     def decode(self, inputs, memory, source):
-        """Decoder inputs (B, T) and the encoder's memory (B, S, D) -> the decoder's last states (B, T, D)."""
-        return self.decoder(
-            self.shared(inputs),
-            self.decoder.position_bias(inputs.shape[1]),
-            memory,
-            padding_bias(source),
-        )
+        """Decoder inputs (B, T), the encoder's states (B, S, D) -> the decoder's (B, T, D)."""
+        bias = self.decoder.position_bias(inputs.shape[1])
+        return self.decoder(self.shared(inputs), bias, memory, padding_bias(source))
 
     def logits(self, states):
-        """(..., D) -> (..., V). v1.0 ties the head to the embedding and scales the states by D^-1/2."""
+        """(..., D) -> (..., V). v1.0 ties the head to the embedding and scales by D^-1/2."""
         if self.config.tie_word_embeddings:
             return F.linear(states * self.config.d_model**-0.5, self.shared.weight)
         return self.lm_head(states)
 
     def response_states(self, source, response):
-        """States that predict each token of response (B, T), right-padded: (B, T, D) (teacher forcing)."""
-        start = response.new_full((len(response), 1), self.config.decoder_start_token_id)
-        return self.decode(
-            torch.cat([start, response[:, :-1]], 1), self.encode(source), source
-        )
+        """The states that predict each token of response (B, T): (B, T, D) (teacher forcing).
+
+        The decoder reads the response shifted by one, so that token t is predicted from those
+        before it. It starts from PAD_ID.
+        """
+        start = response.new_full((len(response), 1), PAD_ID)
+        inputs = torch.cat([start, response[:, :-1]], 1)
+        return self.decode(inputs, self.encode(source), source)
 
     def loss_sum(self, source, response):
-        """Sum over tokens of -log p(response | source), and the number of tokens. Padding is dropped before the
-        product with the vocabulary, the largest in a small model."""
-        tokens = response != self.config.pad_token_id
+        """The sum over tokens of -log p(response | source), and the number of tokens.
+
+        Padding is dropped before the product with the vocabulary, the largest of a small model.
+        """
+        tokens = response != PAD_ID
         with autocast(source.device):
-            logits = self.logits(self.response_states(source, response)[tokens])  # (tokens, V)
-        return F.cross_entropy(logits.float(), response[tokens], reduction="sum"), int(
-            tokens.sum()
-        )
+            states = self.response_states(source, response)[tokens]  # (tokens, D)
+            logits = self.logits(states)  # (tokens, V)
+        loss = F.cross_entropy(logits.float(), response[tokens], reduction="sum")
+        return loss, int(tokens.sum())
 
 
-# ---- generation -----------------------------------------------------------------------------------------------------
+def autocast(device):
+    """bf16 on a GPU, plain fp32 on a CPU. Never fp16: T5's activations overflow it."""
+    if torch.device(device).type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return nullcontext()
+
+
+# ---- sampling -------------------------------------------------------------------------------
+
+
 @dataclass
 class Sampling:
-    """The distribution that is sampled from. PPO scores with the very same one (see ppo.py)."""
+    """The distribution that responses are sampled from. PPO scores with the very same one."""
 
-    temperature: float = 1.0
-    top_k: int = 0  # 0: all tokens
-    top_p: float = 1.0  # 1: all tokens
-    min_length: int = 1  # tokens before </s> is allowed
-    max_length: int = 32  # tokens, </s> included
-    greedy: bool = False
+    temperature: float = option(1.0, "logits are divided by it", 0.01, 100)
+    top_k: int = option(0, "sample from the k likeliest tokens only; 0: from all", 0, 10**6)
+    top_p: float = option(1.0, "and from the smallest set of this probability", 0.01, 1)
+    min_length: int = option(1, "tokens before </s> is allowed", 1, 1000)
+    max_length: int = option(64, "tokens, </s> included", 1, 1000)
+    greedy: bool = False  # always the likeliest token
 
 
 @dataclass
 class Generation:
-    ids: torch.Tensor  # (B, T) sampled tokens; this and the rest is 0 after </s>
-    log_probs: torch.Tensor  # (B, T) of the distribution sampled from
-    states: torch.Tensor  # (B, T, D) decoder states that the tokens were sampled from
-    support: torch.Tensor  # (B, T, V) bool: the tokens that could have been sampled
+    """Sampled responses. After a response's </s> everything is 0."""
+
+    ids: torch.Tensor  # (B, T)
+    log_probs: torch.Tensor  # (B, T), under the distribution that was sampled from
+    states: torch.Tensor  # (B, T, D), the decoder states that the tokens were sampled from
+    support: torch.Tensor  # (B, T, V) bool, the tokens that could have been sampled
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
-    """Logits (B, V), -inf on all but the k likeliest (0: all), then on all but the smallest set of probability >= p (1: all)."""
+    """-inf on all but the k likeliest tokens, then on all but the smallest set of mass >= p.
+
+    logits: (B, V). top_k 0 and top_p 1 keep everything. Ties with the k-th stay.
+    """
     if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(
-            logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf
-        )
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(
-            -1
-        )  # mass of the likelier tokens
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        probs = ordered.softmax(-1)
+        mass_before = probs.cumsum(-1) - probs  # of the likelier tokens
+        drop = torch.zeros_like(logits, dtype=torch.bool)
+        drop = drop.scatter(-1, order, mass_before >= top_p)
         logits = logits.masked_fill(drop, -torch.inf)
     return logits
 
@@ -467,13 +475,13 @@ def generation_steps(model, source, sampling, banned):
         # The state that predicts token t, from the token before it and the caches.
         x = model.shared(token[:, None])  # (B, 1, D)
         bias = self_bias[:, :, t : t + 1, : t + 1]  # (1, H, 1, t + 1)
-        states = model.decoder(x, bias, memory, memory_bias, caches)[:, 0]  # (B, D)
+        x = model.decoder(x, bias, memory, memory_bias, caches)[:, 0]  # (B, D)
 
-        logits = model.logits(states).float()  # (B, V)
+        logits = model.logits(x).float()  # (B, V)
         forbidden = too_early if t + 1 < sampling.min_length else never
         logits = logits.index_fill(1, forbidden, -torch.inf)
         token, log_probs, support = draw(logits, sampling)
-        steps.append((token, log_probs, states, support))
+        steps.append((token, log_probs, x, support))
 
         ended = ended | (token == EOS_ID)
         if ended.all():
@@ -481,47 +489,61 @@ def generation_steps(model, source, sampling, banned):
     return steps
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints ----------------------------------------------------------------------------
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can not be used: which file, what is wrong, what to do; in one line."""
+
+
 def save_atomically(state, path):
-    """torch.save to a temporary file beside path, then rename: nobody ever sees half a file, a full disk leaves the old one."""
+    """torch.save beside path, then rename: nobody sees half a file, a full disk leaves the old."""
     temporary = Path(f"{path}.tmp")
     try:
         torch.save(state, temporary)
         os.replace(temporary, path)
     except RuntimeError as error:  # what torch makes of a write that failed
-        raise OSError(
-            errno.ENOSPC, "could not be written, is the disk full?", str(path)
-        ) from error
+        reason = "could not be written, is the disk full?"
+        raise OSError(errno.ENOSPC, reason, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_state(path):
-    """A saved state dict, tensors and plain values only (no code is run). Raises CheckpointError."""
+    """What save_atomically wrote: tensors and plain values only, no code is run.
+
+    Raises CheckpointError.
+    """
     try:
         if zipfile.is_zipfile(path):
             check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+    except Exception as error:  # a damaged file has many kinds
         raise CheckpointError(
-            f"{path}: can't be read as a checkpoint ({reason}); delete it or put back a good copy"
+            f"{path}: can't be read as a checkpoint ({first_line(error)}); "
+            "delete it or put back a good copy"
         ) from None
 
 
 def check_archive(path):
-    """Raises ValueError for a zip file that torch did not write, or whose content has changed; torch itself checks no sums."""
+    """Raises ValueError for a zip file that torch did not write, or that has been damaged."""
     with zipfile.ZipFile(path) as archive:
-        # The directory first: a file made to harm unpacks to a thousand times its size. torch compresses nothing.
+        # The sizes first: torch compresses nothing, a file made to harm unpacks to terabytes.
         unpacked = sum(part.file_size for part in archive.infolist())
         if unpacked > os.path.getsize(path):
             raise ValueError(f"compressed, {unpacked / 1e9:.3g} GB when unpacked")
-        damaged = archive.testzip()
+        damaged = archive.testzip()  # torch itself checks no sums
         if damaged:
             raise ValueError(f"{damaged} has another checksum")
 
 
-NUMBERS = {  # of files; computed with is none of them but float32, and bfloat16 on a GPU
+def first_line(error):
+    """The beginning of an error's message, or its name if it has none."""
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[0][:120]
+
+
+FLOATS = {  # of files; all become float32
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.half,
@@ -530,35 +552,67 @@ NUMBERS = {  # of files; computed with is none of them but float32, and bfloat16
 
 
 def load_safetensors(path):
-    """The tensors of a .safetensors file: the length of its header (8 bytes), the header (JSON: each tensor's type, shape and
-    place), and then the numbers. Other types than floats are left out. Raises CheckpointError."""
+    """The float tensors of a .safetensors file: 8 bytes of length, a JSON header, the numbers.
+
+    Raises CheckpointError.
+    """
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > os.path.getsize(path):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            state = {}
-            for name, tensor in header.items():
-                if tensor["dtype"] in NUMBERS:
-                    start, end = tensor["data_offsets"]
-                    if not 0 <= start < end <= os.path.getsize(path) - 8 - length:
-                        raise ValueError(f"{name} is not all there")
-                    file.seek(8 + length + start)
-                    numbers = torch.frombuffer(
-                        bytearray(file.read(end - start)), dtype=NUMBERS[tensor["dtype"]]
-                    )
-                    state[name] = numbers.reshape(tensor["shape"])
-            return state
-    except Exception as error:  # what a header that is not one can lead to has many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        content = Path(path).read_bytes()
+        begin = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:begin])
+        state = {}
+        for name, tensor in header.items():
+            if name == "__metadata__" or tensor["dtype"] not in FLOATS:
+                continue
+            first, last = tensor["data_offsets"]
+            numbers = bytearray(content[begin + first : begin + last])
+            if not 0 <= first < last or len(numbers) != last - first:
+                raise ValueError(f"{name} is not all there")
+            flat = torch.frombuffer(numbers, dtype=FLOATS[tensor["dtype"]])
+            state[name] = flat.reshape(tensor["shape"])
+        return state
+    except Exception as error:  # a header that is none leads to many kinds
         raise CheckpointError(
-            f"{path}: can't be read as safetensors ({reason}); put back a good copy"
+            f"{path}: can't be read as safetensors ({first_line(error)}); put back a good copy"
         ) from None
 
 
-OFFICIAL = {
+def official_file(folder, *names):
+    """The path of the first of these files in an official checkpoint's folder.
+
+    Raises CheckpointError, with a remedy for each of the usual mistakes.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder / names[0]}: there is no folder {folder}; a T5 is given by a folder with "
+            "config.json, weights and spiece.model, not by its name: download these three files"
+        )
+    for name in names:
+        path = folder / name
+        if (folder / f"{name}.index.json").is_file():
+            raise CheckpointError(
+                f"{path}.index.json: a checkpoint in several files is not read; save it as one"
+            )
+        if not path.is_file():
+            continue
+        with open(path, "rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                raise CheckpointError(
+                    f"{path}: only git-LFS's pointer to the file; run `git lfs pull` in its "
+                    "folder, or download the file itself"
+                )
+        return path
+    raise CheckpointError(
+        f"{folder}: has no {' or '.join(names)}; download it from where the checkpoint is from"
+    )
+
+
+def weights_file(folder):
+    return official_file(folder, "model.safetensors", "pytorch_model.bin")
+
+
+OFFICIAL = {  # the parts of our names that are called otherwise there
     "blocks": "block",
     "self_attn": "layer.0.SelfAttention",
     "self_norm": "layer.0.layer_norm",
@@ -574,128 +628,89 @@ OFFICIAL = {
 def official_name(name):
     """Our parameter name -> the name in an official T5 checkpoint."""
     official = ".".join(OFFICIAL.get(part, part) for part in name.split("."))
-    return official.format(
-        ff=1 if name.startswith("encoder") else 2
-    )  # the decoder's layer 1 is cross-attention
-
-
-EMBEDDING = "shared.weight"
-SAME_AS_EMBEDDING = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-UNUSED = (  # a leftover of the official conversion
-    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
-)
-
-
-def official_file(folder, *names):
-    """The path of the first of these files that an official checkpoint's folder has. Raises CheckpointError."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder / names[0]}: there is no folder {folder}; a T5 is given by a folder on this machine with its config.json, "
-            "weights and spiece.model, not by its name: download these three files"
-        )
-    pointers = []
-    for path in [folder / name for name in names if (folder / name).is_file()]:
-        with open(path, "rb") as file:
-            if not file.read(40).startswith(b"version https://git-lfs"):
-                return path
-        pointers.append(path)
-    if pointers:
-        raise CheckpointError(
-            f"{pointers[0]}: only git-LFS's pointer to the file; run `git lfs pull` in its folder, or download the file itself"
-        )
-    parts = [
-        f"{name}.index.json" for name in names if (folder / f"{name}.index.json").is_file()
-    ]
-    if parts:
-        raise CheckpointError(
-            f"{folder / parts[0]}: a checkpoint in several files, which is not read here; save it as one file"
-        )
-    raise CheckpointError(
-        f"{folder}: has no {' or '.join(names)}; download it from where the checkpoint is from"
-    )
-
-
-def weights_file(folder):
-    return official_file(folder, "model.safetensors", "pytorch_model.bin")
-
-
-def some_of(names, most=3):
-    """The first names of a list, and how many others there are: a page of names is no message."""
-    others = [f"and {len(names) - most} more"] if len(names) > most else []
-    return "; ".join([*names[:most], *others])
+    feed_forward = 1 if name.startswith("encoder") else 2  # 1 is the decoder's cross-attention
+    return official.format(ff=feed_forward)
 
 
 def read_config(path):
-    """An official config.json -> (T5Config, as if the head were the embedding; scaled, tied). scaled: logits are of states times
-    D^-1/2. tied: the file of the weights may leave the head out. Raises ValueError."""
+    """An official config.json -> T5Config, and the file's own dict. Raises ValueError."""
     raw = json.loads(path.read_text(encoding="utf-8"))
-    config = T5Config(
-        **{f.name: raw[f.name] for f in fields(T5Config) if raw.get(f.name) is not None}
-    )
-    # older files give one number of layers
-    config.num_decoder_layers = raw.get("num_decoder_layers") or config.num_layers
-    # flan-t5's of 2022: gated, but called by half its name
+    known = {f.name: raw[f.name] for f in fields(T5Config) if raw.get(f.name) is not None}
+    config = T5Config(**known)
+    if raw.get("num_decoder_layers") is None:  # older files give one number of layers
+        config.num_decoder_layers = config.num_layers
     if config.feed_forward_proj == "gelu" and raw.get("is_gated_act") is True:
-        config.feed_forward_proj = "gated-gelu"
-    if config.feed_forward_proj not in ("relu", "gated-gelu"):
-        raise ValueError(f"feed_forward_proj {config.feed_forward_proj!r} is not one of T5's")
+        config.feed_forward_proj = "gated-gelu"  # flan-t5's of 2022 calls it by half its name
 
-    # Transformers 5 writes tie_word_embeddings true always, and scale_decoder_outputs beside it; mT5 never scales.
-    tied = config.tie_word_embeddings
-    scaled = raw.get("scale_decoder_outputs", tied and raw.get("model_type") != "mt5")
-    if not isinstance(tied, bool) or not isinstance(scaled, bool):
-        raise ValueError("tie_word_embeddings and scale_decoder_outputs are true or false")
-    config.tie_word_embeddings = True
+    ids = {"pad_token_id": PAD_ID, "eos_token_id": EOS_ID, "decoder_start_token_id": PAD_ID}
+    for name, wanted in ids.items():
+        if raw.get(name, wanted) != wanted:
+            raise ValueError(f"{name} is {raw[name]}, not {wanted}")
     check_config(config)
-    return config, scaled, tied
+    return config, raw
 
 
 def check_config(config):
-    """Raises ValueError for what no T5 has: looked at before building, since 10^12 layers would be built for ever."""
-    for name, (low, high) in T5_RANGES.items():
-        value = getattr(config, name)
-        kinds = (int,) if isinstance(getattr(T5Config, name), int) else (int, float)
-        if type(value) not in kinds or not low <= value <= high:
-            raise ValueError(f"{name} is {str(value)[:40]}, not a number from {low} to {high}")
+    """Raises ValueError for what no T5 has. Before building: 10^12 layers would take for ever."""
+    for f in fields(T5Config):
+        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
+        choices = f.metadata["choices"]
+        if choices and value not in choices:
+            raise ValueError(f"{f.name} {value!r} is not one of T5's")
+        number = type(value) is type(f.default) or (type(value), f.type) == (int, float)
+        if not choices and not (number and low <= value <= high):
+            raise ValueError(f"{f.name} is {str(value)[:40]}, not from {low} to {high}")
     if config.relative_attention_num_buckets >= 2 * config.relative_attention_max_distance:
         raise ValueError("relative_attention_max_distance is not above half of num_buckets")
 
 
-def settle_head(state, config, scaled, tied):
-    """Official files have the embedding up to four times, as embedding of encoder and decoder and as head. Leaves it once in
-    `state`, and a head only if it is another one: then config.tie_word_embeddings is off. Raises ValueError."""
-    for name in SAME_AS_EMBEDDING:
+EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+LEFTOVER = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+
+
+def settle_embedding(state, config, raw):
+    """Leaves the embedding once in state, and a head only if it is another one.
+
+    Official files have the embedding up to four times: of encoder, decoder and head, too.
+    """
+    for name in COPIES:
         if name in state:
-            copy_of_embedding = state.pop(name)
-            if not torch.equal(
-                state.setdefault(EMBEDDING, copy_of_embedding), copy_of_embedding
-            ):
+            other = state.pop(name)
+            if not torch.equal(state.setdefault(EMBEDDING, other), other):
                 raise ValueError(f"{name} is not {EMBEDDING}: not a T5")
+    state.pop(LEFTOVER, None)  # of the official conversion
+
+    # Transformers 5 always writes tie_word_embeddings true, and scale_decoder_outputs beside
+    # it: are logits scaled by D^-1/2? mT5's never are.
+    tied = config.tie_word_embeddings
+    scaled = raw.get("scale_decoder_outputs", tied and raw.get("model_type") != "mt5")
     embedding = state.get(EMBEDDING)
-    head = state.pop("lm_head.weight", embedding if tied else None)
-    config.tie_word_embeddings = (
-        scaled and head is not None and embedding is not None and torch.equal(head, embedding)
-    )
-    if not config.tie_word_embeddings and head is not None:
-        state["lm_head.weight"] = head * config.d_model**-0.5 if scaled else head
+    head = state.pop(HEAD, embedding if tied else None)
+    if head is None or embedding is None:
+        config.tie_word_embeddings = False
+        return  # whatever is missing will be named
+    config.tie_word_embeddings = scaled and torch.equal(head, embedding)
+    if not config.tie_word_embeddings:
+        state[HEAD] = head * config.d_model**-0.5 if scaled else head
 
 
 def from_pretrained(folder, vocab_size=0):
-    """A T5 from an official folder: config.json and pytorch_model.bin or model.safetensors, with vocab_size embeddings or more.
-    Every tensor of the file is used, or known to be a copy or a leftover, or named in the CheckpointError."""
+    """A T5 from an official folder: config.json, and pytorch_model.bin or model.safetensors.
+
+    vocab_size: how many embeddings its tokenizer needs. Every tensor of the file is used, or
+    known to be a copy, or named in the CheckpointError.
+    """
     path = official_file(folder, "config.json")
     try:
-        config, scaled, tied = read_config(path)
+        config, raw = read_config(path)
         if config.vocab_size < vocab_size:
-            raise ValueError(
-                f"vocab_size {config.vocab_size}, but its tokenizer has {vocab_size}"
-            )
+            raise ValueError(f"vocab_size {config.vocab_size}, its tokenizer has {vocab_size}")
         path = weights_file(folder)
         state = load_safetensors(path) if path.suffix == ".safetensors" else load_state(path)
-        if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
-            raise ValueError("not tensors by name, but a state of training or the like")
-        settle_head(state, config, scaled, tied)
+        settle_embedding(state, config, raw)
+    except CheckpointError:
+        raise
     except (
         ArithmeticError,
         AttributeError,
@@ -704,215 +719,275 @@ def from_pretrained(folder, vocab_size=0):
         TypeError,
         ValueError,
     ) as error:
-        raise (
-            error
-            if isinstance(error, CheckpointError)
-            else CheckpointError(f"{path}: {error}; give the folder of a T5 checkpoint")
-        ) from None
-    check_names(path, state)
+        message = f"{path}: {first_line(error)}; give the folder of a T5 checkpoint"
+        raise CheckpointError(message) from None
 
-    with torch.device("meta"):  # shapes only
+    with torch.device("meta"):  # shapes only: no memory before all is known to fit
         model = T5(config)
-    named = {official_name(name): (name, p.shape) for name, p in model.state_dict().items()}
-    wrong = [
-        f"{name} missing"
-        if name not in state
-        else f"{name} {tuple(state[name].shape)}, not {tuple(shape)}"
-        for name, (_, shape) in named.items()
-        if name not in state or state[name].shape != shape
-    ]
-    wrong += [f"{name} has no place" for name in state if name not in (*named, *UNUSED)]
+    ours = {official_name(name): name for name in model.state_dict()}
+    wrong = differences(model.state_dict(), state, ours)
     if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(
-            f"{path}: tensors of another configuration: {some_of(wrong)}; put the config.json beside it that belongs to it"
+            f"{path}: tensors of another configuration: {'; '.join(wrong[:3])}{more}; "
+            "put the config.json beside it that belongs to it"
         )
-    if sum(p.numel() for p in model.parameters()) > path.stat().st_size:
-        raise CheckpointError(f"{path}: smaller than its tensors; put back a good copy")
-    weights = {
-        ours: state[name].to(
-            torch.float, copy=True
-        )  # a file's tensors may share their numbers
-        for name, (ours, _) in named.items()
-    }
-    broken = [name for name, x in weights.items() if not x.isfinite().all()]
-    if broken:
-        raise CheckpointError(
-            f"{path}: not finite (NaN or infinite): {some_of(broken)}; take a checkpoint from before training diverged"
-        )
+    weights = {ours[name]: state[name].to(torch.float, copy=True) for name in ours}
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise CheckpointError(
+                f"{path}: {name} is not finite; take a checkpoint from before training diverged"
+            )
     model.load_state_dict(weights, assign=True)
     return model
 
 
-def check_names(path, state):
-    """Raises CheckpointError for names with a wrapper's prefix."""
+def differences(wanted, state, ours):
+    """What a file's tensors lack, have otherwise, or have too much, in words."""
+    wrong = []
+    for name in ours:
+        shape = tuple(wanted[ours[name]].shape)
+        if name not in state:
+            wrong.append(f"{name} missing")
+        elif state[name].shape != shape:
+            wrong.append(f"{name} {tuple(state[name].shape)}, not {shape}")
     for name in state:
-        prefix = name.removesuffix(EMBEDDING)
-        if prefix not in ("", name):
-            raise CheckpointError(
-                f"{path}: its tensors' names begin with {prefix[:40]!r}, those of a wrapper around the T5; save the T5 inside it"
-            )
+        if name not in ours:
+            wrong.append(f"{name[:80]} has no place")
+    return wrong
 
 
 def save_pretrained(model, folder):
-    """Write config.json and pytorch_model.bin so that transformers' T5ForConditionalGeneration loads them."""
-    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-    kind = {
+    """config.json and pytorch_model.bin, as transformers' T5ForConditionalGeneration reads them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    description = {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
         "is_encoder_decoder": True,
+        "pad_token_id": PAD_ID,
+        "eos_token_id": EOS_ID,
+        "decoder_start_token_id": PAD_ID,
     }
-    (folder / "config.json").write_text(
-        json.dumps({**kind, **asdict(model.config)}, indent=2) + "\n", encoding="utf-8"
-    )
-    save_atomically(
-        {official_name(n): p for n, p in model.state_dict().items()},
-        folder / "pytorch_model.bin",
-    )
+    text = json.dumps({**description, **asdict(model.config)}, indent=2)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    weights = {official_name(name): x for name, x in model.state_dict().items()}
+    save_atomically(weights, folder / "pytorch_model.bin")
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
-def autocast(device):
-    """bf16 on a GPU, plain fp32 on a CPU. Never fp16: T5's activations overflow it."""
-    return (
-        torch.autocast("cuda", torch.bfloat16)
-        if torch.device(device).type == "cuda"
-        else nullcontext()
-    )
+# ---- training -------------------------------------------------------------------------------
+
+MAX_GRAD_NORM = 1.0
 
 
-def make_optimizers(model, weight_decay=0.0, muon=False, unit=("relative_bias",)):
-    """[AdamW] with a parameter group for each tensor, so that `set_lr` can scale each one's step. Tensors whose name
-    holds a word of `unit` start near 0 but belong to the scale of 1 (attention's logits, a value). muon: the layers' matrices by
-    Muon (Jordan et al. 2024), which makes all singular values of a step equal: as good after half the steps, from scratch."""
-    groups = [
-        {"params": [p], "unit": any(word in name for word in unit), "name": name}
-        for name, p in model.named_parameters()
-    ]
-    inside = (
-        lambda g: muon
-        and g["params"][0].dim() == 2
-        and not any(k in g["name"] for k in ("shared", "lm_head", *unit))
-    )
-    adam = torch.optim.AdamW(
-        [g for g in groups if not inside(g)], lr=0.0, weight_decay=weight_decay, fused=True
-    )
-    matrices = [g for g in groups if inside(g)]
-    if matrices and not hasattr(torch.optim, "Muon"):
-        raise ImportError(
-            f"torch {torch.__version__} has no Muon, 2.9 and newer have; "
-            "set pretrain.muon=off sft.muon=off, or install a newer torch"
-        )
-    return [adam] + (
-        [torch.optim.Muon(matrices, 0.0, weight_decay, adjust_lr_fn="match_rms_adamw")]
-        if matrices
-        else []
-    )
+class Optimizer:
+    """AdamW with a learning rate of its own for every tensor; or Muon for the layers' matrices.
+
+    unscaled: tensors whose name holds one of these words start near 0, but belong to the scale
+    of 1 (attention's scores, a value): their rate is never relative.
+    muon: makes all singular values of a matrix's step equal; from scratch as good after half
+    the steps (Jordan et al. 2024).
+    """
+
+    def __init__(self, model, unscaled=("relative_bias",), muon=False):
+        adam, matrices = [], []
+        for name, parameter in model.named_parameters():
+            relative = not any(word in name for word in unscaled)
+            inside = relative and parameter.dim() == 2 and not is_embedding(name)
+            group = {"params": [parameter], "relative": relative}
+            (matrices if muon and inside else adam).append(group)
+        self.parts = [torch.optim.AdamW(adam, lr=0.0, weight_decay=0.0, fused=True)]
+        if matrices:
+            part = torch.optim.Muon(
+                matrices, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+            )
+            self.parts.append(part)
+        self.tensors = [group["params"][0] for group in adam + matrices]
+
+    def set_lr(self, lr, rms_scaled):
+        """lr for every tensor; with rms_scaled, lr * max(RMS(tensor), 1e-3).
+
+        T5 starts with embeddings of std 1 beside matrices of std D^-1/2. One absolute step is
+        too small for the first or too large for the second; a relative one fits both
+        (Adafactor's "relative step", Shazeer & Stern 2018, arXiv 1804.04235).
+        """
+        groups = sum((part.param_groups for part in self.parts), [])
+        for group in groups:
+            group["lr"] = lr
+            if rms_scaled and group["relative"]:
+                group["lr"] = lr * max(rms(group["params"][0]), 1e-3)
+
+    def step(self):
+        """Clip the gradient, step, clear it; a gradient that is not finite is dropped.
+
+        Returns the gradient's norm before clipping.
+        """
+        norm = nn.utils.clip_grad_norm_(self.tensors, MAX_GRAD_NORM).item()
+        for part in self.parts:
+            if math.isfinite(norm):
+                part.step()
+        self.zero_grad()
+        return norm
+
+    def zero_grad(self):
+        for part in self.parts:
+            part.zero_grad()
+
+    def state_dict(self):
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state):
+        for part, saved in zip(self.parts, state["parts"]):
+            part.load_state_dict(saved)
 
 
-def set_lr(optimizers, lr, rms_scaled):
-    """lr for every tensor; rms_scaled: lr * max(RMS(tensor), 1e-3), Adafactor's "relative step".
-    T5 starts with embeddings of std 1 beside matrices of std D^-1/2: one absolute step size is too small for
-    the first or too large for the second. A relative one fits both (nanoT5's remedy)."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    tensors = [group["params"][0].detach() for group in groups]
-    for group, p, norm in zip(
-        groups, tensors, torch.stack(torch._foreach_norm(tensors)).tolist()
-    ):
-        relative = rms_scaled and not group["unit"]
-        group["lr"] = lr * (max(norm / math.sqrt(p.numel()), 1e-3) if relative else 1.0)
+def is_embedding(name):
+    """The embedding and the head: one row a token, no map between states."""
+    return "shared" in name or "lm_head" in name
 
 
-def optimizer_step(optimizers, max_grad_norm):
-    """Clip the gradient to a norm, step, clear; a gradient that is not finite is dropped. Returns the norm before."""
-    tensors = [
-        group["params"][0] for optimizer in optimizers for group in optimizer.param_groups
-    ]
-    norm = nn.utils.clip_grad_norm_(tensors, max_grad_norm).item()
-    for optimizer in optimizers:
-        if math.isfinite(norm):
-            optimizer.step()
-        optimizer.zero_grad()
-    return norm
+def rms(tensor):
+    """The root of the mean of the squares."""
+    return tensor.detach().norm().item() / math.sqrt(tensor.numel())
 
 
 @dataclass
 class TrainConfig:
-    steps: int = 600
-    batch_size: int = 32
-    micro_batch: int = (
-        0  # rows a forward pass; 0: the whole batch. Fewer need less memory, same gradient
+    steps: int = option(600, "optimizer steps", low=0)
+    batch_size: int = option(32, "examples a step", low=1)
+    micro_batch: int = option(0, "examples a forward pass, to save memory; 0: all", low=0)
+    lr: float = option(3e-2, "learning rate, relative if rms_scaled", high=10)
+    rms_scaled: bool = True  # lr is relative to each tensor's RMS; not so for a pretrained T5
+    muon: bool = False  # Muon for the layers' matrices; see Optimizer
+    warmup: int = option(50, "steps in which the rate rises; then it falls to 0", low=0)
+    eval_every: int = option(
+        200, "steps between validations; the best weights are kept", low=1
     )
-    lr: float = (
-        3e-2  # relative to each tensor's RMS if rms_scaled (original: AdamW 1e-4, absolute)
-    )
-    rms_scaled: bool = True  # from scratch; off for fine-tuning a pretrained T5
-    muon: bool = False  # see make_optimizers
-    warmup: int = 50  # steps of linear warm-up, then linear decay to 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    eval_every: int = 200  # steps between validations; the best state is kept
 
 
 class Trainer:
-    """Gradient descent on a sum-over-items loss, keeping the weights of the best validation.
-    loss_sum(rows) -> (sum of losses, number of items) of some examples; rows_at(step) -> a step's examples;
-    validate() -> number, lower is better; None where there is nothing to validate by: the last weights stay. Step i depends on i, the state and torch's generator (seeded for each step) only."""
+    """Gradient descent on the mean of a loss, keeping the weights of the best validation.
+
+    loss_sum: rows -> (sum of their losses, number of items that the mean is over).
+    rows_at:  step -> the rows of its examples.
+    validate: () -> number, lower is better. None: the last weights are kept.
+    A step depends on its number, the state and torch's generator only.
+    """
+
+    shown = ("loss", "valid")
 
     def __init__(self, model, loss_sum, rows_at, validate, config):
-        self.model, self.loss_sum, self.rows_at, self.validate, self.config = (
-            model,
-            loss_sum,
-            rows_at,
-            validate,
-            config,
-        )
-        self.optimizers = make_optimizers(model, config.weight_decay, config.muon)
-        self.best = {"score": math.inf}  # and the weights, from the first validation on
+        self.model = model
+        self.loss_sum = loss_sum
+        self.rows_at = rows_at
+        self.validate = validate
+        self.config = config
+        self.optimizer = Optimizer(model, muon=config.muon)
+        self.best_loss = math.inf
+        self.best_weights = None
 
     def step(self, i):
-        """Optimizer step i (from 0). Returns what it measured, as plain numbers."""
-        c, rows, model = self.config, self.rows_at(i), self.model.train()
-        lr = c.lr * min(
-            (i + 1) / max(c.warmup, 1), (c.steps - i) / max(c.steps - c.warmup, 1), 1
-        )
-        set_lr(self.optimizers, lr, c.rms_scaled)
-        size, total, count = c.micro_batch or len(rows), 0.0, 0
+        """Step i, counted from 0. Returns what it measured, as plain numbers."""
+        config, model = self.config, self.model.train()
+        lr = self.learning_rate(i)
+        self.optimizer.set_lr(lr, config.rms_scaled)
+
+        # The gradient of the mean, a micro-batch at a time.
+        rows = self.rows_at(i)
+        size = config.micro_batch or len(rows)
+        total, count = 0.0, 0
         for start in range(0, len(rows), size):
             loss, items = self.loss_sum(rows[start : start + size])
             loss.backward()
-            total, count = total + loss.item(), count + items
-        torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], count)
-        norm = optimizer_step(self.optimizers, c.max_grad_norm)
-        record = {
-            "loss": total / count,
-            "lr": lr,
-            "grad_norm": norm,
-            "skipped": float(not math.isfinite(norm)),
-        }
-        due = (i + 1) % c.eval_every == 0 or i + 1 == c.steps
-        if self.validate and due:
-            model.eval()
-            with torch.no_grad():
-                record["valid"] = self.validate()
-            if record["valid"] < self.best["score"]:
-                self.best = {
-                    "score": record["valid"],
-                    "weights": copy.deepcopy(model.state_dict()),
-                }
+            total += loss.item()
+            count += items
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= count
+        norm = self.optimizer.step()
+        record = {"loss": total / count, "lr": lr, "grad_norm": norm}
+        record["skipped"] = float(not math.isfinite(norm))
+
+        last = i + 1 == config.steps
+        if self.validate is not None and ((i + 1) % config.eval_every == 0 or last):
+            record["valid"] = self.validation()
         return record
 
-    def finish(self):  # the best weights are the result, without a validation the last ones
-        self.model.eval().load_state_dict(self.best.get("weights", self.model.state_dict()))
+    def learning_rate(self, i):
+        """It rises linearly over the warm-up, then falls linearly to 0."""
+        config = self.config
+        rise = (i + 1) / max(config.warmup, 1)
+        fall = (config.steps - i) / max(config.steps - config.warmup, 1)
+        return config.lr * min(rise, fall, 1)
+
+    @torch.no_grad()
+    def validation(self):
+        self.model.eval()
+        loss = self.validate()
+        if loss < self.best_loss:
+            self.best_loss = loss
+            self.best_weights = copy.deepcopy(self.model.state_dict())
+        return loss
+
+    def finish(self):
+        """The best weights are the result; without a validation, the last."""
+        self.model.eval()
+        if self.best_weights is not None:
+            self.model.load_state_dict(self.best_weights)
+
+    def warnings(self, record, first):
+        return []
 
     def state_dict(self):
         return {
             "model": self.model.state_dict(),
-            "optimizers": [x.state_dict() for x in self.optimizers],
-            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+            "best_loss": self.best_loss,
+            "best_weights": self.best_weights,
         }
 
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        self.best = state["best"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.best_loss = state["best_loss"]
+        self.best_weights = state["best_weights"]
+
+
+# ---- only for speed -------------------------------------------------------------------------
+
+
+class ByteDropout(torch.autograd.Function):
+    """Dropout that draws one byte an element, and keeps it for the backward pass.
+
+    torch draws and keeps floats on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x, keep):
+        # 8 bytes a draw
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        random_bytes = words.view(torch.uint8)[: x.numel()].view(x.shape)
+        ctx.save_for_backward(random_bytes)
+        ctx.keep = keep
+        return scaled_mask(random_bytes, keep, x).mul_(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (random_bytes,) = ctx.saved_tensors
+        return scaled_mask(random_bytes, ctx.keep, gradient).mul_(gradient), None
+
+
+def scaled_mask(random_bytes, keep, like):
+    """256 / keep where a byte is below keep, else 0, as floats at once, not by way of bools."""
+    mask = torch.lt(random_bytes, keep, out=torch.empty_like(like))
+    return mask.mul_(256 / keep)
+
+
+class Dropout(nn.Dropout):
+    """torch's on a GPU; on a CPU ByteDropout: p is rounded to 1/256, the mean stays exact."""
+
+    def forward(self, x):
+        keep = 256 - round(256 * self.p)
+        if self.training and keep < 256 and x.device.type == "cpu":
+            return ByteDropout.apply(x, keep)
+        return super().forward(x)

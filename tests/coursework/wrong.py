@@ -91,7 +91,7 @@ WRONG = {
             "(delta + gamma * lam * next_advantage) * mask[:, t]",
             "delta + gamma * lam * next_advantage",
         ),
-        ("(advantages + values) * mask", "advantages * mask"),
+        ("advantages + values", "advantages"),
     ],
     "whiten": [
         ("mean = masked_mean(x, mask)", "mean = x.mean()"),
@@ -106,10 +106,7 @@ WRONG = {
     "value_loss": [
         ("torch.max((values", "torch.min((values"),
         ("0.5 * ", ""),
-        (
-            "old_values + clip_range), old_values - clip_range",
-            "returns + clip_range), returns - clip_range",
-        ),
+        ("old_values + clip_range", "returns + clip_range"),
     ],
     "adapt_kl_coef": [
         ("kl / target - 1", "target / kl - 1"),

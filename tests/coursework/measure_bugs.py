@@ -99,7 +99,11 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished toy run")
-    figures = measure(parser.parse_args().runs, HERE / "bugs.json")
+    runs = parser.parse_args().runs
+    for run in runs:
+        if not (Path(run) / "metrics.json").exists():
+            parser.exit(2, f"{run}: no finished run there; make one with python emprl.py\n")
+    figures = measure(runs, HERE / "bugs.json")
     draw(figures, HERE / "bugs.png")
     print(f"written: {HERE / 'bugs.json'}, {HERE / 'bugs.png'}")
 

@@ -645,16 +645,18 @@ def signs_of_collapse(record, first, max_length):
 
     first: the record of the run's first iteration. max_length: of a response, in tokens.
     """
+    if "kl" not in record:  # a skipped iteration
+        return []
     kl, entropy, length = record["kl"], record["entropy"], record["length"]
     unique = record.get("valid_unique", 1.0)
     signs = []
     if kl > 15:
         signs.append(f"KL {kl:.1f} nats, far from MLE: raise ppo.kl_coef or lower ppo.lr")
-    if entropy < first["entropy"] / 10:
+    if entropy < first.get("entropy", 0) / 10:
         signs.append(f"entropy {entropy:.3g}, a tenth of its start: raise ppo.kl_coef")
     if length > 0.9 * max_length:
         signs.append(f"responses of {length:.0f} tokens, nearly the limit: train MLE longer")
-    if length < first["length"] / 2:
+    if length < first.get("length", 0) / 2:
         signs.append(
             f"responses of {length:.0f} tokens, half of their start: raise ppo.kl_coef"
         )

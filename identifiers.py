@@ -369,8 +369,9 @@ def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, see
     contexts = len(before)
     generator = torch.Generator().manual_seed(seed)
     gains = []
-    for start in range(0, resamples, 100):  # in pieces: memory
-        count = min(100, resamples - start)
+    size = max(1, 2**18 // contexts)  # resamples at once: memory
+    for start in range(0, resamples, size):
+        count = min(size, resamples - start)
         drawn = torch.randint(contexts, (count, contexts), generator=generator)
         times = torch.zeros(count, contexts)
         times.scatter_add_(1, drawn, torch.ones(count, contexts))

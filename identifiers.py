@@ -7,10 +7,11 @@
     measures of text   Dist-n, BLEU
     n-grams            the other classifier, for when labels are few; skip it at first reading
 
-The *identifiers* are the classifier that gives the reward. The *judge* is one that never does. The
-*context classifier* sees no response. Sources: EmpRL (arXiv 2408.02976), and EPITOME, whose
-bi-encoder the network is (Sharma et al. 2020, arXiv 2009.08441). Shapes: B batch, S context length,
-T response length, D model width, M = 3 mechanisms, L = 3 levels. This file knows nothing of PPO.
+The *identifiers* are the classifier that gives the reward. The *judge* is one that never does.
+The *context classifier* sees no response. Shapes: B batch, N all pairs, S context length,
+T response length, D model width, M = 3 mechanisms, L = 3 levels. Nothing here knows of PPO.
+Sources: EmpRL (arXiv 2408.02976), and EPITOME, whose bi-encoder the network is (Sharma et al.
+2020, arXiv 2009.08441).
 """
 
 import math
@@ -38,7 +39,9 @@ from t5_small import (
 
 @dataclass
 class ClassifierConfig(TrainConfig):
-    steps: int = option(150, "optimizer steps of the network", low=0)
+    """TrainConfig's settings with other values, and what kind of classifier is trained."""
+
+    steps: int = option(150, "optimizer steps of the network")
     batch_size: int = option(64, "labelled pairs a step", low=1)
     lr: float = option(2e-2, "learning rate, relative if rms_scaled", high=10)
     eval_every: int = option(50, "steps between validations; the best weights are kept", low=1)
@@ -66,7 +69,7 @@ class BiEncoder(nn.Module):
     c = Encoder_c(context)                                   (B, S, D)
     r = Encoder_r(response)                                  (B, T, D), another T5 encoder
     h = r + dropout(attention(query r, keys and values c))   one head, padding hidden
-    logits = W_2 dropout(tanh(W_1 mean_t h_t))               the mean over the response's tokens
+    logits = W_2 dropout(tanh(W_1 mean_t h_t))               a mean over the response's tokens
     """
 
     def __init__(self, config, num_mechanisms):
@@ -116,7 +119,7 @@ class NetworkClassifier(nn.Module):
         return torch.cat(logits, 1).float().log_softmax(-1)
 
     def trainer(self, train, valid, rows_at, config):
-        """See ClassifierTraining."""
+        """What trains it on labelled pairs. rows_at: step -> rows of train."""
         weights = class_weights(train.levels, config.class_weight).to(train.device)
 
         def loss_sum(rows):
@@ -134,7 +137,7 @@ class NetworkClassifier(nn.Module):
 
 
 def class_weights(levels, exponent):
-    """(1 / share of the level)^exponent, scaled so that the mean over the examples is 1.
+    """(1 / share of the level)^exponent, scaled so that its mean over the examples is 1.
 
     levels: (N, M). Returns (M, L). A level that never occurs counts as if it occurred once.
     """
@@ -191,12 +194,14 @@ class RewardConfig:
 
 
 def empathy_reward(log_probs, target, difference="cross_entropy", mechanisms=MECHANISMS):
-    """r = prod_m sum_l P_m(l) exp(-d_m(l)), in (0, 1]; with certain levels EmpRL's exp(-sum_m d_m).
+    """r = prod_m sum_l P_m(l) exp(-d_m(l)), in (0, 1]; the paper's is exp(-sum_m d_m).
 
-    log_probs: (B, M, L), what the identifiers tell of the generated response.
-    target:    (B, M), the levels of the human response; or (B, M, L), a probability for each
-               level: then r is the expected reward, with far less noise.
-    difference: "cross_entropy", -log p_m(l), the paper's; "ordinal", E_p |level - l|.
+    log_probs:  (B, M, L), log p of the levels of the generated response, by the identifiers.
+    target:     (B, M), the levels of the human response; then both formulas are the same.
+                Or (B, M, L), a probability P for each: r is the mean over P, with less noise.
+    difference: d_m(l) is "cross_entropy", -log p_m(l), the paper's; or "ordinal",
+                E_p |level - l|, in which two levels off cost more than one.
+    mechanisms: the names of those that count.
     Returns (B,). Raises ValueError on another difference.
     """
     probs = log_probs.exp()  # (B, M, L)
@@ -250,16 +255,17 @@ class EmpathyReward:
         return self.of(log_probs, targets)
 
     def of(self, log_probs, targets):
+        """The same from the identifiers' log-probabilities, (B, M, L)."""
         return empathy_reward(log_probs, targets, self.difference, self.mechanisms)
 
     def best_of(self, tries, targets):
-        """Of several responses to each context the one that promises most reward.
+        """Of several responses to each context the one with the highest reward.
 
-        tries: Pairs with the same contexts and different responses. Returns Pairs. This is the
-        rival of RL that trains nothing.
+        This is the rival of RL that trains nothing. tries: a list of Pairs, with the same
+        contexts and different responses. Returns Pairs.
         """
-        promised = [self.of(predict(self.identifiers, one), targets) for one in tries]
-        chosen = torch.stack(promised).argmax(0).tolist()  # (N,) the number of a try
+        rewards = [self.of(predict(self.identifiers, one), targets) for one in tries]
+        chosen = torch.stack(rewards).argmax(0).tolist()  # (N,) the number of a try
         responses = [tries[k].responses[i] for i, k in enumerate(chosen)]
         return tries[0].but(responses)
 
@@ -267,20 +273,17 @@ class EmpathyReward:
 # ---- measures of levels ---------------------------------------------------------------------
 
 
-def confusion(predicted, gold):
-    """(N,), (N,) levels -> (L, L) counts; rows are gold, columns predicted."""
-    cells = torch.bincount(gold * LEVELS + predicted, minlength=LEVELS**2)
-    return cells.view(LEVELS, LEVELS)
-
-
 def confusions(predicted, gold):
-    """(N, M), (N, M) levels -> (M, L, L) counts, a table for each mechanism."""
-    tables = [confusion(predicted[:, m], gold[:, m]) for m in range(gold.shape[1])]
-    return torch.stack(tables)
+    """(N, M), (N, M) levels -> (M, L, L) counts; rows are gold, columns predicted.
+
+    They are of the whole corpus: its F1 is not the mean of its batches' F1s.
+    """
+    cells = F.one_hot(gold * LEVELS + predicted, LEVELS**2)  # (N, M, L * L)
+    return cells.sum(0).unflatten(-1, (LEVELS, LEVELS))
 
 
 def f1_scores(counts):
-    """Accuracy, macro-F1 and weighted F1 of confusion counts (..., L, L), rows gold; each (...).
+    """Accuracy, macro-F1 and weighted F1 of counts (..., L, L), rows gold; each (...).
 
     F1_k = 2 TP_k / (predicted_k + gold_k), and 0 where level k is neither.
     macro_f1: the mean over the levels that occur in gold or prediction.
@@ -306,7 +309,7 @@ def emp_f1(predicted, gold, kind="weighted_f1"):
 
 
 def mutual_information(counts):
-    """I(row; column) in bits of tables of counts (..., L, L): (...). 0 for a constant policy."""
+    """I(row; column) in bits: counts (..., L, L) -> (...). 0 if one level is all there is."""
     joint = counts.double() / counts.sum((-2, -1), keepdim=True)
     independent = joint.sum(-1, keepdim=True) * joint.sum(-2, keepdim=True)
     bits = joint * (joint / independent).log2()
@@ -314,7 +317,7 @@ def mutual_information(counts):
 
 
 def compare_levels(predicted, gold):
-    """All figures that compare the levels of replies with those of the humans', (N, M) each."""
+    """All figures that compare the levels of replies with the humans' levels, (N, M) each."""
     figures = {
         "emp_f1": emp_f1(predicted, gold),
         "emp_macro_f1": emp_f1(predicted, gold, "macro_f1"),
@@ -366,8 +369,9 @@ def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, see
     contexts = len(before)
     generator = torch.Generator().manual_seed(seed)
     gains = []
-    for start in range(0, resamples, 100):  # in pieces: memory
-        count = min(100, resamples - start)
+    size = max(1, 2**18 // contexts)  # resamples at once: memory
+    for start in range(0, resamples, size):
+        count = min(size, resamples - start)
         drawn = torch.randint(contexts, (count, contexts), generator=generator)
         times = torch.zeros(count, contexts)
         times.scatter_add_(1, drawn, torch.ones(count, contexts))
@@ -430,16 +434,15 @@ def bleu(responses, references):
             matches = 1 / 2**halvings
         log_precision += math.log(matches / total) / 4
 
-    length = sum(len(response) for response in responses)
-    reference_length = sum(len(reference) for reference in references)
-    brevity = min(0.0, 1 - reference_length / length)
+    length = sum(map(len, responses))
+    brevity = min(0.0, 1 - sum(map(len, references)) / length)
     return 100 * math.exp(log_precision + brevity)
 
 
 def text_figures(texts, references):
     """Figures of replies as text. length is in words."""
     split = [words(text) for text in texts]
-    total = sum(len(one) for one in split)
+    total = sum(map(len, split))
     return {
         "bleu": bleu(split, [words(text) for text in references]),
         "dist1": distinct(split, 1),
@@ -496,7 +499,7 @@ class NGramClassifier(nn.Module):
         return self.log_probs([self.grams(context, 0), self.grams(response, 1)])
 
     def trainer(self, train, valid, rows_at, config):
-        """There is nothing to validate or to draw: the problem is convex, one step solves it."""
+        """Nothing to validate, no batches: the problem is convex, and one step solves it."""
         return NGramTrainer(self, train, config)
 
 
@@ -515,7 +518,7 @@ class NGramTrainer:
 
         It ends when an iteration no longer changes the objective in fp32.
         """
-        model, train = self.model.requires_grad_(), self.train
+        model, train = self.model, self.train
         optimizer = torch.optim.LBFGS(
             model.parameters(),
             max_iter=500,  # a cap, not what ends it

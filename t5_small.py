@@ -397,30 +397,18 @@ def draw(logits, sampling):
 
     logits: (B, V). Returns tokens (B,), their log-probs (B,), and the support (B, V) bool.
     """
-    # The k likeliest come first: what follows looks at k columns, not at V of them.
-    vocab_size = logits.shape[-1]
-    columns = None
-    if 0 < sampling.top_k < vocab_size:
-        logits, columns = logits.topk(sampling.top_k)
-    logits = filter_logits(logits / sampling.temperature, top_p=sampling.top_p)
-    log_probs = logits.log_softmax(-1)  # (B, V or k)
-
+    logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+    log_probs = logits.log_softmax(-1)  # (B, V)
     if sampling.greedy:
         chosen = log_probs.argmax(-1, keepdim=True)  # (B, 1)
     else:
-        # The column at which the cumulative probability passes a uniform number.
+        # The token at which the cumulative probability passes a uniform number.
         cumulative = log_probs.exp().cumsum(-1, dtype=torch.double)
         uniform = torch.rand(len(logits), 1, dtype=torch.double, device=logits.device)
         chosen = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-        chosen = chosen.clamp(max=log_probs.shape[-1] - 1)  # a diverged model has no number
-
+        chosen = chosen.clamp(max=logits.shape[-1] - 1)  # a diverged model has no number
     log_prob = log_probs.gather(1, chosen)[:, 0]
-    support = log_probs > -torch.inf
-    if columns is None:
-        return chosen[:, 0], log_prob, support
-    everything = torch.zeros(len(logits), vocab_size, dtype=torch.bool, device=logits.device)
-    support = everything.scatter(1, columns, support)
-    return columns.gather(1, chosen)[:, 0], log_prob, support
+    return chosen[:, 0], log_prob, log_probs > -torch.inf
 
 
 class BlockCache:

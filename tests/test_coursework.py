@@ -179,13 +179,14 @@ def teachers_tests(number):
     return file, re.findall(r"(test_\w+)`", row)
 
 
-def put_in(monkeypatch, module, test_module, namespace):
-    """The namespace's functions and classes take the place of the module's."""
+def put_in(monkeypatch, module, namespace):
+    """The namespace's functions and classes take the place of the module's, for all users."""
     for name, value in namespace.items():
         if not callable(value) or getattr(value, "__module__", "") != module.__name__:
             continue
-        for user in (module, test_module):
-            if hasattr(user, name):
+        original = getattr(module, name)
+        for user in list(sys.modules.values()):
+            if getattr(user, "__dict__", {}).get(name) is original:
                 monkeypatch.setattr(user, name, value)
 
 
@@ -196,10 +197,10 @@ def test_the_tests_that_the_teacher_names_catch_the_bug(number, monkeypatch):
     file, tests = teachers_tests(number)
     assert tests
     module = importlib.import_module(Path(name).stem)
-    test_module = importlib.import_module(Path(file).stem)
+    importlib.import_module(Path(file).stem)  # before its names are replaced
     right = (plant.ROOT / name).read_text(encoding="utf-8")
     for source, expected in ((right, True), (buggy, False)):
-        put_in(monkeypatch, module, test_module, remade(module, source, name))
+        put_in(monkeypatch, module, remade(module, source, name))
         for test in tests:
             assert all_pass(file, [test]) == expected, f"bug {number}: {test}"
         monkeypatch.undo()

@@ -36,7 +36,7 @@ import identifiers
 import ppo
 import t5_small
 from data import LEVELS, MECHANISMS
-from t5_small import EOS_ID, HIDDEN, PAD_ID, Dropout, T5Config
+from t5_small import EOS_ID, HIDDEN, PAD_ID, T5Config
 '''
 
 

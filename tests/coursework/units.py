@@ -110,7 +110,7 @@ UNITS = [
                 "mean_pool",
                 "identifiers",
                 15,
-                ["test_masked_mean"],
+                ["test_mean_pool"],
                 "mean_pool(tensor([[[1.0], [3.0], [9.0]]]), tensor([[True, True, False]]))",
             ),
             Graded(

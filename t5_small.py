@@ -1,13 +1,13 @@
 """T5 from scratch, in the order of a lecture.
 
-    the model        norm, position buckets, attention, feed-forward, block, stack, T5, the loss
-    sampling         one token at a time, with a cache; top-k, top-p, minimum length
-    training         learning rates, the optimizer, a trainer that keeps its best weights
-    checkpoints      our own, and folders of official T5 weights, read and written
+    the model      norm, position buckets, attention, feed-forward, block, stack, T5, the loss
+    sampling       one token at a time, with a cache; top-k, top-p, minimum length
+    training       learning rates, the optimizer, a trainer that keeps its best weights
+    checkpoints    our own, and folders of official T5 weights; skip it at first reading
 
-Sources: T5, Raffel et al. 2020 (arXiv 1910.10683); v1.1 (gated GELU, untied head), Shazeer 2020
-(arXiv 2002.05202). Shapes: B batch, S source length, T response length, D model width, H heads,
-V vocabulary. Ids in, ids out: this file knows nothing of text.
+Sources: T5, Raffel et al. 2020 (arXiv 1910.10683); v1.1 (gated GELU, untied head), Shazeer
+2020 (arXiv 2002.05202). Shapes: B batch, S source length, T response length, D model width,
+H heads, V vocabulary. Ids in, ids out: this file knows nothing of text.
 """
 
 import copy
@@ -46,12 +46,10 @@ def constant(default, low=0, high=1e9, choices=None):
 
 @dataclass
 class T5Config:
-    """Named as in T5's own config.json, so that an official file can be read field by field."""
+    """Named as in T5's config.json, so that an official file can be read field by field."""
 
     d_model: int = option(128, "D: width of the residual stream", 2, 65536)
-    d_kv: int = option(
-        32, "width of one attention head; H * d_kv need not be d_model", 1, 8192
-    )
+    d_kv: int = option(32, "width of one head; H * d_kv need not be d_model", 1, 8192)
     d_ff: int = option(512, "width inside the feed-forward layer", 1, 262144)
     num_layers: int = option(2, "encoder blocks", 1, 1000)
     num_decoder_layers: int = option(2, "decoder blocks", 1, 1000)
@@ -61,9 +59,8 @@ class T5Config:
     # An official checkpoint brings its own, a new T5 needs no others.
     vocab_size: int = constant(2048, 1, 10**6)  # V: pieces and sentinels
     relative_attention_num_buckets: int = constant(32, 4, 1000)
-    relative_attention_max_distance: int = constant(
-        128, 1, 10**6
-    )  # larger ones share a bucket
+    # larger distances share a bucket
+    relative_attention_max_distance: int = constant(128, 1, 10**6)
     layer_norm_epsilon: float = constant(1e-6, 1e-12, 1)
     initializer_factor: float = constant(1.0, 0, 100)
     feed_forward_proj: str = constant("relu", choices=("relu", "gated-gelu"))  # v1.0, v1.1
@@ -72,9 +69,10 @@ class T5Config:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467).
+    """x / sqrt(mean(x^2) + eps) * weight, in float32.
 
     Unlike LayerNorm it subtracts no mean and adds no bias. x: (..., D). Returns (..., D).
+    Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
 
     def __init__(self, d_model, eps):
@@ -110,9 +108,8 @@ def relative_position_bucket(
         distance = (-relative_position).clamp(min=0)
 
     max_exact = num_buckets // 2
-    log_ratio = torch.log(distance.clamp(min=1) / max_exact) / math.log(
-        max_distance / max_exact
-    )
+    log_distance = torch.log(distance.clamp(min=1) / max_exact)
+    log_ratio = log_distance / math.log(max_distance / max_exact)
     far = max_exact + (log_ratio * (num_buckets - max_exact)).long()
     far = far.clamp(max=num_buckets - 1)
     return first + torch.where(distance < max_exact, distance, far)
@@ -144,7 +141,10 @@ class Attention(nn.Module):
         return self.split(self.k(memory)), self.split(self.v(memory))
 
     def weights(self, x, keys, bias):
-        """x (B, T, D), keys (B, H, S, d_kv), bias (B or 1, H or 1, T or 1, S) -> (B, H, T, S)."""
+        """softmax(q(x) k^T + bias): how much each position of x attends to each of memory.
+
+        x (B, T, D), keys (B, H, S, d_kv), bias (B or 1, H or 1, T or 1, S). (B, H, T, S).
+        """
         queries = self.split(self.q(x))  # (B, H, T, d_kv)
         scores = queries @ keys.transpose(-1, -2) + bias  # (B, H, T, S)
         return F.softmax(scores.float(), dim=-1)
@@ -180,7 +180,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + f(norm(x)) for each f of: self-attention, cross-attention (decoder), feed-forward."""
+    """x + f(norm(x)) for each f: self-attention, cross-attention (decoder), feed-forward."""
 
     def __init__(self, config, is_decoder):
         super().__init__()
@@ -258,7 +258,7 @@ class Stack(nn.Module):
 
 
 def padding_bias(ids, pad_id=PAD_ID):
-    """What hides padding from attention: ids (B, S) -> (B, 1, 1, S), 0 on tokens, -1e9 on padding."""
+    """Hides padding from attention: ids (B, S) -> (B, 1, 1, S), -1e9 on padding, else 0."""
     return (ids == pad_id)[:, None, None, :] * HIDDEN
 
 
@@ -275,7 +275,7 @@ class T5Encoder(nn.Module):
     def initialise(self):
         """T5's initialisation: normal, with std 1 for embeddings and fan-in^-1/2 for matrices.
 
-        For q it is (d_model * d_kv)^-1/2, in place of attention's usual division by sqrt(d_kv).
+        For q it is (d_model * d_kv)^-1/2, in place of attention's division by sqrt(d_kv).
         """
         config = self.config
         std = {
@@ -329,12 +329,10 @@ class T5(T5Encoder):
         return self.decode(inputs, self.encode(source), source)
 
     def loss_sum(self, source, response):
-        """The sum over tokens of -log p(response | source), and the number of tokens.
-
-        Padding is dropped before the product with the vocabulary, the largest of a small model.
-        """
+        """The sum over tokens of -log p(response | source), and the number of tokens."""
         tokens = response != PAD_ID
         with autocast(source.device):
+            # Without padding in the product with the vocabulary, real's step is 1.16x faster.
             states = self.response_states(source, response)[tokens]  # (tokens, D)
             logits = self.logits(states)  # (tokens, V)
         loss = F.cross_entropy(logits.float(), response[tokens], reduction="sum")
@@ -413,34 +411,33 @@ def draw(logits, sampling):
 class BlockCache:
     """A decoder block's keys and values: of the source, and of the tokens generated so far."""
 
-    def __init__(self, block, memory, max_length):
+    def __init__(self, block, memory):
         keys, values = block.cross_attn.keys_values(memory)  # (B, H, S, d_kv)
-        self.memory = keys.contiguous(), values.contiguous()  # laid out once, not at each step
-        batch, heads, _, width = keys.shape
-        self.keys = keys.new_empty(batch, heads, max_length, width)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0
+        # Laid out once, not at each step: sampling is 1.41x faster at toy's sizes.
+        self.memory = keys.contiguous(), values.contiguous()
+        self.keys = keys[:, :, :0]  # no token yet: (B, H, 0, d_kv)
+        self.values = values[:, :, :0]
 
     def append(self, keys, values):
         """The newest token's, (B, H, 1, d_kv) -> those of all tokens so far."""
-        self.keys[:, :, self.length] = keys[:, :, 0]
-        self.values[:, :, self.length] = values[:, :, 0]
-        self.length += 1
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        self.keys = torch.cat([self.keys, keys], 2)
+        self.values = torch.cat([self.values, values], 2)
+        return self.keys, self.values
 
 
 @torch.no_grad()
 def generate(model, source, sampling, banned=(PAD_ID, UNK_ID)):
     """Sample a response for each row of source (B, S), by torch's global generator.
 
-    banned: ids that are never sampled. Returns a Generation; T is the longest response's length.
+    banned: ids that are never sampled. Returns a Generation, as long as the longest response.
     """
-    # In pieces that fit a CPU's cache: the encoder is 2.2 times as fast on 384 sources.
+    # In pieces that fit a CPU's cache: sampling is 1.33x faster at toy's sizes.
     memory = torch.cat([model.encode(part) for part in source.split(32)])  # (B, S, D)
     memory_bias = padding_bias(source)
     self_bias = model.decoder.position_bias(sampling.max_length)  # (1, H, T, T)
-    caches = [BlockCache(b, memory, sampling.max_length) for b in model.decoder.blocks]
-    token = source.new_full((len(source),), PAD_ID)
+    caches = [BlockCache(block, memory) for block in model.decoder.blocks]
+
+    token = source.new_full((len(source),), PAD_ID)  # (B,)
     ended = torch.zeros_like(token, dtype=torch.bool)
     steps = []
     for t in range(sampling.max_length):
@@ -449,13 +446,13 @@ def generate(model, source, sampling, banned=(PAD_ID, UNK_ID)):
         bias = self_bias[:, :, t : t + 1, : t + 1]  # (1, H, 1, t + 1)
         x = model.decoder(x, bias, memory, memory_bias, caches)[:, 0]  # (B, D)
 
+        # Never what is banned, and no </s> too early.
         logits = model.logits(x).float()  # (B, V)
         logits[:, banned] = -torch.inf
         if t + 1 < sampling.min_length:
             logits[:, EOS_ID] = -torch.inf
         token, log_probs, support = draw(logits, sampling)
         steps.append((token, log_probs, x, support))
-
         ended = ended | (token == EOS_ID)
         if ended.all():
             break
@@ -475,12 +472,12 @@ MAX_GRAD_NORM = 1.0
 
 
 class Optimizer:
-    """AdamW with a learning rate of its own for every tensor; or Muon for the layers' matrices.
+    """AdamW with a learning rate for each tensor; or Muon for the matrices inside the layers.
 
-    unscaled: tensors whose name holds one of these words start near 0, but belong to the scale
-    of 1 (attention's scores, a value): their rate is never relative.
-    muon: makes all singular values of a matrix's step equal; from scratch as good after half
-    the steps (Jordan et al. 2024).
+    unscaled: words in the names of tensors whose rate is never relative (see set_lr). They
+              start near 0, but what they add (to attention's scores, to a value) is around 1.
+    muon:     makes all singular values of a matrix's step equal; from scratch as good after
+              half the steps (Jordan et al. 2024).
     """
 
     def __init__(self, model, unscaled=("relative_bias",), muon=False):
@@ -489,7 +486,12 @@ class Optimizer:
             relative = not any(word in name for word in unscaled)
             inside = relative and parameter.dim() == 2 and not is_embedding(name)
             group = {"params": [parameter], "relative": relative}
-            (matrices if muon and inside else adam).append(group)
+            if muon and inside:
+                matrices.append(group)
+            else:
+                adam.append(group)
+
+        # fused: a step of AdamW is 1.9x faster, one of training 1.03x
         self.parts = [torch.optim.AdamW(adam, lr=0.0, weight_decay=0.0, fused=True)]
         if matrices:
             part = torch.optim.Muon(
@@ -517,8 +519,8 @@ class Optimizer:
         Returns the gradient's norm before clipping.
         """
         norm = nn.utils.clip_grad_norm_(self.tensors, MAX_GRAD_NORM).item()
-        for part in self.parts:
-            if math.isfinite(norm):
+        if math.isfinite(norm):
+            for part in self.parts:
                 part.step()
         self.zero_grad()
         return norm
@@ -554,9 +556,7 @@ class TrainConfig:
     rms_scaled: bool = True  # lr is relative to each tensor's RMS; not so for a pretrained T5
     muon: bool = False  # Muon for the layers' matrices; see Optimizer
     warmup: int = option(50, "steps in which the rate rises; then it falls to 0", low=0)
-    eval_every: int = option(
-        200, "steps between validations; the best weights are kept", low=1
-    )
+    eval_every: int = option(200, "steps between validations; the best weights stay", low=1)
 
 
 class Trainer:
@@ -598,10 +598,12 @@ class Trainer:
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad /= count
+
         norm = self.optimizer.step()
         record = {"loss": total / count, "lr": lr, "grad_norm": norm}
         record["skipped"] = float(not math.isfinite(norm))
 
+        # Now and then, and at the end: is this the best so far?
         last = i + 1 == config.steps
         if self.validate is not None and ((i + 1) % config.eval_every == 0 or last):
             record["valid"] = self.validation()
@@ -616,6 +618,7 @@ class Trainer:
 
     @torch.no_grad()
     def validation(self):
+        """The validation loss; weights that are better than all before are kept."""
         self.model.eval()
         loss = self.validate()
         if loss < self.best_loss:
@@ -630,6 +633,7 @@ class Trainer:
             self.model.load_state_dict(self.best_weights)
 
     def warnings(self, record, first):
+        """What in a record is worth a warning: nothing here; see ppo.PPOTrainer."""
         return []
 
     def state_dict(self):
@@ -668,7 +672,7 @@ def reading(path):
 
 
 def save_atomically(state, path):
-    """torch.save beside path, then rename: nobody sees half a file, a full disk leaves the old."""
+    """torch.save beside path, then rename: nobody sees half a file; the old one is safe."""
     temporary = Path(f"{path}.tmp")
     try:
         torch.save(state, temporary)
@@ -712,7 +716,7 @@ FLOATS = {
 
 
 def load_safetensors(path):
-    """A .safetensors file: 8 bytes with the length of a JSON header, the header, the numbers."""
+    """A .safetensors file: the length of a JSON header in 8 bytes, the header, the numbers."""
     with reading(path):
         content = bytearray(Path(path).read_bytes())
         begin = 8 + int.from_bytes(content[:8], "little")
@@ -740,8 +744,8 @@ def official_file(folder, *names):
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder / names[0]}: there is no folder {folder}; a T5 is given by a folder with "
-            "config.json, weights and spiece.model, not by its name: download these three files"
+            f"{folder / names[0]}: there is no folder {folder}; a T5 is given by a folder, "
+            "not by its name: download its config.json, weights and spiece.model"
         )
     problem = f"{folder}: has no {' or '.join(names)}; download it from where the rest is from"
     for name in names:
@@ -782,7 +786,7 @@ def read_config(path):
 
 
 def check_config(config):
-    """Raises ValueError for what no T5 has. Before building: 10^12 layers would take for ever."""
+    """Raises ValueError for what no T5 has, before 10^12 layers are built."""
     for f in fields(config):
         value = getattr(config, f.name)
         low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
@@ -907,7 +911,7 @@ def from_pretrained(folder, vocab_size=0):
 
 
 def save_pretrained(model, folder):
-    """config.json and pytorch_model.bin, as transformers' T5ForConditionalGeneration reads them."""
+    """config.json and pytorch_model.bin, as transformers' T5 reads them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     description = {

@@ -1,7 +1,9 @@
 """Does a change of form change nothing? Two small runs, and a hash of everything they made.
 
     python -m tests.lab.same            15 seconds; prints a line for each result
-    python -m tests.lab.same > before   ... change the code ...   python -m tests.lab.same | diff before -
+    python -m tests.lab.same > before
+    ... change the code ...
+    python -m tests.lab.same | diff before -
 
 The first run is `smoke`. The second switches on what `real` and `paper` use and `smoke` does not.
 Weights, figures, the log and the replies are hashed; config.json, times and pages are not.

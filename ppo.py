@@ -368,11 +368,8 @@ def sample(t5, pairs, sampling, size):
             sampled = generate(t5, source, sampling)
         mask = response_mask(sampled.ids)
         responses = [ids[is_token].tolist() for ids, is_token in zip(sampled.ids, mask)]
-        yield (
-            rows,
-            responses,
-            (source, sampled.ids, mask, sampled.support, sampling.temperature),
-        )
+        asked = source, sampled.ids, mask, sampled.support, sampling.temperature
+        yield rows, responses, asked
 
 
 def respond(t5, pairs, sampling, size=128):

@@ -5,15 +5,19 @@
     policy and rollout    a T5 with a value head; responses and all that is known of them
     one iteration         PPOTrainer.step, numbered 1 to 7; update; the loss
     watching              what a collapse looks like
+    replying              responses to a whole data set, when nothing is learnt
 
-An episode is one response, an action one token, a state the context and the tokens so far.
+An episode is one response, an action one token, a state the context and the tokens so far. The
+*reference* is the policy before PPO: a T5 trained by maximum likelihood (MLE).
 
-    pi, pi_ref    policy, reference     A    advantages    beta    kl_coef
-    V             values                R    returns       eps     clip_range
+    p, p_ref, p_old   probabilities: policy, reference, policy that sampled
+    r_t, R_t, A_t     reward, return, advantage of token t
+    V_t               the value head's estimate of R_t
+    beta, eps         kl_coef, clip_range
 
 Shapes: B batch, S source length, T response length, D model width, V vocabulary. Whatever
 belongs to tokens is (B, T), and a mask says which of them the response has. This file knows
-nothing of empathy: the reward is handed in as a function of ids. Sources: PPO, Schulman et al.
+nothing of what the reward measures: it is handed in as a function of ids. Sources: PPO, Schulman et al.
 2017 (arXiv 1707.06347); GAE, Schulman et al. 2016 (arXiv 1506.02438); PPO on language models,
 Ziegler et al. 2019 (arXiv 1909.08593).
 """
@@ -28,53 +32,49 @@ import torch.nn as nn
 
 from t5_small import EOS_ID, HIDDEN, PAD_ID, Optimizer, autocast, generate, option
 
-GAMMA = 1.0  # no discount: a response is short, and only its end is rewarded
-MAX_RATIO = 10.0  # a minibatch with a larger mean ratio is skipped
-MAX_UPDATE_KL = 0.5  # nats a token; an update that has moved the policy further ends early
+GAMMA = 1.0  # no discount: a response is short, and what it is for is rewarded at its end
+# Emergency brakes, far beyond what a healthy update does:
+MAX_RATIO = 10.0  # a minibatch with a larger mean ratio is not learnt from
+MAX_UPDATE_KL = 0.5  # nats a token; an update that has moved the policy further ends there
 
 
 @dataclass
 class PPOConfig:
-    """In brackets: the original's value where ours differs, and why."""
+    """In brackets: what the code of EmpRL's authors has instead, and why we differ."""
 
     steps: int = option(64, "iterations of rollout and update")
-    batch_size: int = option(384, "responses an iteration [32; more are less noisy]", low=1)
-    minibatch_size: int = option(
-        64, "responses an optimizer step [8, but 4 accumulated]", low=1
-    )
+    batch_size: int = option(384, "responses an iteration [32: more are less noisy]", 1)
+    minibatch_size: int = option(64, "responses an optimizer step [8, 4 times added up]", 1)
     micro_batch: int = option(0, "responses a forward pass, to save memory; 0: all")
-    ppo_epochs: int = option(1, "passes over a rollout [4; fresh ones are cheap here]", low=1)
+    ppo_epochs: int = option(1, "passes over a rollout [4: new rollouts are cheap here]", 1)
 
-    lr: float = option(6e-3, "learning rate, relative if rms_scaled [1e-5, absolute]", high=10)
+    lr: float = option(6e-3, "step size, relative to each tensor's RMS [1e-5, absolute]")
     rms_scaled: bool = True  # see t5_small.Optimizer.set_lr; off for a pretrained T5
-    warmup: int = option(5, "iterations in which the rate rises [0]")
+    warmup: int = option(5, "iterations in which the learning rate rises [0]")
     average: float = option(
-        0.0, "decay of the running mean of the weights; 0: take the last ones", high=0.9999
+        0.0,
+        "the result is a running mean of the weights of this decay; 0: the last",
+        0,
+        0.9999,
     )
 
-    lam: float = option(1.0, "GAE's lambda [0.95; the one reward has far to go back]", high=1)
-    clip_range: float = option(0.2, "how far the ratio may move")
-    value_clip_range: float = option(0.2, "how far the value may move")
+    lam: float = option(1.0, "GAE's lambda [0.95: fades the reward on its way back]", 0, 1)
+    clip_range: float = option(0.2, "eps: how far the ratio may move from 1")
+    value_clip_range: float = option(0.2, "how far a value may move in one iteration")
     value_coef: float = option(0.1, "weight of the value loss")
-    ptx_coef: float = option(0.0, "weight of the human responses' loss [absent]")
+    ptx_coef: float = option(0.0, "weight of the human responses' MLE loss [none]")
 
     whiten_advantages: bool = option(True, "advantages to mean 0 and variance 1")
-    whiten_rewards: bool = option(
-        False, "token rewards to variance 1 [on; it rescales the KL]"
-    )
+    whiten_rewards: bool = option(False, "token rewards to variance 1 [on: rescales the KL]")
     scale_rewards: bool = option(True, "divide rewards by their running standard deviation")
-    centre_rewards: bool = option(
-        False, "subtract their running mean [on; the value learns it]"
-    )
+    centre_rewards: bool = option(False, "subtract their running mean [on: V learns it too]")
 
-    kl_coef: float = option(0.3, "beta, the strength of the KL penalty [0.2]")
-    adaptive_kl: bool = option(
-        False, "steer beta towards kl_target [on, but as good as fixed]"
-    )
-    kl_target: float = option(6.0, "nats a response that adaptive beta steers to", low=1e-3)
-    kl_horizon: float = option(1000.0, "responses it takes to get there [10,000]", low=1)
-    eval_every: int = option(16, "iterations between validations", low=1)
-    valid_contexts: int = option(128, "contexts of each validation", low=1)
+    kl_coef: float = option(0.3, "beta: strength of the KL penalty [0.2]")
+    adaptive_kl: bool = option(False, "beta follows the KL [on, but too slow to matter]")
+    kl_target: float = option(6.0, "nats a response; a larger KL raises beta", 1e-3)
+    kl_horizon: float = option(1e3, "in so many responses beta moves by 20 % at most [1e4]", 1)
+    eval_every: int = option(16, "iterations between validations", 1)
+    valid_contexts: int = option(128, "contexts of each validation", 1)
 
 
 # ---- the equations --------------------------------------------------------------------------
@@ -96,13 +96,17 @@ def token_log_probs(logits, ids, support=None, temperature=1.0):
     logits:  (..., V).
     ids:     (...).
     support: (..., V) bool, the tokens that could have been sampled (top-k, top-p, minimum
-             length); None: all. With the rollout's support this is the very distribution that
-             was sampled from, so the ratio is unbiased, and 1 before the first step.
+             length); None: all.
     Returns two (...) tensors.
+
+    A rollout keeps its support. Policy, old policy and reference are all asked for the
+    probability of a token among the same tokens, those it was sampled from: so the ratio is 1
+    before the first step (up to rounding), and the KL is that between the distributions that
+    responses come from. With a small top-k it does not see what happens to the other tokens.
     """
     logits = logits.float() / temperature
     if support is not None:
-        logits = logits.masked_fill(~support, HIDDEN)  # not -inf: 0 * inf is nan below
+        logits = logits.masked_fill(~support, HIDDEN)  # -1e9; with -inf 0 * inf is nan below
     log_probs = logits.log_softmax(-1)
     with torch.no_grad():
         entropy = -(logits.softmax(-1) * log_probs).sum(-1)
@@ -113,8 +117,8 @@ def kl_estimate(log_probs, ref_log_probs, kind="k1"):
     """KL(policy || reference), estimated token by token from the policy's own samples.
 
     With d = log p - log p_ref:
-        k1 = d               unbiased; can be negative
-        k3 = e^-d - 1 + d    unbiased; never negative
+        k1 = d               unbiased, may be negative: the penalty
+        k3 = e^-d - 1 + d    unbiased, never negative, less noisy: for the log and the brake
     Source: Schulman, "Approximating KL divergence", 2020.
     """
     difference = log_probs - ref_log_probs
@@ -131,8 +135,9 @@ def masked_mean(x, mask):
 def whiten(x, mask, shift_mean=True):
     """(x - mean) / sqrt(variance + 1e-8), both over the n masked entries of the whole batch.
 
-    The variance has n - 1 in its denominator (1 if n = 1). With shift_mean off, the mean is
-    added back. x, mask: (B, T). Returns (B, T), 0 where mask is false.
+    The variance has n - 1 in its denominator (1 if n = 1). shift_mean=False keeps the mean, as
+    it was, and whitens only what differs from it (as in trl).
+    x, mask: (B, T). Returns (B, T), 0 where mask is false.
     """
     mean = masked_mean(x, mask)
     squares = ((x - mean) ** 2 * mask).sum()
@@ -147,7 +152,8 @@ def token_rewards(rewards, kl, mask, kl_coef):
     """r_t = -beta KL_t, plus the response's reward at its last token.
 
     The penalty comes token by token, since each token has its share of the KL; the reward is
-    that of a whole response. rewards: (B,). kl, mask: (B, T). Returns (B, T), 0 on padding.
+    that of a whole response.
+    rewards: (B,). kl, mask: (B, T). Returns (B, T), 0 on padding.
     """
     per_token = -kl_coef * kl * mask
     last = mask.sum(1) - 1  # (B,) position of </s>, or of the last token
@@ -162,7 +168,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
         A_t     = delta_t + gamma lambda A_{t+1}
         R_t     = A_t + V_t
 
-    rewards, values, mask: (B, T). Returns advantages A and returns R, both 0 on padding.
+    With gamma = lambda = 1 this is simply R_t = r_t + r_{t+1} + ..., A_t = R_t - V_t.
+    rewards (of tokens), values, mask: (B, T). Returns A and R, both 0 on padding.
     """
     values = values * mask
     advantages = torch.zeros_like(rewards)
@@ -175,11 +182,12 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 
 def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
-    """PPO's clipped objective, a mean over tokens, with ratio = p / p_old:
+    """Minus PPO's clipped objective, a mean over tokens, with ratio = p / p_old:
 
         -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)
 
-    A token that has moved far enough in its advantage's direction has no gradient any more.
+    A token that has moved far enough in its advantage's direction has no gradient any more. If
+    each response is used once (ppo_epochs 1), only the minibatches before can have moved it.
     All (B, T). Returns the loss, and the share of tokens where clipping makes it larger.
     Source: PPO's paper, equation 7.
     """
@@ -194,7 +202,7 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
 def value_loss(values, old_values, returns, mask, clip_range=0.2):
     """Mean over tokens of 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2).
 
-    Clipped as the policy's: the larger loss is the pessimistic one. All (B, T). A scalar.
+    As for the policy, the larger of both losses counts. All (B, T). Returns a scalar.
     """
     clipped = values.clamp(old_values - clip_range, old_values + clip_range)
     error = torch.max((values - returns) ** 2, (clipped - returns) ** 2)
@@ -202,7 +210,7 @@ def value_loss(values, old_values, returns, mask, clip_range=0.2):
 
 
 def explained_variance(values, returns, mask):
-    """1 - Var(R - V) / Var(R) over tokens: 1 of a perfect value head, 0 of a constant one.
+    """1 - Var(R - V) / Var(R) over tokens: 1 for a perfect value head, 0 for a constant.
 
     All (B, T). Returns a number; 0 if all returns are equal and nothing is to be explained.
     """
@@ -215,10 +223,10 @@ def explained_variance(values, returns, mask):
 
 
 def adapt_kl_coef(kl_coef, kl, target, batch_size, horizon):
-    """beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) batch_size / horizon).
+    """beta <- beta clip(1 + clip(KL / target - 1, -0.2, 0.2) batch_size / horizon, 0.5, 2).
 
-    One update at most halves or doubles beta: with a horizon that is short beside the batch it
-    would jump, or turn negative. Source: Ziegler et al., section 2.2.
+    The outer clip is ours: with a horizon that is short beside the batch, beta would turn
+    negative. Source: Ziegler et al., section 2.2.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     factor = 1 + error * batch_size / horizon
@@ -256,8 +264,9 @@ class RunningMoments:
 class Policy(nn.Module):
     """A T5 and a value head: one linear layer on the decoder's last states, started at 0.
 
-    V_t sees the context and the tokens before t. There is no dropout in PPO (the original has
-    some before the value head), so that the ratio is 1 before the first step.
+    The state at t predicts token t, so V_t knows the context and the tokens before t. Its loss
+    trains the T5, too. PPO runs without dropout (the authors' code has some before the value
+    head), so that the ratio is 1 before the first step.
     """
 
     def __init__(self, t5):
@@ -312,7 +321,10 @@ class Rollout:
 
 
 def unpack(x, mask):
-    """Undo x = y[mask]: a number for each true entry of mask (B, T) -> (B, T), 0 elsewhere."""
+    """(tokens,), one for each true entry of mask (B, T) -> (B, T), 0 elsewhere.
+
+    It undoes x = y[mask].
+    """
     return torch.zeros_like(mask, dtype=x.dtype).masked_scatter(mask, x)
 
 
@@ -320,8 +332,9 @@ def response_log_probs(t5, source, ids, mask, support, temperature):
     """The log-probs that a model gives to responses sampled from `support` (teacher forcing).
 
     source (B, S), ids and mask (B, T), support (B, T, V); see token_log_probs. Padding is
-    dropped before the product with the vocabulary, the largest of a small model. Returns
-    log-probs and entropies, (B, T) and 0 on padding, and the decoder's states, (tokens, D).
+    dropped first: the product with the vocabulary is the most expensive of a small model.
+    Returns log-probs and entropies, (B, T) and 0 on padding, and the states that predict the
+    tokens, (tokens, D).
     """
     with autocast(source.device):
         states = t5.response_states(source, ids)[mask]  # (tokens, D)
@@ -341,6 +354,9 @@ def rollout(policy, reference, reward, prompts, sampling):
         sampled = generate(policy.t5, source, sampling)
     ids, support = sampled.ids, sampled.support
     mask = response_mask(ids)
+
+    # The policy's own log-probs come with the sampling, 0 on padding; asking it again by
+    # teacher forcing would give the same up to rounding.
     ref_log_probs, _, _ = response_log_probs(
         reference, source, ids, mask, support, sampling.temperature
     )
@@ -357,47 +373,6 @@ def rollout(policy, reference, reward, prompts, sampling):
     )
 
 
-def sample(t5, pairs, sampling, size):
-    """Respond to all contexts, some rows at a time.
-
-    Yields the rows, their responses as lists of ids, and what response_log_probs asks for.
-    """
-    for rows in pairs.chunks(size):
-        source, _ = pairs.batch(rows)
-        with autocast(source.device):
-            sampled = generate(t5, source, sampling)
-        mask = response_mask(sampled.ids)
-        responses = [ids[is_token].tolist() for ids, is_token in zip(sampled.ids, mask)]
-        yield (
-            rows,
-            responses,
-            (source, sampled.ids, mask, sampled.support, sampling.temperature),
-        )
-
-
-def respond(t5, pairs, sampling, size=128):
-    """A response to every context of pairs: lists of ids without padding, </s> included."""
-    found = {}  # row -> response
-    for rows, responses, _ in sample(t5, pairs, sampling, size):
-        found.update(zip(rows, responses))
-    return [found[row] for row in range(len(pairs))]
-
-
-@torch.no_grad()
-def respond_and_compare(t5, reference, pairs, sampling, size=128):
-    """The same, and KL(t5 || reference) in nats a response, by k1 on these responses.
-
-    Both models are asked in the same way, so that it is exactly 0 for the reference itself.
-    """
-    found, total = {}, 0.0
-    for rows, responses, asked in sample(t5, pairs, sampling, size):
-        found.update(zip(rows, responses))
-        log_probs, _, _ = response_log_probs(t5, *asked)
-        ref_log_probs, _, _ = response_log_probs(reference, *asked)
-        total += kl_estimate(log_probs, ref_log_probs).sum().item()
-    return [found[row] for row in range(len(pairs))], total / len(pairs)
-
-
 # ---- one iteration --------------------------------------------------------------------------
 
 
@@ -412,7 +387,7 @@ class PPOTrainer:
     An iteration depends on its number, the state and torch's generator only.
     """
 
-    shown = ("reward", "kl", "length", "entropy")
+    shown = ("reward", "kl", "length", "entropy")  # of a record, on the line of progress
 
     def __init__(self, reference, reward, prompts, sampling, config, validate):
         self.reference = reference
@@ -421,7 +396,8 @@ class PPOTrainer:
         self.sampling = sampling
         self.config = config
         self.validate = validate
-        self.policy = Policy(copy.deepcopy(reference)).eval().requires_grad_()
+        self.policy = Policy(copy.deepcopy(reference)).requires_grad_()
+        self.policy.eval()  # learns, but without dropout
         self.optimizer = Optimizer(self.policy, unscaled=("relative_bias", "value_head"))
         self.moments = RunningMoments()
         self.kl_coef = config.kl_coef
@@ -434,32 +410,32 @@ class PPOTrainer:
         config = self.config
 
         # 1. A response to each context, and what policy, reference and reward say of it.
-        sampled = rollout(
+        batch = rollout(
             self.policy, self.reference, self.reward, self.prompts(i), self.sampling
         )
-        mask = sampled.mask
-        if not sampled.is_finite():  # nothing to learn from
-            return {"reward": sampled.rewards.mean().item(), "skipped": 1.0}
+        mask = batch.mask
+        if not batch.is_finite():  # nothing to learn from
+            return {"reward": batch.rewards.mean().item(), "skipped": 1.0}
 
         # 2. The responses' rewards, on one scale over the whole run.
-        rewards = self.scaled(sampled.rewards)
+        rewards = self.scaled(batch.rewards)
 
         # 3. A reward for each token: the KL penalty everywhere, the response's on its last.
-        kl = kl_estimate(sampled.log_probs, sampled.ref_log_probs)
+        kl = kl_estimate(batch.log_probs, batch.ref_log_probs)
         per_token = token_rewards(rewards, kl, mask, self.kl_coef)
         if config.whiten_rewards:
             per_token = whiten(per_token, mask, shift_mean=False)
 
         # 4. Advantages: how much better than the value head expected, token by token.
-        advantages, returns = gae(per_token, sampled.values, mask, GAMMA, config.lam)
+        advantages, returns = gae(per_token, batch.values, mask, GAMMA, config.lam)
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)
-        sampled.advantages, sampled.returns = advantages, returns
+        batch.advantages, batch.returns = advantages, returns
 
-        # 5. A few passes of minibatches over these responses.
+        # 5. One pass of minibatches over these responses, or more.
         self.optimizer.set_lr(self.learning_rate(i), config.rms_scaled)
-        record = self.describe(sampled)
-        record.update(self.update(sampled))
+        record = self.describe(batch)
+        record.update(self.update(batch))
 
         # 6. How far the policy is from the reference may move beta.
         if config.adaptive_kl:
@@ -467,7 +443,7 @@ class PPOTrainer:
                 self.kl_coef, record["kl"], config.kl_target, len(mask), config.kl_horizon
             )
 
-        # 7. Now and then, a look from outside; at the start also at the reference.
+        # 7. Now and then, validation; often at first, when most changes, and before all else.
         if i == 0:
             record["start"] = self.validate(self.reference)
         done = i + 1
@@ -476,7 +452,7 @@ class PPOTrainer:
         return record
 
     def scaled(self, rewards):
-        """Rewards (B,) on one scale over the whole run, these included."""
+        """Rewards (B,) on one scale over the whole run; these join the running moments."""
         self.moments.update(rewards)
         if self.config.centre_rewards:
             rewards = rewards - self.moments.mean
@@ -491,28 +467,26 @@ class PPOTrainer:
         fall = 1 if config.average else 1 - i / config.steps
         return config.lr * min(rise, fall)
 
-    def describe(self, sampled):
+    def describe(self, batch):
         """What to log of a rollout. KL in nats a response, length in tokens."""
-        mask = sampled.mask
-        k1 = kl_estimate(sampled.log_probs, sampled.ref_log_probs)
-        k3 = kl_estimate(sampled.log_probs, sampled.ref_log_probs, "k3")
-        record = {"reward": sampled.rewards.mean().item(), "kl_coef": self.kl_coef}
+        mask = batch.mask
+        k1 = kl_estimate(batch.log_probs, batch.ref_log_probs)
+        k3 = kl_estimate(batch.log_probs, batch.ref_log_probs, "k3")
+        record = {"reward": batch.rewards.mean().item(), "kl_coef": self.kl_coef}
         record["kl"] = k1.sum(1).mean().item()
         record["kl_k3"] = k3.sum(1).mean().item()
         record["length"] = mask.sum(1).float().mean().item()
-        record["value_mean"] = masked_mean(sampled.values, mask).item()
-        record["return_mean"] = masked_mean(sampled.returns, mask).item()
-        record["explained_variance"] = explained_variance(
-            sampled.values, sampled.returns, mask
-        )
+        record["value_mean"] = masked_mean(batch.values, mask).item()
+        record["return_mean"] = masked_mean(batch.returns, mask).item()
+        record["explained_variance"] = explained_variance(batch.values, batch.returns, mask)
         return record
 
-    def update(self, sampled):
+    def update(self, batch):
         """ppo_epochs passes over one rollout. Returns the means of what was measured."""
         log = defaultdict(list)
         stopped_early = 0.0
-        for rows in minibatches(len(sampled.ids), self.config):
-            measured = self.gradient(sampled, rows)
+        for rows in minibatches(len(batch.ids), self.config):
+            measured = self.accumulate_gradient(batch, rows)
             for name, number in measured.items():
                 log[name].append(number)
 
@@ -520,7 +494,7 @@ class PPOTrainer:
                 self.optimizer.zero_grad()
                 stopped_early = 1.0
                 break
-            if measured["ratio"] > MAX_RATIO:  # too few samples like these to learn from
+            if measured["ratio"] > MAX_RATIO:  # these samples say little of today's policy
                 self.optimizer.zero_grad()
                 continue
 
@@ -532,26 +506,27 @@ class PPOTrainer:
 
         record = {name: sum(numbers) / len(numbers) for name, numbers in log.items()}
         del record["ratio_error"]
-        record["first_ratio_error"] = log["ratio_error"][0]  # 0 if rollout and loss agree
+        record["first_ratio_error"] = log["ratio_error"][0]  # near 0: they agree
         record["optimizer_steps"] = sum(map(math.isfinite, log["grad_norm"]))
         record["stopped_early"] = stopped_early
         return record
 
-    def gradient(self, sampled, rows):
-        """Add up the gradient of the loss on some rows. Returns what was measured on the way.
+    def accumulate_gradient(self, batch, rows):
+        """Add the gradient of the loss on some rows to .grad; optimizer.step clears it.
 
-        A micro-batch at a time: the mean over all tokens is the sum of their means, each
-        weighted by its share of the tokens. Human responses have shares of their own.
+        It is done a micro-batch at a time. With n_k of the minibatch's n tokens in part k,
+        mean = sum_k (n_k / n) mean_k. Human responses have other lengths, so other shares.
+        Returns what was measured on the way.
         """
         config = self.config
-        tokens = sampled.mask[rows].sum()
-        human_tokens = (sampled.human[rows] != PAD_ID).sum()
+        tokens = batch.mask[rows].sum()
+        human_tokens = (batch.human[rows] != PAD_ID).sum()
         measured = defaultdict(float)
         for micro_rows in rows.split(config.micro_batch or len(rows)):
-            part = sampled.take(micro_rows)
+            part = batch.take(micro_rows)
             share = (part.mask.sum() / tokens).item()
-            loss, seen, ratio_error = self.loss(part)
-            loss = share * loss
+            part_loss, seen, ratio_error = self.loss(part)
+            loss = share * part_loss
 
             # The human responses' negative log-likelihood keeps the policy fluent (PPO-ptx,
             # Ouyang et al. 2022, arXiv 2203.02155).
@@ -582,28 +557,30 @@ class PPOTrainer:
             self.sampling.temperature,
         )
         values = unpack(self.policy.values(states), mask)
-        on_policy, clip_share = policy_loss(
+        policy_part, clip_share = policy_loss(
             log_probs, part.log_probs, part.advantages, mask, config.clip_range
         )
-        on_value = value_loss(values, part.values, part.returns, mask, config.value_clip_range)
+        value_part = value_loss(
+            values, part.values, part.returns, mask, config.value_clip_range
+        )
 
         # How far the update has gone by now.
         new = log_probs.detach()
         ratio = torch.exp(new - part.log_probs)
         update_kl = kl_estimate(part.log_probs, new, "k3")
         measured = {
-            "policy_loss": on_policy,
-            "value_loss": on_value,
+            "policy_loss": policy_part,
+            "value_loss": value_part,
             "entropy": masked_mean(entropy, mask),
             "clip_share": clip_share,
             "ratio": masked_mean(ratio, mask),
             "update_kl": masked_mean(update_kl, mask),
         }
         ratio_error = ((ratio - 1).abs() * mask).max()
-        return on_policy + config.value_coef * on_value, measured, ratio_error
+        return policy_part + config.value_coef * value_part, measured, ratio_error
 
     def finish(self):
-        """The result is in self.model: the last weights, or their running mean."""
+        """What Run.train calls at the end; self.model has the result already."""
 
     def warnings(self, record, first):
         return signs_of_collapse(record, first, self.sampling.max_length)
@@ -663,3 +640,45 @@ def signs_of_collapse(record, first, max_length):
     if unique < 0.3:
         signs.append(f"only {unique:.0%} of the responses differ: raise ppo.kl_coef")
     return signs
+
+
+# ---- replying -------------------------------------------------------------------------------
+
+
+def sample(t5, pairs, sampling, size):
+    """Respond to all contexts, some rows at a time.
+
+    pairs: data.Pairs. Yields the rows, their responses as lists of ids, and the arguments of
+    response_log_probs that are the same for all models.
+    """
+    for rows in pairs.chunks(size):
+        source, _ = pairs.batch(rows)
+        with autocast(source.device):
+            sampled = generate(t5, source, sampling)
+        mask = response_mask(sampled.ids)
+        responses = [ids[is_token].tolist() for ids, is_token in zip(sampled.ids, mask)]
+        arguments = source, sampled.ids, mask, sampled.support, sampling.temperature
+        yield rows, responses, arguments
+
+
+def respond(t5, pairs, sampling, size=128):
+    """A response to every context of pairs: lists of ids without padding, </s> included."""
+    found = {}  # row -> response
+    for rows, responses, _ in sample(t5, pairs, sampling, size):
+        found.update(zip(rows, responses))
+    return [found[row] for row in range(len(pairs))]
+
+
+@torch.no_grad()
+def respond_and_compare(t5, reference, pairs, sampling, size=128):
+    """Responses as `respond` gives them, and KL(t5 || reference) in nats a response, by k1.
+
+    Both models are asked by teacher forcing, so that it is exactly 0 for the reference itself.
+    """
+    found, total = {}, 0.0
+    for rows, responses, arguments in sample(t5, pairs, sampling, size):
+        found.update(zip(rows, responses))
+        log_probs, _, _ = response_log_probs(t5, *arguments)
+        ref_log_probs, _, _ = response_log_probs(reference, *arguments)
+        total += kl_estimate(log_probs, ref_log_probs).sum().item()
+    return [found[row] for row in range(len(pairs))], total / len(pairs)

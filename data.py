@@ -12,7 +12,22 @@ What stands here, in this order:
 8. The words of that world
 
 At first reading, 1 to 3 and the beginning of 7 are enough. Most of 5 and 6 is there to tell
-what is wrong with a file. Add to 8 whatever you like.
+what is wrong with a file. Add to 8 what you like; its rules stand at its head.
+
+Three models learn from these data:
+
+    policy        writes responses: a T5 that learns to answer as people do, and then, by
+                  reinforcement learning, to be paid a higher reward
+    identifiers   classifiers that tell how empathetic a response is (its levels, below); the
+                  closer the levels are to those of the human response, the higher the reward
+    judge         a second classifier, only for evaluation: it never gives reward
+
+    part of a Corpus                          what it is for
+    dialogues["turns"]                        the policy's pre-training; without it, "train" is
+    dialogues["train"], ["valid"]             the policy: to learn from, to validate
+    labelled["train"], ["valid"]              the identifiers: the same
+    labelled["judge_train"], ["judge_valid"]  the judge: the same
+    dialogues["test"], labelled["test"]       nobody learns from them: the published figures
 """
 
 import contextlib
@@ -45,27 +60,13 @@ import numpy as np
 import sentencepiece
 import torch
 
-# EPITOME's three communication mechanisms: emotional reaction, interpretation, exploration.
+# EPITOME's three communication mechanisms, the ways in which a response can show empathy:
+# er  emotional reaction: "I am so sorry."
+# ip  interpretation:     "You must feel lonely."
+# ex  exploration:        "What happened exactly?"
 # Each has a level: 0 none, 1 weak, 2 strong (Sharma et al. 2020, arXiv 2009.08441).
 MECHANISMS = ("er", "ip", "ex")
 LEVELS = 3
-
-# Control characters, line ends, marks that change the direction of writing, half surrogates.
-_UNSAFE = re.compile(
-    "[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
-
-def printable(text):
-    r"""One line, safe in a terminal: what could steer it is written out, as in "\x1b"."""
-    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], str(text))
-
-
-class DataError(ValueError):
-    """Input that cannot be used. One line: 'path:line: what is wrong; what to do'."""
-
-    def __init__(self, message):
-        super().__init__(printable(message))
 
 
 # ---- 1. Dialogue and Corpus -----------------------------------------------------------------
@@ -73,24 +74,30 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A context, and a listener's response to it."""
+    """A context, and a listener's response to it.
+
+    The id is "conversation/record". All of a conversation stays in one part.
+
+        generated world       test/17        part / number
+        EmpatheticDialogues   hit:0_conv:1/4 conversation / number of the utterance
+        EPITOME               s12/r34        speaker / responder
+        your own file         12/14          line where its conversation begins / its line
+    """
 
     context: tuple[str, ...]  # the utterances before the response, oldest first
     response: str
     emotion: str = ""
     levels: tuple[int, int, int] | None = None  # of the response: er, ip, ex; None: unknown
-    id: str = ""  # "conversation/record", so that a conversation stays in one part
+    id: str = ""
 
 
 @dataclass
 class Corpus:
     """What `embedded_corpus`, `real_corpus` and `own_corpus` return."""
 
-    # "train", "valid", "test": for the policy. The real corpus has "turns", too: the responses
-    # of both speakers, for pre-training.
+    # part -> dialogues; the table at the head of this file tells what each part is for
     dialogues: dict[str, list[Dialogue]]
-    # "train", "valid", "test" for the identifiers; "judge_train", "judge_valid" for the judge.
-    labelled: dict[str, list[Dialogue]]
+    labelled: dict[str, list[Dialogue]]  # their levels are known
     # What was read, what was skipped, and why.
     notes: list[str]
     # The generated world only: id -> P(level | context), (3, 3).
@@ -102,6 +109,9 @@ class Corpus:
 
 class Tokenizer:
     """Sentencepiece's unigram pieces with T5's ids: pad 0, eos 1, unk 2, 100 sentinels on top.
+
+    Unigram pieces are words and parts of words, chosen so that few of them make up a text
+    (Kudo 2018, arXiv 1804.10959). A sentinel stands for a span taken out of it (section 4).
 
     T5's own `spiece.model` (32,000 pieces) gets T5's own ids: 32,100 in all, and <extra_id_0>
     is 32,099.
@@ -137,7 +147,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """A tokenizer of at most `vocab_size` ids, sentinels included. Case is folded."""
+        """A tokenizer of at most `vocab_size` ids, sentinels included, for lower case."""
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.Train(
@@ -148,7 +158,7 @@ class Tokenizer:
                 eos_id=cls.eos_id,
                 unk_id=cls.unk_id,
                 bos_id=-1,
-                normalization_rule_name="nmt_nfkc_cf",  # the last two letters fold the case
+                normalization_rule_name="nmt_nfkc_cf",  # cf, case folding: to lower case
                 hard_vocab_limit=False,  # a small corpus may give fewer pieces
                 num_threads=1,  # else the result would depend on the machine
                 character_coverage=0.99995,
@@ -223,7 +233,7 @@ class IdRows:
         return len(self.ends) - 1
 
     def __getitem__(self, row):
-        row = range(len(self))[row]  # IndexError behind the last row, which ends a loop
+        row = range(len(self))[row]  # raises IndexError past the end, so that `for` works
         return self.ids[self.ends[row] : self.ends[row + 1]].tolist()
 
 
@@ -239,6 +249,8 @@ class Pairs:
         self.responses = IdRows(
             tokenizer.encode_response(d.response, max_target) for d in dialogues
         )
+        # Unknown levels become 0. No one reads them: levels are asked for only of labelled
+        # parts, where all are known.
         unknown = (0,) * len(MECHANISMS)
         self.levels = torch.tensor([d.levels or unknown for d in dialogues])  # (N, M)
 
@@ -252,8 +264,9 @@ class Pairs:
     def chunks(self, size, positions=2**15):
         """All rows in lists of at most `size`, where pairs of similar length stand together.
 
-        A list of long pairs is shorter: it has at most so many `positions`, padding included,
-        which bounds the memory.
+        A list of long pairs is shorter, which bounds the memory: its number of pairs times
+        the ids of the longest pair, context and response together, is at most `positions`.
+        Padded separately, contexts and responses may take up to twice as many.
         """
         lengths = self.lengths()
         order = sorted(range(len(self)), key=lambda row: lengths[row])
@@ -270,7 +283,10 @@ class Pairs:
         return contexts.to(self.device), responses.to(self.device)
 
     def but(self, responses, levels=None):
-        """The same contexts with other responses, and their levels (N, M) where known."""
+        """The same contexts with other responses.
+
+        responses: a list of ids for each context. levels: LongTensor (N, M); None: unknown.
+        """
         other = copy.copy(self)
         other.responses = responses
         other.levels = levels
@@ -278,10 +294,10 @@ class Pairs:
 
 
 def batches(lengths, batch_size, seed):
-    """rows_at(step): the examples of batch number `step`, counted over all epochs.
+    """Returns a function: rows_at(step) gives the rows of batch number `step`.
 
-    It depends on seed and step alone, so that a run can be resumed from its step. Examples of
-    similar length share a batch: less padding.
+    Steps are counted over all epochs. A batch depends on seed and step alone, so that a run
+    can be resumed from its step. Examples of similar length share a batch: less padding.
     """
     if len(lengths) == 0 or batch_size < 1:
         raise ValueError(
@@ -293,8 +309,9 @@ def batches(lengths, batch_size, seed):
     @functools.lru_cache(maxsize=1)  # the batches of the current epoch are kept
     def shuffled(epoch):
         rng = np.random.default_rng([seed, epoch])
-        # Sorted by length alone, the batches would be the same in every epoch. The noise mixes
-        # examples of similar length.
+        # Sorted by length alone, the batches would be the same in every epoch. So noise mixes
+        # examples of similar length: 5 % of it among the long ones; among the short ones that
+        # would be less than one id, so up to one is added.
         noisy = lengths * rng.uniform(0.95, 1.05, len(lengths))
         noisy = noisy + rng.uniform(0, 1, len(lengths))
         rows = slices(np.argsort(noisy).tolist(), batch_size)
@@ -324,9 +341,9 @@ def random_spans(length, density=0.15, mean_span=3.0, generator=None):
 
     spans = []
     position = 0
-    for gap, length in zip(gaps, lengths):
-        spans.append((position + gap, length))
-        position += gap + length
+    for gap, span_length in zip(gaps, lengths):
+        spans.append((position + gap, span_length))
+        position += gap + span_length
     return spans
 
 
@@ -360,70 +377,97 @@ def span_corrupt(ids, spans, sentinels, eos_id=1):
 # ---- 5. Files: EmpatheticDialogues, EPITOME, your own dialogues -----------------------------
 
 
+class DataError(ValueError):
+    """Input that cannot be used. One line: 'path:line: what is wrong; what to do'."""
+
+    def __init__(self, message):
+        super().__init__(printable(message))
+
+
+# Control characters, line ends, marks that change the direction of writing, half surrogates.
+_UNSAFE = re.compile(
+    "[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text):
+    r"""One line, safe in a terminal: what could steer it is written out, as in "\x1b"."""
+    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
 def real_corpus(folder, seed=0):
-    """EmpatheticDialogues for the policy and EPITOME for the identifiers, after `download`."""
+    """EmpatheticDialogues for the policy, EPITOME for the classifiers, after `download`."""
     if not os.path.isdir(folder):
         raise DataError(
             f"{folder}: no such folder; `python emprl.py download {folder}` fetches the data"
         )
-    turns = {}
+    both_speakers = {}  # part -> the responses of both
     notes = []
     for part in ("train", "valid", "test"):
         path = os.path.join(folder, "empatheticdialogues", f"{part}.csv")
-        turns[part], note = read_turns(path)
+        both_speakers[part], note = read_turns(path)
         notes.append(note)
     pairs, note = read_epitome(os.path.join(folder, "epitome"))
     notes.append(note)
     labelled = split_labelled(pairs, seed)
 
-    # "turns" are for pre-training: what both speakers said, in the training parts only.
-    dialogues = {part: listened(turns[part]) for part in turns}
-    dialogues["turns"] = turns["train"] + labelled["train"] + labelled["judge_train"]
+    # The policy learns the listener's part. In pre-training, before, it reads both speakers'
+    # and EPITOME's responses, of the training parts only.
+    dialogues = {part: listened(turns) for part, turns in both_speakers.items()}
+    dialogues["turns"] = both_speakers["train"] + labelled["train"] + labelled["judge_train"]
     return Corpus(dialogues, labelled, notes)
 
 
-def _conversation(dialogue):
+def _conversation_of(dialogue):
     """The id up to the last "/": the conversation (in EPITOME, the speaker) it is from."""
     return dialogue.id.rpartition("/")[0]
 
 
 def split_labelled(dialogues, seed):
-    """{part: dialogues}: 75 % to learn from, 5 % to validate, 20 % to test, by conversation.
+    """{part: dialogues}, split by conversation; the shares are those of all conversations.
 
-    What there is to learn from is halved: the first half trains the identifiers, which give
-    the reward; the second half the judge, with a tenth of its conversations to validate.
+    train        37.5 %    the identifiers learn from it
+    judge_train  33.75 %   the judge learns from it
+    judge_valid   3.75 %   ... and is validated on it
+    valid         5 %      the identifiers are validated on it
+    test         20 %
     """
-    conversations = sorted({_conversation(dialogue) for dialogue in dialogues})
+    conversations = sorted({_conversation_of(dialogue) for dialogue in dialogues})
     random.Random(seed).shuffle(conversations)
-    learn = round(0.75 * len(conversations))
-    valid = round(0.80 * len(conversations))
-    half = learn // 2
-    judge_valid = learn - round(0.1 * (learn - half))
+
+    # 75 % are to learn from: the first half for the identifiers, the second for the judge.
+    learn_end = round(0.75 * len(conversations))
+    train_end = learn_end // 2
+    judge_train_end = learn_end - round(0.1 * (learn_end - train_end))
+    valid_end = round(0.80 * len(conversations))
     split = {
-        "train": conversations[:half],
-        "judge_train": conversations[half:judge_valid],
-        "judge_valid": conversations[judge_valid:learn],
-        "valid": conversations[learn:valid],
-        "test": conversations[valid:],
+        "train": conversations[:train_end],
+        "judge_train": conversations[train_end:judge_train_end],
+        "judge_valid": conversations[judge_train_end:learn_end],
+        "valid": conversations[learn_end:valid_end],
+        "test": conversations[valid_end:],
     }
     parts = {}
     for part, chosen in split.items():
         chosen = set(chosen)
-        parts[part] = [d for d in dialogues if _conversation(d) in chosen]
+        parts[part] = [d for d in dialogues if _conversation_of(d) in chosen]
     return parts
 
 
+# Two names mislead: `context` holds the emotion, `prompt` the situation (which is not used).
+# What we call context is what was said before, in the rows above.
 ED_HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags"
-# A row as it was published. A text that a table program has written with its quotes doubled
-# (he said ""no"") shows that the file was rewritten: its commas cannot be trusted any more.
+# A text as it was published: he said "no". Refused: "he said ""no""". That is how a table
+# program writes it, so the file was rewritten and its commas cannot be trusted any more.
+_ED_TEXT = r'(?! "[^",]*(""[^",]*)+", ) [^,]*'
 _ED_ROW = re.compile(
-    r"""
+    rf"""
     (?P<conversation> [^,]*),
     (?P<number> [0-9]+),
     (?P<emotion> [^,]*),
-    (?! "[^",]*(""[^",]*)+", ) [^,]*,  # the situation
+    {_ED_TEXT},                        # the situation
     [0-9]+,                            # the speaker
-    (?! "[^",]*(""[^",]*)+", ) (?P<utterance> [^,]*),
+    (?P<utterance> {_ED_TEXT}),
     [0-9|_]*,                          # self-evaluation
     [^,]*                              # tags
     ( , | ,[^,]*\|[^,]* )?             # a ninth field: candidates, joined by "|"
@@ -440,16 +484,16 @@ def read_empathetic_dialogues(path):
 
 
 def listened(turns):
-    """The listener's responses: the speaker begins, so they answer an odd number of texts."""
+    """The listener's responses. The speaker begins, so their contexts are of odd length."""
     return [turn for turn in turns if len(turn.context) % 2]
 
 
 def read_turns(path):
     """(dialogues, note) of one file of EmpatheticDialogues: both speakers' responses.
 
+    A turn is any utterance but the first of its conversation, with those before it as context.
     The files are no ordinary csv: '"' is a character like any other, a comma in a text is
-    written _comma_. A bad row ends its conversation. Raises DataError (Rashkin et al. 2019,
-    arXiv 1811.00207).
+    written _comma_. Raises DataError (Rashkin et al. 2019, arXiv 1811.00207).
     """
     header, *lines = _read_lines(path)
     if not header.startswith(ED_HEADER):
@@ -467,6 +511,8 @@ def read_turns(path):
     histories = defaultdict(list)  # conversation -> its utterances so far
     rows = [(number, line) for number, line in enumerate(lines, 2) if line]
     for number, line in rows:
+        # A bad row adds nothing to its history. So the numbers of the rows after it do not fit
+        # either: a bad row ends its conversation.
         row = _ED_ROW.fullmatch(line)
         if not row:
             skipped.append(number)
@@ -477,8 +523,8 @@ def read_turns(path):
             skipped.append(number)
             continue
         if history:
-            name = f"{row['conversation']}/{row['number']}"
-            turns.append(Dialogue(tuple(history), utterance, row["emotion"], id=name))
+            turn_id = f"{row['conversation']}/{row['number']}"
+            turns.append(Dialogue(tuple(history), utterance, row["emotion"], id=turn_id))
         history.append(utterance)
 
     if len(skipped) > MAX_BAD_ROWS * len(rows):
@@ -498,7 +544,7 @@ def read_turns(path):
     return turns, printable(note)
 
 
-EPITOME_FILES = (
+EPITOME_FILES = (  # one for each of MECHANISMS, in their order
     "emotional-reactions-reddit.csv",
     "interpretations-reddit.csv",
     "explorations-reddit.csv",
@@ -513,49 +559,49 @@ def read_epitome(folder):
     are taken. A pair listed twice is kept once, with the level that most of its rows have (on
     a tie, the first row's). Raises DataError (Sharma et al. 2020, arXiv 2009.08441).
     """
-    texts = {}  # pair -> post and response
-    votes = defaultdict(Counter)  # (pair, mechanism) -> how many rows have which level
-    first = []  # the rows of the first file
-    for m, name in enumerate(EPITOME_FILES):
-        rows = list(_csv_rows(os.path.join(folder, name), EPITOME_COLUMNS))
-        if m == 0:
+    texts = {}  # id of a pair -> post and response
+    votes = defaultdict(Counter)  # (id, mechanism) -> how many rows have which level
+    first = None  # the rows of the first file
+    for mechanism, name in zip(MECHANISMS, EPITOME_FILES):
+        path = os.path.join(folder, name)
+        rows = list(_csv_rows(path, EPITOME_COLUMNS))
+        if first is None:
             first = rows
         if len(rows) != len(first):
             raise DataError(f"{folder}: files of different length; fetch all again")
-        for (where, row), (_, expected) in zip(rows, first):
-            pair = _pair(row)
-            if pair != _pair(expected):
+        for (line, row), (_, expected) in zip(rows, first):
+            pair_id = _pair_id(row)
+            if pair_id != _pair_id(expected):
                 raise DataError(
-                    f"{where}: pair {pair}, but {_pair(expected)} in the first file; "
-                    "fetch all again"
+                    f"{path}:{line}: pair {pair_id}, but {_pair_id(expected)} in the first "
+                    "file; fetch all again"
                 )
-            texts.setdefault(pair, (_post(row["seeker_post"]), _post(row["response_post"])))
-            votes[pair, m][_level(row["level"], where)] += 1
+            texts.setdefault(pair_id, (_post(row["seeker_post"]), _post(row["response_post"])))
+            votes[pair_id, mechanism][_level(row["level"], f"{path}:{line}")] += 1
 
     dialogues = []
-    for pair, (post, response) in texts.items():
+    for pair_id, (post, response) in texts.items():
         if post and response:
             # Of equal counts, most_common puts the one first that was counted first.
-            levels = [votes[pair, m].most_common(1)[0][0] for m in range(len(EPITOME_FILES))]
-            dialogues.append(Dialogue((post,), response, "", tuple(levels), pair))
+            levels = [votes[pair_id, name].most_common(1)[0][0] for name in MECHANISMS]
+            dialogues.append(Dialogue((post,), response, "", tuple(levels), pair_id))
     if not dialogues:
         raise DataError(f"{folder}/{EPITOME_FILES[0]}:2: no rows with text; fetch it again")
 
     conflicts = {key: vote.most_common(2) for key, vote in votes.items() if len(vote) > 1}
-    pairs = {pair for pair, _ in conflicts}
+    conflicting = {pair_id for pair_id, _ in conflicts}
     ties = sum(most[1] == second[1] for most, second in conflicts.values())
     without_text = len(texts) - len(dialogues)
     note = f"{folder}: {len(dialogues)} pairs from {len(first)} rows; "
-    note += (
-        f"{without_text} pairs without text skipped, {len(pairs)} with conflicting levels: "
-    )
+    note += f"{without_text} pairs without text skipped, "
+    note += f"{len(conflicting)} with conflicting levels: "
     note += f"of {len(conflicts)} conflicts {len(conflicts) - ties} settled by majority, "
     note += f"{ties} ties by the first row"
     return dialogues, printable(note)
 
 
-def _pair(row):
-    """The id of a pair: speaker (who seeks help) and responder."""
+def _pair_id(row):
+    """The id of post and response: speaker (who seeks help) and responder."""
     return f"{row['sp_id']}/{row['rp_id']}"
 
 
@@ -564,28 +610,30 @@ def _post(text):
     return clean(html.unescape(html.unescape(text)))
 
 
-FIELDS = ("context", "response", "emotion", *MECHANISMS, "id")
+REQUIRED = ("context", "response")
+FIELDS = (*REQUIRED, "emotion", *MECHANISMS, "id")
 
 
 def own_corpus(path, seed=0):
-    """A corpus of one file of yours: policy and identifiers learn from the same dialogues.
+    """A corpus of one file of yours, which has to serve policy, identifiers and judge.
 
-    Every dialogue needs levels. A conversation stays in one part, so the judge is trained on
-    none of those that the reward is trained on, and neither is tested on its own.
+    Identifiers and judge never share a conversation. The policy trains on both of their parts.
+    The test conversations are new to all three. Every dialogue needs levels.
     """
     dialogues = read_dialogues(path)
     for dialogue in dialogues:
         if dialogue.levels is None:
-            line = dialogue.id.rpartition("/")[2]
+            _, _, line = dialogue.id.rpartition("/")
             raise DataError(
                 f"{path}:{line}: no levels; training needs er, ip and ex in every record "
                 "(`evaluate` needs none)"
             )
-    conversations = {_conversation(dialogue) for dialogue in dialogues}
+    conversations = {_conversation_of(dialogue) for dialogue in dialogues}
     count = f"{len(dialogues)} dialogues of {len(conversations)} conversations"
     if len(dialogues) < 50 or len(conversations) < 20:
         raise DataError(
-            f"{path}: {count} (by id or first utterance); training needs 50 of 20, add some"
+            f"{path}: {count} (by id or first utterance); training needs at least "
+            "50 dialogues from 20 conversations, add some"
         )
 
     labelled = split_labelled(dialogues, seed)
@@ -594,7 +642,7 @@ def own_corpus(path, seed=0):
 
     sizes = " / ".join(str(len(part)) for part in parts.values())
     notes = [f"{path}: {count}, which stay whole: {sizes}"]
-    distinct = {_texts(dialogue) for dialogue in dialogues}
+    distinct = {_without_case(dialogue) for dialogue in dialogues}
     if len(distinct) < len(dialogues):
         equal = len(dialogues) - len(distinct)
         notes.append(f"{path}: {equal} records equal to an earlier one, in its part")
@@ -611,29 +659,36 @@ def read_dialogues(path):
              "er": 0, "ip": 2, "ex": 1, "id": ".."}, one on each line
     .csv    columns context,response[,emotion,er,ip,ex,id]
 
-    " </s> " separates the utterances of a context that is one text. The id names the
-    conversation; without it, records with the same first utterance are one conversation.
-    Raises DataError.
+    " </s> " separates the utterances of a context that is one text. Records with the same id
+    are one conversation; without an id, those with the same first utterance. This id is
+    used for nothing else: that of a Dialogue is made of line numbers. Raises DataError.
     """
     if str(path).lower().endswith(".csv"):
-        records = _csv_rows(path, FIELDS[:2], FIELDS)
+        records = _csv_rows(path, REQUIRED, FIELDS)
     else:
         records = _json_rows(path)
     dialogues = []
-    keys = []  # for each dialogue, what its conversation is known by
-    for where, record in records:
+    lines = []  # for each dialogue, the number of its line
+    keys = []  # ... and what its conversation is known by
+    for line, record in records:
+        where = f"{path}:{line}"
         dialogue = _dialogue(record, where)
         dialogues.append(dialogue)
+        lines.append(line)
         keys.append(_conversation_key(record, dialogue, where))
     if not dialogues:
         raise DataError(f"{path}:2: no dialogues; write at least one")
 
-    conversations = _conversations(dialogues, keys)
-    return [replace(d, id=f"{name}/{d.id}") for d, name in zip(dialogues, conversations)]
+    first_lines = {}  # conversation -> the line where it begins
+    numbered = []
+    for dialogue, line, name in zip(dialogues, lines, _join_conversations(dialogues, keys)):
+        first = first_lines.setdefault(name, line)
+        numbered.append(replace(dialogue, id=f"{first}/{line}"))
+    return numbered
 
 
 def _dialogue(record, where):
-    """The Dialogue of a record; its id is the number of its line."""
+    """The Dialogue of a record, still without an id."""
     context = record["context"]
     if isinstance(context, str):
         context = context.split("</s>")
@@ -642,9 +697,9 @@ def _dialogue(record, where):
             f"{where}: not a record: context is {_shown(context)}; "
             "write a text or a list of texts"
         )
-    context = tuple(_text(text, "an utterance of context", where) for text in context)
-    response = _text(record["response"], "response", where)
-    emotion = _text(record.get("emotion", ""), "emotion", where)
+    context = tuple(_clean_field(text, "an utterance of context", where) for text in context)
+    response = _clean_field(record["response"], "response", where)
+    emotion = _clean_field(record.get("emotion", ""), "emotion", where)
     if not all((context, response, *context)):
         raise DataError(f"{where}: empty response or utterance; fill it in or drop the record")
 
@@ -654,12 +709,11 @@ def _dialogue(record, where):
         raise DataError(
             f"{where}: {len(levels)} of 3 levels; give er, ip and ex, or none of them"
         )
-    line = where.rpartition(":")[2]
-    return Dialogue(context, response, emotion, levels or None, line)
+    return Dialogue(context, response, emotion, levels or None)
 
 
-def _text(value, name, where):
-    """The clean text of a field."""
+def _clean_field(value, name, where):
+    """The clean text of a field, which must be a text."""
     if not isinstance(value, str):
         raise DataError(
             f"{where}: not a record: {name} is {_shown(value)}; "
@@ -670,10 +724,12 @@ def _text(value, name, where):
 
 def _level(value, where):
     """0, 1 or 2, also as text, with blanks, or as a table program writes it: 1.0."""
-    text = _shown(value).strip()
-    if isinstance(value, bool) or not re.fullmatch(r"[012](\.0*)?", text):
-        raise DataError(f"{where}: level {text!r}; levels are 0, 1 or 2")
-    return int(text[0])
+    written = None
+    if type(value) in (str, int, float):  # and not bool, although True == 1
+        written = re.fullmatch(r"([012])(\.0*)?", str(value).strip())
+    if not written:
+        raise DataError(f"{where}: level {_shown(value)!r}; levels are 0, 1 or 2")
+    return int(written[1])
 
 
 def _shown(value):
@@ -697,14 +753,14 @@ def _conversation_key(record, dialogue, where):
     return "first", dialogue.context[0].casefold()
 
 
-def _conversations(dialogues, keys):
-    """For each dialogue the id of the first one of its conversation.
+def _join_conversations(dialogues, keys):
+    """For each dialogue something that is equal for all of its conversation, and for no other.
 
     Dialogues with the same key are one conversation. So are two conversations that have an
     equal record.
     """
-    # A forest: every key and every text points to another one of its conversation; the root to
-    # itself.
+    # Union-find: keys and records are nodes, each of which points to another one of its
+    # conversation; the root points to itself.
     parent = {}
 
     def root(node):
@@ -714,19 +770,18 @@ def _conversations(dialogues, keys):
         return node
 
     for dialogue, key in zip(dialogues, keys):
-        text = ("record", _texts(dialogue))
-        parent[root(text)] = root(key)
-    first = {}
-    return [first.setdefault(root(key), d.id) for d, key in zip(dialogues, keys)]
+        record = ("record", _without_case(dialogue))
+        parent[root(record)] = root(key)
+    return [root(key) for key in keys]
 
 
-def _texts(dialogue):
-    """What makes two records equal, whatever their levels."""
+def _without_case(dialogue):
+    """What two equal records share, whatever their levels: their texts, in lower case."""
     return tuple(text.casefold() for text in (*dialogue.context, dialogue.response))
 
 
 def _json_rows(path):
-    """(path:line, record) of each line of a .jsonl file. A field that is null is left out."""
+    """(number, record) of each line of a .jsonl file. A field that is null is left out."""
     for number, line in enumerate(_read_lines(path), 1):
         line = line.strip()
         where = f"{path}:{number}"
@@ -750,8 +805,8 @@ def _json_rows(path):
                 f"{where}: not a record in JSON: {problem}; write one {{..}} a line, whole"
             ) from None
         record = {name: value for name, value in record.items() if value is not None}
-        _check_names(record, f"{where}: not a record", "field", FIELDS[:2], FIELDS)
-        yield where, record
+        _check_names(record, f"{where}: not a record", "field", REQUIRED, FIELDS)
+        yield number, record
 
 
 def _each_once(pairs):
@@ -778,7 +833,7 @@ def _check_names(names, where, kind, required, allowed):
 
 
 def _csv_rows(path, required, allowed=None):
-    """(path:line, row as dict) of each row of a csv file; the line is where the row begins.
+    """(number of the line where it begins, row as dict) of each row of a csv file.
 
     It must have the required columns, and may have those that are allowed (None: any).
     """
@@ -798,7 +853,7 @@ def _csv_rows(path, required, allowed=None):
                     f"not {len(header)} fields, as in the first line, but {len(row)}"
                 )
             elif row:
-                yield where, dict(zip(header, row))
+                yield begin, dict(zip(header, row))
             begin = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{begin}: {error}; check the commas and quotes") from None
@@ -900,22 +955,22 @@ _INVISIBLE = (
     "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
     "\u2060-\u206f\ufeff\ufff9-\ufffb\ufffd\ud800-\udfff]"
 )
-# The joiners U+200C and U+200D shape Persian words and make families of emoji. They stay
-# between two characters that can join, and after a virama (the sign of a half letter in Hindi
-# and its kin).
+# The joiners U+200C and U+200D shape Persian words and make families of emoji. They stay where
+# they join two characters that can be joined, and after a virama (the sign of a half letter in
+# Hindi and its kin).
+_JOINERS = "\u200c\u200d"
 _JOINS = (
-    "\u0600-\u1fff\u2070-\u2fff\u3001-\ud7ff\uf900-\ufefe\uff00-\uffef\U00010000-\U000dffff"
+    f"{_JOINERS}\u0600-\u1fff\u2070-\u2fff\u3001-\ud7ff\uf900-\ufefe\uff00-\uffef"
+    "\U00010000-\U000dffff"
 )
 _VIRAMA = "\u094d\u09cd\u0a4d\u0acd\u0b4d\u0bcd\u0c4d\u0ccd\u0d4d\u0dca"
-_LOOSE_JOINER = (
-    f"(?<![{_JOINS}\u200c\u200d])[\u200c\u200d]+"
-    f"|(?<![{_VIRAMA}\u200c\u200d])[\u200c\u200d]+(?![{_JOINS}\u200c\u200d])"
-)
+_NOTHING_BEFORE = f"(?<![{_JOINS}])[{_JOINERS}]+"
+_NOTHING_AFTER = f"(?<![{_VIRAMA}{_JOINERS}])[{_JOINERS}]+(?![{_JOINS}])"
 # Tags spell the flags of England, Scotland and Wales after a black flag, and are loose
 # elsewhere.
 _TAGS = "\U000e0000-\U000e007f"
 _LOOSE_TAGS = f"(?<![\U0001f3f4{_TAGS}])[{_TAGS}]+"
-_REMOVED = re.compile(f"{_INVISIBLE}|{_LOOSE_JOINER}|{_LOOSE_TAGS}")
+_REMOVED = re.compile(f"{_INVISIBLE}|{_NOTHING_BEFORE}|{_NOTHING_AFTER}|{_LOOSE_TAGS}")
 # Called letters or symbols, shown as nothing.
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
 
@@ -979,21 +1034,21 @@ def download(folder, sources=SOURCES, progress=print):
     """
     for url, name, digest, members in sources:
         path = os.path.join(folder, name)
-        by_hand = os.path.isfile(path) and sha256(path) == digest
-        done = by_hand
+        is_published = os.path.isfile(path) and sha256(path) == digest
+        done = is_published
         if members:
             done = _is_unpacked(folder, members)
         if done:
             progress(f"{name}: already there, and as it was published")
             continue
 
-        if os.path.exists(path) and not by_hand:
+        if os.path.exists(path) and not is_published:
             progress(f"{path}: not the published file, its SHA-256 differs; fetched anew")
-        if not by_hand:
+        if not is_published:
             _fetch(url, path, digest, progress)
         if members:
             _unpack(path, folder, members)
-            if not by_hand:
+            if not is_published:  # an archive that was put there by hand stays
                 os.remove(path)
         progress(f"{name}: checked and in place")
 
@@ -1099,7 +1154,10 @@ def _sums(folder, members):
 
 
 def _write(path, content, mode):
-    """A full disk or a folder that may not be written to is no error of the network."""
+    """Write bytes to a file (mode "wb") or append them ("ab"). Makes its folder if need be.
+
+    Raises DataError, since `_fetch` would take the OSError of a full disk for the network's.
+    """
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, mode) as file:
@@ -1116,6 +1174,19 @@ def _write(path, content, mode):
 
 # ---- 7. The generated world: its rule, how dialogues are drawn, an oracle -------------------
 
+# One dialogue of it, from the beginning:
+#
+# scene     a situation, "I saw my old school in CITY > school in CITY", and its filling with
+#           CITY = Cairo: the opener, which begins the context, and the topic, which is what a
+#           listener calls it ("the school in Cairo");
+#           the emotion "nostalgic", of valence pos and family inward; mild; 2 turns
+# context   I saw my old school in Cairo. I feel somewhat nostalgic inside.
+#           Is that so?
+#           I have told my friends at work. It is just a small thing.
+# modal     er 0, ip 2, ex 0: the likeliest levels, by the rule of `modal_levels`
+# drawn     er 0, ip 2, ex 1: each level is the modal one with probability 0.76
+# response  I can see why the school in Cairo makes you nostalgic. Can you tell me more?
+
 
 class Emotion(NamedTuple):
     """One of the 32 emotions of EmpatheticDialogues."""
@@ -1124,33 +1195,34 @@ class Emotion(NamedTuple):
     valence: str  # "neg" or "pos"
     family: str  # "inward": about oneself; "outward": about others and the world
     feelings: list[str]  # words for it
-    # Each situation is the list of its fillings: (opener, topic), as in
-    # ("My dog died this week", "death of your dog").
-    situations: list[list[tuple[str, str]]]
+    situations: list[list[tuple[str, str]]]  # of each its fillings: (opener, topic)
 
 
-# What a context is about. turns: of the speaker, 1, 2 or 3.
+# What a context is about. turns: how often the speaker speaks, 1, 2 or 3.
 Scene = namedtuple("Scene", "emotion situation opener topic severe turns")
 
 
 def modal_levels(valence, family, severe, turns):
     """The likeliest (er, ip, ex): the rule of this world, for a policy to find out.
 
-    Severe things ask for warmth (er), more so if they are bad. Mild ones of the inner life ask
-    for words (ip). Questions (ex) belong to the start of a talk.
+    er: 1 if severe, and 1 more if the news is bad.
+    ip: 1 if mild, and 1 more if it is about the inner life.
+    ex: 2, less 1 for each turn after the first, and less 1 if mild; never below 0.
     """
+    mild = not severe
     er = severe + (valence == "neg")
-    ip = (not severe) + (family == "inward")
-    ex = min(2, max(0, severe + 2 - turns))
+    ip = mild + (family == "inward")
+    ex = max(0, 2 - (turns - 1) - mild)
     return er, ip, ex
 
 
 def embedded_corpus(seed=0, num_train=12000, num_valid=300, num_test=600, num_labelled=8000):
-    """The generated world. No context occurs twice; the same seed gives the same corpus.
+    """Dialogues of the generated world ("embedded" in this file: no download is needed).
 
-    Given the context, each mechanism has independently its modal level with probability 0.76
-    and the other two with 0.12 each. In the labelled parts 8 % of the responses come from
-    another scene, so that an identifier has to compare response and context.
+    No context occurs twice; the same seed gives the same corpus. Given the context, each
+    mechanism has independently its modal level with probability 0.76 and the other two with
+    0.12 each. In the labelled parts 8 % of the responses are about another topic, so that an
+    identifier has to compare response and context.
     """
     note = (
         f"embedded corpus, seed {seed}: {num_train} / {num_valid} / {num_test} dialogues, "
@@ -1183,10 +1255,10 @@ def embedded_corpus(seed=0, num_train=12000, num_valid=300, num_test=600, num_la
     return corpus
 
 
-def draw_dialogue(rng, name, seen, mismatched):
+def draw_dialogue(rng, dialogue_id, seen, p_mismatch):
     """(Dialogue, P(level | context)) with a context that is not in `seen` and is added to it.
 
-    With probability `mismatched` the response is one to another scene.
+    With probability `p_mismatch` the response is about another topic.
     """
     while True:
         scene = draw_scene(rng)
@@ -1202,13 +1274,17 @@ def draw_dialogue(rng, name, seen, mismatched):
     levels = tuple(rng.choices(range(LEVELS), p)[0] for p in probs)
 
     topic = scene.topic
-    is_mismatched = rng.random() < mismatched
+    is_mismatched = rng.random() < p_mismatch
     if is_mismatched:
         emotion, topic = draw_other_topic(rng, scene)
     response = draw_response(rng, emotion, topic, levels)
     if is_mismatched:
+        # Another topic or valence takes levels away; by chance both may be the same.
         levels = oracle_levels(context, response)
-    return Dialogue(context, response, scene.emotion.name, levels, name), tuple(probs)
+
+    # A dialogue's emotion is what its speaker feels, whatever the response is about.
+    name = scene.emotion.name
+    return Dialogue(context, response, name, levels, dialogue_id), tuple(probs)
 
 
 def draw_scene(rng):
@@ -1222,7 +1298,10 @@ def draw_scene(rng):
 
 
 def draw_other_topic(rng, scene):
-    """(emotion, topic) of a near miss: same situation, same emotion, or any emotion."""
+    """(emotion, topic) of the same situation, the same emotion, or any emotion.
+
+    It may by chance be the same topic.
+    """
     stranger = rng.choice(world().emotions)
     choices = (scene.emotion, scene.situation), (scene.emotion, None), (stranger, None)
     emotion, situation = rng.choice(choices)
@@ -1235,7 +1314,8 @@ def draw_other_topic(rng, scene):
 def draw_context(rng, scene):
     """1, 3 or 5 utterances: the speaker's turns, with empty words of the listener in between.
 
-    The first turn opens, one of them names the feeling, the last one tells how severe it is.
+    The first turn begins with the opener, one of them names the feeling, the last one tells
+    how severe it is.
     """
     sentences = world().sentences
     valence = scene.emotion.valence
@@ -1272,6 +1352,11 @@ def draw_response(rng, emotion, topic, levels):
     return response.replace("FEELING", rng.choice(emotion.feelings))
 
 
+def _plain(text):
+    """Lower-case words and sentence ends, with single spaces between them."""
+    return " ".join(re.findall(r"[a-z0-9]+|[.?!]", text.lower()))
+
+
 # A negation, and the rest of its sentence, which it may take back. A plain "no" is none: "oh
 # no", "no wonder".
 _NEGATED = re.compile(
@@ -1281,48 +1366,65 @@ _NEGATED = re.compile(
 
 
 def oracle_levels(context, response):
-    """(er, ip, ex) read from any text of this world: for each mechanism the best phrase in it.
+    """(er, ip, ex) of any text in this world: for each mechanism, of the best phrase in it.
 
-    A phrase of level 2 must name the topic of the context, which the first sentence tells;
-    else it counts 1. No phrase counts in a context of the other valence (joy about bad news)
-    or if it is negated.
+    If the context begins with "My dog died this week.", its topic is "death of your dog":
+
+        I am truly sorry about the death of your dog.            (2, 0, 0)
+        I am truly sorry about the lonely concert.               (1, 0, 0): another topic
+        I am so sorry. What happened exactly?                    (1, 0, 1): phrases of level 1
+        I do not think that I am so sorry.                       (0, 0, 0): negated
+        How lovely.                                              (0, 0, 0): joy about bad news
     """
     opener = ""
     if context:
         opener = _plain(re.split("[.?!]", context[0])[0])
     text = _NEGATED.sub("", _plain(response))
     text = f" {text} "
+
+    # The topic becomes "@", so that one pattern finds a phrase about it in every context:
+    # "i am truly sorry about the @ ."
     topic = world().topics.get(opener)
     if topic:
         text = text.replace(f" {topic} ", " @ ")
 
     levels = []
-    for strong, weak in _phrases(world().valences.get(opener)):
-        if strong.search(text):
+    for on_topic, any_phrase in _phrases(world().valences.get(opener)):
+        if on_topic.search(text):
             levels.append(2)
+        elif any_phrase.search(text):
+            levels.append(1)
         else:
-            levels.append(int(weak.search(text) is not None))
+            levels.append(0)
     return tuple(levels)
 
 
 @functools.cache
 def _phrases(valence):
-    """For each mechanism, what finds a level-2 phrase about "@", and what finds any phrase."""
+    """For each mechanism two patterns: what counts 2, and what counts 1 if that is not there.
+
+    2: a phrase of level 2 about the topic of the context. 1: a phrase of level 2 about
+    anything, or one of level 1.
+    """
     valences = [valence]
     if valence is None:  # the context is not of this world
         valences = ["neg", "pos"]
-    any_topic = r"[\w@]+(?: [\w@]+){0,9}?"
+    its_topic = "(?:(?:the|your|this|that|a) )?@"
+    any_topic = r"[\w@]+(?: [\w@]+){0,9}?"  # up to ten words
     phrases = []
     for name in MECHANISMS:
-        strong = _pattern(f"{name} 2", valences, "(?:(?:the|your|this|that|a) )?@")
-        weak = _pattern(f"{name} 1", valences, "")
-        vague = _pattern(f"{name} 2", valences, any_topic)
-        phrases.append((re.compile(strong), re.compile(f"{weak}|{vague}")))
+        on_topic = _pattern(f"{name} 2", valences, its_topic)
+        on_any_topic = _pattern(f"{name} 2", valences, any_topic)
+        level_1 = _pattern(f"{name} 1", valences, "")
+        phrases.append((re.compile(on_topic), re.compile(f"{level_1}|{on_any_topic}")))
     return phrases
 
 
 def _pattern(key, valences, topic):
-    """A regular expression for the sentences of `key`, with any feeling of these valences."""
+    """A regular expression for the sentences of `key`, with any feeling of these valences.
+
+    topic: the expression for what stands in the place of TOPIC.
+    """
     feelings = set()
     for emotion in world().emotions:
         if emotion.valence in valences:
@@ -1335,11 +1437,6 @@ def _pattern(key, valences, topic):
     pattern = "|".join(_plain(sentence).strip(" .?!") for sentence in sentences)
     pattern = pattern.replace("topic", topic).replace("feeling", f"(?:{feelings})")
     return rf"\b(?:{pattern})(?!\w)"
-
-
-def _plain(text):
-    """Lower-case words and sentence ends, with single spaces between them."""
-    return " ".join(re.findall(r"[a-z0-9]+|[.?!]", text.lower()))
 
 
 # ---- 8. The words of the world --------------------------------------------------------------
@@ -1359,7 +1456,7 @@ class World:
             valence, family = kind.split()
             situations = [_fillings(line, slots) for line in lines]
             for words in names.split(", "):
-                name, *feelings = words.split()
+                name, *feelings = re.split("[=/]", words)
                 self.emotions.append(Emotion(name, valence, family, feelings, situations))
             for opener, topic in itertools.chain(*situations):
                 self.topics[_plain(opener)] = _plain(topic)
@@ -1396,13 +1493,22 @@ def _fillings(situation, slots):
     return fillings
 
 
-# valence family: an emotion and its feelings, the next emotion and its feelings, ...
+# valence family: emotion=feeling/feeling, emotion=feeling/feeling, ...
 #     opener > topic
-# Similar emotions share their situations. The topic is what a listener calls the opener's
-# content (after "the"), with the values of its slots (in capitals): a response can name it
-# only by copying from the context. No topic begins like another.
+# Similar emotions share their situations. Names in capitals are slots, which are filled with
+# the values below. The topic is what a listener calls the opener's content (after "the"): a
+# response can name it only by copying from the context.
+#
+# Add situations, values and sentences as you like; the corpus and all figures change with
+# them. What the oracle needs:
+# - an opener is one sentence, without its full stop, and always has the same topic
+# - a topic has at most nine words, and none is the beginning of another
+# - the value of a slot is one word; all words are of plain letters a to z
+# - er, ip and ex: sentences of level 2 have a TOPIC, those of level 1 have none
+# - ... and no negation (not, never, ...), nor the words "topic" and "feeling" themselves
+# - no sentence holds one of another mechanism; fillers and contexts hold none at all
 WORLD_SITUATIONS = """
-neg outward: afraid scared frightened, terrified terrified panicked
+neg outward: afraid=scared/frightened, terrified=terrified/panicked
     I heard steps in the ROOM at night > steps in your ROOM
     There is a BUG in my ROOM          > BUG in your ROOM
     I need surgery on my LIMB          > surgery on your LIMB
@@ -1412,7 +1518,7 @@ neg outward: afraid scared frightened, terrified terrified panicked
     A truck almost hit my WHO          > truck near your WHO
     They found a lump on my LIMB       > lump on your LIMB
 
-neg outward: angry angry bitter, annoyed annoyed irritated, furious furious enraged
+neg outward: angry=angry/bitter, annoyed=annoyed/irritated, furious=furious/enraged
     Someone scratched my new ITEM   > scratch on your ITEM
     My WHO read my diary            > diary your WHO read
     My WHO broke my ITEM on purpose > ITEM your WHO broke
@@ -1422,7 +1528,7 @@ neg outward: angry angry bitter, annoyed annoyed irritated, furious furious enra
     A driver hit my PET and fled    > driver who hit your PET
     My WHO ruined my EVENT          > EVENT your WHO ruined
 
-neg outward: disappointed disappointed discouraged
+neg outward: disappointed=disappointed/discouraged
     My WHO missed my EVENT        > EVENT your WHO missed
     My trip to CITY was canceled  > canceled trip to CITY
     My new ITEM broke on day one  > broken ITEM
@@ -1430,7 +1536,7 @@ neg outward: disappointed disappointed discouraged
     The FOOD I ordered was cold   > cold FOOD
     We lost the SPORT final       > lost SPORT final
 
-neg outward: disgusted disgusted revolted
+neg outward: disgusted=disgusted/revolted
     I found a hair in my FOOD            > hair in your FOOD
     A dead BUG was in my ROOM            > dead BUG in your ROOM
     My WHO never washes                  > smell of your WHO
@@ -1438,7 +1544,7 @@ neg outward: disgusted disgusted revolted
     A man spat on my ITEM                > spit on your ITEM
     Someone left rotten FOOD in the ROOM > rotten FOOD in the ROOM
 
-neg outward: jealous jealous envious
+neg outward: jealous=jealous/envious
     My WHO got a better ITEM                   > better ITEM of your WHO
     My WHO went to CITY without me             > CITY trip of your WHO
     My PET prefers my WHO                      > taste of your PET
@@ -1446,7 +1552,7 @@ neg outward: jealous jealous envious
     My WHO won a SPORT prize                   > SPORT prize
     My partner danced with her ex at the EVENT > dance at the EVENT
 
-neg inward: anxious anxious nervous, apprehensive uncertain hesitant
+neg inward: anxious=anxious/nervous, apprehensive=uncertain/hesitant
     My EXAM exam is next week         > EXAM exam
     I must give a speech at the EVENT > speech at the EVENT
     I have an interview as a JOB      > interview as a JOB
@@ -1456,7 +1562,7 @@ neg inward: anxious anxious nervous, apprehensive uncertain hesitant
     A doctor must see my LIMB again   > checkup of your LIMB
     I must present my EXAM project    > EXAM project
 
-neg inward: ashamed ashamed awful, embarrassed embarrassed silly, guilty guilty terrible
+neg inward: ashamed=ashamed/awful, embarrassed=embarrassed/silly, guilty=guilty/terrible
     I cheated in my EXAM exam       > cheating in EXAM
     I missed the birthday of my WHO > birthday of your WHO
     I fell at the EVENT             > fall at the EVENT
@@ -1468,7 +1574,7 @@ neg inward: ashamed ashamed awful, embarrassed embarrassed silly, guilty guilty 
     I skipped the EVENT of my WHO   > EVENT of your WHO
     I left my PET alone all day     > lonely day of your PET
 
-neg inward: devastated devastated broken, sad sad heartbroken
+neg inward: devastated=devastated/broken, sad=sad/heartbroken
     My PET died this week           > death of your PET
     The doctors can not help my WHO > illness of your WHO
     A fire destroyed my ROOM        > fire in your ROOM
@@ -1478,7 +1584,7 @@ neg inward: devastated devastated broken, sad sad heartbroken
     My WHO moved out last month     > empty room of your WHO
     I had to give away my PET       > goodbye to your PET
 
-neg inward: lonely lonely isolated
+neg inward: lonely=lonely/isolated
     My WHO moved away to CITY       > distance to your WHO
     I sat all alone at the EVENT    > lonely EVENT
     I know nobody in CITY           > lonely life in CITY
@@ -1486,7 +1592,7 @@ neg inward: lonely lonely isolated
     My WHO has no time for me       > busy life of your WHO
     Nobody came to my EVENT         > empty EVENT
 
-pos inward: anticipating eager curious, hopeful hopeful encouraged
+pos inward: anticipating=eager/curious, hopeful=hopeful/encouraged
     The EVENT is only a week away  > coming EVENT
     My WHO comes to see me soon    > visit of your WHO
     I booked a trip to CITY        > trip to CITY
@@ -1497,7 +1603,7 @@ pos inward: anticipating eager curious, hopeful hopeful encouraged
     There is a cure for my LIMB    > cure for your LIMB
     My WHO talks to me again       > peace with your WHO
 
-pos inward: confident confident strong, prepared prepared ready
+pos inward: confident=confident/strong, prepared=prepared/ready
     I studied hard for the EXAM exam   > EXAM exam
     I know we will win the SPORT final > SPORT final
     I applied for a job as a JOB       > job as a JOB
@@ -1507,7 +1613,7 @@ pos inward: confident confident strong, prepared prepared ready
     I have a plan for the EXAM exam    > EXAM plan
     I stored FOOD for the storm        > FOOD for the storm
 
-pos inward: content content calm
+pos inward: content=content/calm
     I spent the evening with my PET > evening with your PET
     I ate warm FOOD by the window   > warm FOOD
     My ROOM is finally clean        > clean ROOM
@@ -1515,7 +1621,7 @@ pos inward: content content calm
     I like my work as a JOB         > work as a JOB
     I sat in the garden with my WHO > garden hour with your WHO
 
-pos inward: nostalgic nostalgic wistful, sentimental sentimental emotional
+pos inward: nostalgic=nostalgic/wistful, sentimental=sentimental/emotional
     I found my old ITEM             > old ITEM
     I ate the FOOD of my childhood  > FOOD of your childhood
     I saw my old school in CITY     > school in CITY
@@ -1525,7 +1631,7 @@ pos inward: nostalgic nostalgic wistful, sentimental sentimental emotional
     I saw a video of our EVENT      > video of the EVENT
     I drew my old PET               > drawing of your PET
 
-pos inward: proud proud accomplished
+pos inward: proud=proud/accomplished
     I finished the ART course  > end of the ART course
     I won my first SPORT match > first SPORT match
     I taught my PET to sit     > training of your PET
@@ -1533,7 +1639,7 @@ pos inward: proud proud accomplished
     I got top marks in EXAM    > top mark in EXAM
     My WHO graduated this year > graduation of your WHO
 
-pos outward: caring tender protective
+pos outward: caring=tender/protective
     I look after my old WHO every day > care for your WHO
     I took in a hurt PET              > hurt PET
     I cook FOOD for my WHO each week  > FOOD for your WHO
@@ -1541,7 +1647,7 @@ pos outward: caring tender protective
     I made a blanket for my PET       > blanket for your PET
     I help my WHO learn EXAM          > EXAM help for your WHO
 
-pos outward: grateful grateful thankful
+pos outward: grateful=grateful/thankful
     My WHO lent me money        > loan from your WHO
     A stranger returned my ITEM > return of your ITEM
     My WHO cooked FOOD for me   > FOOD from your WHO
@@ -1549,7 +1655,7 @@ pos outward: grateful grateful thankful
     My WHO fed my PET           > favor for your PET
     My WHO helped me with EXAM  > EXAM help from your WHO
 
-pos outward: excited excited thrilled, joyful joyful cheerful, surprised surprised astonished
+pos outward: excited=excited/thrilled, joyful=joyful/cheerful, surprised=surprised/astonished
     I won a ticket to the EVENT      > ticket to the EVENT
     I fly to CITY tomorrow           > flight to CITY
     We get a PET this weekend        > new PET
@@ -1561,7 +1667,7 @@ pos outward: excited excited thrilled, joyful joyful cheerful, surprised surpris
     My PET came back after a year    > return of your PET
     My WHO became a JOB              > new job of your WHO
 
-pos outward: faithful loyal devoted, trusting safe secure
+pos outward: faithful=loyal/devoted, trusting=safe/secure
     I stood by my WHO in a hard year > bond with your WHO
     I kept my promise to my WHO      > promise to your WHO
     I kept my old PET                > life with your PET
@@ -1571,7 +1677,7 @@ pos outward: faithful loyal devoted, trusting safe secure
     A friend watches my PET          > friend who watches your PET
     My WHO shows us around CITY      > tour of CITY
 
-pos outward: impressed impressed amazed
+pos outward: impressed=impressed/amazed
     My WHO won the SPORT final     > SPORT win of your WHO
     A child sang at the EVENT      > child at the EVENT
     My PET learned a trick         > trick of your PET

@@ -427,9 +427,7 @@ class PPOTrainer:
         config = self.config
 
         # 1. A response to each context, and what policy, reference and reward say of it.
-        sampled = rollout(
-            self.policy, self.reference, self.reward, self.prompts(i), self.sampling
-        )
+        sampled = self.rollout(self.prompts(i))
         mask = sampled.mask
         if not sampled.is_finite():  # nothing to learn from
             return {"reward": sampled.rewards.mean().item(), "skipped": 1.0}
@@ -467,6 +465,10 @@ class PPOTrainer:
         if early or (i + 1) % config.eval_every == 0 or i + 1 == config.steps:
             record.update(self.validate(self.model))
         return record
+
+    def rollout(self, prompts):
+        """A response to each prompt, and what everybody says of it."""
+        return rollout(self.policy, self.reference, self.reward, prompts, self.sampling)
 
     def scaled(self, rewards):
         """Rewards (B,) on one scale over the whole run, these included."""

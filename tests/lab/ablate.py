@@ -30,7 +30,7 @@ from data import LEVELS, MECHANISMS
 from identifiers import f1_scores, mutual_information, predict
 from ppo import PPOTrainer, Prompts, respond, response_log_probs, rollout, whiten
 from t5_small import load_state, save_atomically
-from tests.lab.command import Parser, mean, read_runs, start, write_json
+from tests.lab.command import Parser, means, read_runs, sheet, start, write_json
 
 ROOT = Path(emprl.__file__).parent
 SHORT = "ppo.steps=12 ppo.warmup=2 ppo.batch_size=256 eval.contexts=200"
@@ -387,38 +387,32 @@ def figures_of(metrics, system):
     return figures
 
 
-def means_of(by_seed):
-    """{seed: figures} -> their means."""
-    seeds = list(by_seed.values())
-    return {name: mean(one[name] for one in seeds) for name in seeds[0]}
-
-
-def table(figures):
-    """{variant: {seed: figures}} -> Markdown: means over the runs, the gain with its range."""
-    rows = []
+def rows_of(figures):
+    """{variant: {seed: figures}} -> {variant: means over the runs, the gain with its range}."""
+    rows = {}
     for variant, by_seed in figures.items():
-        means = means_of(by_seed)
-        gains = [one["gain"] for one in by_seed.values()]
-        gain = f"{means.pop('gain'):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})"
-        rows.append([variant, gain, *map(emprl.number, means.values())])
-    return emprl.table(["variant", "gain in Emp-F1, lowest to highest", *means], rows)
+        seeds = list(by_seed.values())
+        gains = [one["gain"] for one in seeds]
+        row = means(seeds)
+        row["gain"] = f"{row['gain']:+.3f} ({min(gains):+.3f} to {max(gains):+.3f})"
+        rows[variant] = row
+    return rows
 
 
-def plot(figures, path):
+def plot(rows, path):
     """All three levels right, by each classifier, and perplexity, against the KL."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.8, 3.4), layout="constrained", dpi=110)
     left, right = figure.subplots(1, 2)
-    means = {variant: means_of(by_seed) for variant, by_seed in figures.items()}
-    ordered = sorted(means.values(), key=lambda one: one["KL"])
-    kl = [one["KL"] for one in ordered]
+    ordered = sorted(rows.values(), key=lambda row: row["KL"])
+    kl = [row["KL"] for row in ordered]
     for name in ordered[0]:
         if name.startswith("all three right"):
-            left.plot(kl, [one[name] for one in ordered], "o-", label=name)
-    right.plot(kl, [one["perplexity, times"] for one in ordered], "ko-")
-    for variant, one in means.items():
-        right.annotate(variant, (one["KL"], one["perplexity, times"]), fontsize=7)
+            left.plot(kl, [row[name] for row in ordered], "o-", label=name)
+    right.plot(kl, [row["perplexity, times"] for row in ordered], "ko-")
+    for variant, row in rows.items():
+        right.annotate(variant, (row["KL"], row["perplexity, times"]), fontsize=7)
     left.set_ylabel("share of replies")
     left.legend(fontsize=8)
     right.set_ylabel("perplexity, times MLE's")
@@ -447,10 +441,15 @@ def main():
                 emprl.say(f"seed {seed}, {number} of {len(variants)}: {name}")
                 metrics = measure(folder, finished, variant, shortened)
                 figures[name][seed] = figures_of(metrics, variant.system)
-    emprl.say("", table(figures), sep="\n")
+    rows = rows_of(figures)
+    emprl.say(
+        f"\nMeans over {len(runs)} runs; the gain in Emp-F1 with its range",
+        sheet(rows),
+        sep="\n\n",
+    )
     write_json(options.write, figures)
     if options.write:
-        plot(figures, options.write.with_suffix(".png"))
+        plot(rows, options.write.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from t5_small import (
     autocast,
     generate,
 )
-from tests.lab.command import Parser, start, write_json
+from tests.lab.command import Parser, sheet, start, write_json
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TINY = T5Config(num_layers=3, num_decoder_layers=3)
@@ -108,10 +108,9 @@ def their_t5(config):
     transformers.logging.set_verbosity_error()
     theirs = transformers.T5ForConditionalGeneration
     attention = "sdpa" if getattr(theirs, "_supports_sdpa", False) else "eager"
-    made = theirs._from_config(
-        transformers.T5Config(**asdict(config)), attn_implementation=attention
-    )
-    return made.to(DEVICE)
+    ids = {"pad_token_id": PAD_ID, "eos_token_id": EOS_ID, "decoder_start_token_id": PAD_ID}
+    their_config = transformers.T5Config(**asdict(config), **ids)
+    return theirs._from_config(their_config, attn_implementation=attention).to(DEVICE)
 
 
 def their_step(config):
@@ -473,24 +472,6 @@ PARTS = {
     "tricks": lambda sizes, repeats: tricks(repeats),
     "memory": lambda sizes, repeats: memory(sizes),
 }
-
-
-def sheet(rows):
-    """{row: {column: number}} -> Markdown; rows may have different columns."""
-    columns = {}
-    for row in rows.values():
-        columns |= row
-    lines = []
-    for name, row in rows.items():
-        lines.append([name, *(figure(row.get(column)) for column in columns)])
-    return emprl.table(["", *columns], lines)
-
-
-def figure(x):
-    """Three digits or so; nothing where nothing was measured."""
-    if x is None:
-        return ""
-    return f"{x:,.0f}" if x >= 100 else f"{x:,.2f}"
 
 
 def machine():

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from data import DataError
-from emprl import command_line, in_one_line, to_json
+from emprl import command_line, in_one_line, table, to_json
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,3 +83,27 @@ def write_json(path, content):
 def mean(numbers):
     numbers = list(numbers)
     return sum(numbers) / len(numbers)
+
+
+def means(rows):
+    """[{column: number}] -> the mean of each column."""
+    columns = zip(*(row.values() for row in rows))
+    return dict(zip(rows[0], map(mean, columns)))
+
+
+def sheet(rows):
+    """{row: {column: number or text}} -> Markdown; rows may have different columns."""
+    columns = {}
+    for row in rows.values():
+        columns |= row
+    lines = []
+    for name, row in rows.items():
+        lines.append([name, *(figure(row.get(column, "")) for column in columns)])
+    return table(["", *columns], lines)
+
+
+def figure(x):
+    """Three decimals of a share, fewer digits of what is large."""
+    if isinstance(x, str):
+        return x
+    return f"{x:.3f}" if abs(x) < 100 else f"{x:,.0f}"

@@ -21,12 +21,12 @@ import emprl
 import t5_small
 
 EVERYTHING = """
-t5.dropout_rate=0.1 pretrain.task=turns mle.muon=on mle.micro_batch=5
-identifiers.kind=ngrams identifiers.size=512 identifiers.class_weight=1 context.penalty=3e-6
-reward.balance=0.6 exploring.top_k=20 exploring.top_p=0.95 exploring.temperature=0.9
-exploring.min_length=3 replying.top_k=20 replying.top_p=0.95 replying.temperature=0.9
+t5.dropout_rate=0.1 pretrain.task=turns pretrain.muon=on sft.muon=on sft.micro_batch=5
+identifiers.ngrams=512 identifiers.class_weight=1 context.ngrams=512 context.penalty=3e-6
+reward.balance=0.6 sampling.top_k=20 sampling.top_p=0.95 sampling.temperature=0.9
+sampling.min_length=3 replying.top_k=20 replying.top_p=0.95 replying.temperature=0.9
 replying.min_length=3 ppo.ptx_coef=0.5 ppo.average=0.9 ppo.adaptive_kl=on ppo.kl_horizon=100
-ppo.ppo_epochs=2 ppo.micro_batch=3 ppo.lam=0.95 ppo.whiten_rewards=on ppo.centre_rewards=on
+ppo.ppo_epochs=2 ppo.micro_batch=3 ppo.lam=0.95 ppo.whiten_rewards=on ppo.normalise_scores=on
 """
 RUNS = {"smoke": "", "everything": EVERYTHING}
 
@@ -44,13 +44,13 @@ def weights(path):
 
 def results(folder):
     """(name, hash) of each result of a finished run, and each figure of metrics.json."""
-    for name in ("mle", "emprl"):
+    for name in ("sft", "emprl"):
         yield f"{name} weights", digest(weights(folder / name / "pytorch_model.bin"))
     for name in ("metrics.jsonl", "responses.jsonl"):
         yield name, digest((folder / name).read_bytes())
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     for key in (
-        "mle",
+        "sft",
         "emprl",
         "best_of_n",
         "identifiers",
@@ -60,7 +60,7 @@ def results(folder):
         "gain",
     ):
         yield key, digest(json.dumps(metrics[key], sort_keys=True).encode())
-    yield "emprl exact_match", metrics["emprl"]["exact_match"]
+    yield "emprl reward", metrics["emprl"]["reward"]
 
 
 def main():

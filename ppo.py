@@ -410,9 +410,7 @@ class PPOTrainer:
         config = self.config
 
         # 1. A response to each context, and what policy, reference and reward say of it.
-        batch = rollout(
-            self.policy, self.reference, self.reward, self.prompts(i), self.sampling
-        )
+        batch = self.rollout(self.prompts(i))
         mask = batch.mask
         if not batch.is_finite():  # nothing to learn from
             return {"reward": batch.rewards.mean().item(), "skipped": 1.0}
@@ -450,6 +448,10 @@ class PPOTrainer:
         if done in (1, 2, 4, 8, config.steps) or done % config.eval_every == 0:
             record.update(self.validate(self.model))
         return record
+
+    def rollout(self, prompts):
+        """A response to each prompt, and what everybody says of it."""
+        return rollout(self.policy, self.reference, self.reward, prompts, self.sampling)
 
     def scaled(self, rewards):
         """Rewards (B,) on one scale over the whole run; these join the running moments."""

@@ -10,6 +10,17 @@
 Read `run_all` first: it is the whole method on a page. The commands at the end may be skipped.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # the imports below take a second, which Ctrl-C may end
+
+    def stop(*_):
+        os.write(2, b"\nstopped\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, stop)
+
 import argparse
 import contextlib
 import errno
@@ -17,15 +28,15 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
+import warnings
 import zlib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import version
@@ -1010,7 +1021,7 @@ def perplexities(t5, pairs, config):
 
 def exp(nats):
     """e^nats; infinite where a float ends, at 710 nats."""
-    return math.exp(nats) if nats < 700 else math.inf
+    return math.inf if nats > 700 else math.exp(nats)
 
 
 # ---- the report -----------------------------------------------------------------------------
@@ -1296,22 +1307,47 @@ def samples_page(test, count=12):
 def draw_plots(run, metrics, test):
     """plots/NAME.png -> {NAME: its caption}. A picture less is no reason to lose a report."""
     try:
-        from matplotlib.figure import Figure  # no window, no pyplot
-    except (ImportError, ValueError) as error:  # ValueError: a backend that MPLBACKEND names
+        figure_class = find_figure_class()
+    except ImportError as error:
         say(f"no pictures: {error}")
         return {}
     (run.folder / "plots").mkdir(exist_ok=True)
     captions = {}
     for draw, caption in PICTURES.items():
         name = draw.__name__.removeprefix("draw_")
-        figure = Figure(layout="constrained", dpi=100)
+        stages = STAGES_OF.get(name, [])
+        if stages and not any(run.logs[stage] for stage in stages):
+            continue  # all of them were skipped
+        figure = figure_class(layout="constrained", dpi=100)
         try:
             draw(figure, run, metrics, test)
             figure.savefig(run.folder / "plots" / f"{name}.png")
             captions[name] = caption.format(truth=test.truth, best_of=run.config.eval.best_of)
         except Exception as error:
+            traceback.print_exc()
             say(f"no picture {name}: {type(error).__name__}: {error}")
     return captions
+
+
+STAGES_OF = {  # picture -> the stages whose steps it shows
+    "ppo": ["ppo"],
+    "learnt_vs_truth": ["ppo"],
+    "losses": ["mle", "identifiers", "judge"],
+}
+
+
+def find_figure_class():
+    """matplotlib's Figure, which needs no window."""
+    try:
+        Path.home()
+    except RuntimeError:  # as in some containers: no place for matplotlib's list of fonts
+        os.environ.setdefault("MPLCONFIGDIR", tempfile.gettempdir())
+    try:
+        from matplotlib.figure import Figure
+    except ValueError:  # a backend that is not here, perhaps from the Jupyter around us
+        os.environ.pop("MPLBACKEND", None)
+        from matplotlib.figure import Figure
+    return Figure
 
 
 def curve(axis, log, key, x="step", **style):
@@ -1436,7 +1472,9 @@ def draw_losses(figure, run, metrics, test):
     """MLE's loss, and what the classifiers were chosen by."""
     figure.set_size_inches(7.8, 3.2)
     panels = {"mle": "MLE: nats a token", "identifiers": "identifiers", "judge": "judge"}
-    for axis, (stage, title) in zip(figure.subplots(1, 3), panels.items()):
+    panels = {stage: title for stage, title in panels.items() if run.logs[stage]}
+    axes = figure.subplots(1, len(panels), squeeze=False)
+    for axis, (stage, title) in zip(axes.flat, panels.items()):
         curve(axis, run.logs[stage], "loss", color="0.7", label="training")
         curve(axis, run.logs[stage], "valid", color="black", marker="o", label="validation")
         axis.set_title(title, fontsize=10)
@@ -1734,20 +1772,36 @@ def find_device(wanted=""):
     """ "cuda" or "cpu": the one that is wanted, or a GPU if torch can use one."""
     if wanted == "cpu":
         return "cpu"
-    try:
-        if torch.cuda.is_available():
-            torch.ones(2, 2, device="cuda").sum().item()  # a driver may be there, and not work
-            return "cuda"
-        reason = "torch sees none that it can use"
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:120]
+    problem = problem_of_cuda()
+    if not problem:
+        return "cuda"
     if wanted == "cuda":
-        raise DataError(f"--device cuda: {reason}; leave --device out")
+        raise DataError(f"--device cuda: {problem}; leave --device out, then the CPU is used")
     if torch.backends.mps.is_available():
         say("device      Apple's GPU is not used, the CPU is")
-    elif os.path.exists("/proc/driver/nvidia"):
-        say(f"device      a GPU is there but not used ({reason}); the CPU is")
+    elif problem != NO_GPU:
+        say(f"device      a GPU is there but not used ({problem}); the CPU is")
     return "cpu"
+
+
+NO_GPU = "torch sees no GPU"
+NVIDIA_DRIVER = "/proc/driver/nvidia"
+
+
+def problem_of_cuda():
+    """What keeps torch from using a GPU, in a line; "" if nothing does."""
+    with warnings.catch_warnings(record=True) as told:  # torch warns of a driver that is old
+        warnings.simplefilter("always")
+        try:
+            if torch.cuda.is_available():
+                torch.ones(1, device="cuda").sum().item()  # it may be there, and not work
+                return ""
+            reason = told[-1].message if told else NO_GPU
+        except RuntimeError as error:
+            reason = error
+    if reason == NO_GPU and os.path.exists(NVIDIA_DRIVER):
+        reason = f"torch {torch.__version__} is built without it, or for another driver"
+    return " ".join(str(reason).split())[:120]
 
 
 def start_run(arguments):

@@ -28,8 +28,8 @@ import sentencepiece
 import torch
 
 import data
+import emprl
 from conftest import check
-import download
 from data import DataError, Dialogue, Tokenizer, batches, oracle_levels
 
 REAL = Path(
@@ -1669,7 +1669,7 @@ def test_download_names_the_remedy_that_helps(error, remedy, tmp_path, monkeypat
         raise error if isinstance(error, HTTPError) else URLError(error)
 
     monkeypatch.setattr(data, "urlopen", fails)
-    assert download.main(["download", str(tmp_path / "new")]) == 2
+    assert emprl.main(["download", str(tmp_path / "new")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and re.search(remedy, err)
     archive_path = str(tmp_path / "new" / "empatheticdialogues.tar.gz")
@@ -1689,7 +1689,7 @@ def test_download_tells_a_full_disk_from_the_network(server, tmp_path, monkeypat
 
 def test_download_into_what_is_no_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert download.main(["download", str(tmp_path / "file")]) == 2
+    assert emprl.main(["download", str(tmp_path / "file")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "choose another folder" in err
 

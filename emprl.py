@@ -36,6 +36,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import warnings
 import zlib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -1708,29 +1709,47 @@ def evaluate(arguments):
 
 OPENING = (
     "An exercise with a small research model: no person reads along, nothing is understood.",
-    "If you or someone near you may be in danger, talk to a person now: the emergency number",
-    "(112, 911, 999), a crisis line (988 in the US; findahelpline.com), or someone you trust.",
+    "Are you or is someone near you in danger? 112, 911, 999; 988 (US); findahelpline.com",
 )
-# A whole sentence that can hardly mean anything else. It is no safety feature: see README.
-CRISIS = re.compile(
-    r"(i )?(really |just |still )*"
-    r"(want to|wanna|am going to|im going to|will|ill|plan to|am planning to) "
-    r"(die|be dead|kill myself|end my life|take my( own)? life|commit suicide)"
-    r"|i (am|feel) suicidal|im suicidal|i (dont|do not) want to (live|be alive)"
-    r"|i wish i (was|were) dead|life is not worth living|i took all my pills"
-)
-SOON = re.compile(r"( any ?more| now| right now| tonight| today)+$")
+# Whole sentences that can hardly mean anything else. It is no safety feature: see README.
+CRISIS = """
+I want to die
+I just want to die
+I wanna die
+I want to be dead
+I want to kill myself
+I am going to kill myself
+I'm going to kill myself
+I will kill myself
+I want to end my life
+I'm going to end my life
+I want to take my own life
+I want to commit suicide
+I am suicidal
+I'm suicidal
+I feel suicidal
+I don't want to live
+I do not want to live
+I don't want to be alive
+I wish I was dead
+I wish I were dead
+Life is not worth living
+"""
+SOON = re.compile("(anymore|now|rightnow|tonight|today|again)+$")
+
+
+def squeezed(text):
+    """Only the letters, and none twice in a row: "W-wanna  D1EEE" -> "wanadie"."""
+    text = text.lower().translate(str.maketrans("013", "oie"))
+    letters = re.sub("[^a-z]", "", unicodedata.normalize("NFKD", text))
+    return re.sub(r"(.)\1+", r"\1", letters)
 
 
 def signs_of_crisis(text):
-    """Does a sentence of the text say nothing but one of the phrases? Spelling counts little."""
-    text = re.sub(r"['\u2019]", "", text.lower())
-    for sentence in re.split(r"[.!?,;\n]+", text):
-        plain = " ".join(re.findall(r"[a-z]+", sentence))
-        plain = re.sub(r"(.)\1{2,}", r"\1", plain)  # "dieee"
-        if CRISIS.fullmatch(SOON.sub("", plain)):
-            return True
-    return False
+    """Does a sentence of the text say one of the phrases and nothing else, however spelled?"""
+    phrases = map(squeezed, CRISIS.strip().splitlines())
+    sentences = re.split(r"[.!?,;\n]+(?!\w)", text)
+    return not {SOON.sub("", squeezed(x)) for x in sentences}.isdisjoint(phrases)
 
 
 def chat(arguments):

@@ -67,7 +67,7 @@ from identifiers import (
     classifier_figures,
     compare_levels,
     confusions,
-    emp_f1,
+    f1_scores,
     expected_targets,
     make_classifier,
     paired_bootstrap,
@@ -301,25 +301,18 @@ def run_all(run, ppo_trainer=PPOTrainer):
     )
 
     # 1. The initial policy: T5 learns to reply as people did (maximum likelihood).
-    run.train(
-        "pretrain", pretrainer(mle, pairs["turns"], tokenizer, config), config.data, config.t5
-    )
+    trainer = pretrainer(mle, pairs["turns"], tokenizer, config)
+    run.train("pretrain", trainer, config.data, config.t5, config.pretrain)
     run.train("mle", mle_trainer(mle, pairs["train"], pairs["valid"], config))
-    save_pretrained(mle, run.folder / "mle")
 
     # 2. Two classifiers of empathy levels. The identifiers give the reward. The judge, trained
     #    on other data, never does: what both see is not an artefact of the reward.
     classifiers = {
         "identifiers": train_classifier(
-            run, "identifiers", mle, labelled["train"], labelled["valid"], config.identifiers
+            run, "identifiers", mle, labelled["train"], labelled["valid"]
         ),
         "judge": train_classifier(
-            run,
-            "judge",
-            mle,
-            labelled["judge_train"],
-            labelled["judge_valid"],
-            config.identifiers,
+            run, "judge", mle, labelled["judge_train"], labelled["judge_valid"]
         ),
     }
 
@@ -327,11 +320,13 @@ def run_all(run, ppo_trainer=PPOTrainer):
     targets = find_targets(run, mle, classifiers["identifiers"], whole)
 
     # 4. PPO towards these levels, close to the initial policy.
+    say("reward      0 to 1: how likely a reply has all three levels that it should have")
     reward = EmpathyReward(classifiers["identifiers"], config.reward)
     prompts = PromptBatches(pairs["train"], targets.train, config.ppo.batch_size, config.seed)
     validate = Evaluator(run, whole["probe"], tokenizer, classifiers, mle).validate
     trainer = ppo_trainer(mle, reward, prompts, config.exploring, config.ppo, validate)
-    run.train("ppo", trainer, config.reward, config.exploring)
+    run.train("ppo", trainer, config.reward, config.exploring, config.replying)
+    save_pretrained(mle, run.folder / "mle")
     save_pretrained(trainer.model, run.folder / "emprl")
 
     # 5. Before and after: replies to the same test contexts, seen by the same classifiers.
@@ -449,8 +444,9 @@ def total_loss(t5, pairs, size=64, positions=2**15):
     return total, tokens
 
 
-def train_classifier(run, name, mle, train, valid, config):
+def train_classifier(run, name, mle, train, valid):
     """A classifier of levels, trained on labelled pairs and frozen."""
+    config = classifier_settings(run.config, name)
     start = mle  # the T5 whose encoder a network copies
     if config.start == "t5":
         start = initial_t5(run, run.tokenizer)
@@ -460,6 +456,15 @@ def train_classifier(run, name, mle, train, valid, config):
     rows_at = batches(train.lengths(), config.batch_size, seed)
     run.train(name, classifier.trainer(train, valid, rows_at, config))
     return classifier.eval().requires_grad_(False)
+
+
+def classifier_settings(config, name):
+    """The identifiers', and the judge has the same; the context classifier's differ a little."""
+    if name != "context":
+        return config.identifiers
+    own = asdict(config.context)
+    # of this classifier plain probabilities are wanted
+    return replace(config.identifiers, class_weight=0.0, keep="loss", **own)
 
 
 @dataclass
@@ -479,28 +484,21 @@ def find_targets(run, mle, identifiers, pairs):
     The levels of the one human response, which the paper aims for, are noisy: other people
     would have replied otherwise. The context classifier learns how likely each level is.
     """
-    config = run.config
+    config = run.config.reward
     levels = {part: predict_levels(identifiers, pairs[part]) for part in ("train", "valid")}
     contexts = {part: without_response(pairs[part], levels.get(part)) for part in pairs}
-    settings = replace(
-        config.identifiers,
-        steps=config.context.steps,
-        lr=config.context.lr,
-        penalty=config.context.penalty,
-        class_weight=0.0,  # plain probabilities are wanted here
-        keep="loss",
-    )
-    context = train_classifier(
-        run, "context", mle, contexts["train"], contexts["valid"], settings
-    )
+    context = train_classifier(run, "context", mle, contexts["train"], contexts["valid"])
+
     train = predict(context, contexts["train"]).exp()
     test = predict(context, contexts["test"]).exp()
     share = train.mean(0)
-    expected = expected_targets(config.reward, train, share)
+    aims = expected_targets(config, train, share)
+    if config.target == "human":
+        aims = levels["train"]
     return Targets(
         human=levels["train"],
-        train=levels["train"] if config.reward.target == "human" else expected,
-        test=expected_targets(config.reward, test, share),
+        train=aims,
+        test=expected_targets(config, test, share),
         probs=test,
         share=share,
     )
@@ -541,6 +539,7 @@ class Run:
         self.command = command  # the command line, for messages
         self.code = code_version()
         self.content = ""  # digest of what training starts from
+        self.evaluation = ""  # digest of what else the figures depend on
         self.results = {}  # stage -> digest of its weights
         self.logs = {}  # stage -> a record for each step
         self.seconds = {}  # stage -> how long it took
@@ -548,24 +547,34 @@ class Run:
         self.noted = False
         self.in_loop = False
         self.interrupted = False
-        self.started = time.time()
+        self.clock = time.time()
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
     def begin(self, corpus, tokenizer, t5):
         """Say what there is to learn from, and what results in this folder have to be made of."""
-        learnt_from = []
-        for parts in (corpus.dialogues, corpus.labelled):
-            for part in sorted(parts.keys() - {"test"}):
-                learnt_from += [vars(dialogue) for dialogue in parts[part]]
-        self.content = digest([learnt_from, digest_weights(t5.state_dict())])
         self.tokenizer = tokenizer
+        learnt, measured = [], []
+        for parts in (corpus.dialogues, corpus.labelled):
+            for name, dialogues in sorted(parts.items()):
+                seen_by = measured if name in ("test", "probe") else learnt
+                seen_by.append([vars(dialogue) for dialogue in dialogues])
+        self.content = digest([learnt, digest_weights(t5.state_dict())])
+        settings = [asdict(self.config.replying), asdict(self.config.eval)]
+        self.evaluation = digest([measured, settings])
+        made_of = self.read_json("metrics.json", {}).get("made_of", {})
+        self.check_key("metrics.json", made_of.get("evaluation"), self.evaluation)
+
         parameters = sum(p.numel() for p in t5.parameters()) / 1e6
-        for note in (
-            *corpus.notes,
-            f"{tokenizer.vocab_size} tokens, {parameters:.2f} M parameters",
-        ):
+        size = f"{tokenizer.vocab_size} tokens, {parameters:.2f} M parameters"
+        for note in (*corpus.notes, size):
             say(f"data        {printable(note)}")
-        self.seconds["data"] = round(time.time() - self.started, 1)
+        self.seconds["data"] = round(time.time() - self.clock, 1)
+
+    def check_key(self, name, found, wanted):
+        """Raises DataError if a result is there (found: its key), and is of something else."""
+        if found not in (None, wanted):
+            here = self.folder / name
+            raise DataError(f"{here}: of other settings or other data; {self.elsewhere()}")
 
     def seed(self, stage, step=0):
         """Seed torch from (seed, stage, step): a resumed step draws what any other would."""
@@ -577,37 +586,34 @@ class Run:
         A stage is made of the data, of all earlier stages, of its trainer's settings, and of
         the `settings` that are named here. What is there already must be made of the same.
         """
-        path = self.folder / "checkpoints" / f"{name}.pt"
+        file = f"checkpoints/{name}.pt"
         made_of = [asdict(part) for part in (trainer.config, *settings)]
         key = digest([self.config.seed, self.content, self.results, made_of])
-        state = load_stage(path)
-        if state and state["key"] != key:
-            raise DataError(
-                f"{path}: of another configuration or other data; {self.elsewhere()}"
-            )
+        state = load_stage(self.folder / file)
+        self.check_key(file, state.get("key"), key)
         if not state.get("done"):
             self.note_start()
-            state = self.loop(name, trainer, path, {**state, "key": key})
+            state = self.loop(name, trainer, self.folder / file, {**state, "key": key})
         trainer.model.load_state_dict(state["weights"])
         trainer.model.eval()
         self.results[name] = digest_weights(state["weights"])
         self.seconds[name] = round(state["seconds"], 1)
-        self.write_log(name, state["log"])
+        self.logs[name] = state["log"]
+        self.clock = time.time()
 
     def loop(self, name, trainer, path, state):
         """Train to the end; what is needed to go on is saved now and then. Returns the state."""
         started = time.time() - state.get("seconds", 0.0)
         log = state.get("log", [])
+        self.logs[name] = log
         if log:
             trainer.load_state_dict(state["trainer"])
 
         def save(**result):
-            self.write_log(
-                name, log
-            )  # first: a resumed run writes over what is too much in it
+            self.write_log()  # first: a resumed run writes over what is too much in it
             seconds = time.time() - started
-            new = {"key": state["key"], "code": self.code, "seconds": seconds, "log": log}
-            save_atomically({**new, **result}, path)
+            new = {"key": state["key"], "seconds": seconds, "log": log, **result}
+            save_atomically(new, path)
 
         progress = Progress(name, trainer, len(log))
         saved = time.time()
@@ -627,7 +633,7 @@ class Run:
         self.in_loop = False
         trainer.finish()
         weights = trainer.model.state_dict()
-        broken = [name for name, x in weights.items() if not x.isfinite().all()]
+        broken = [tensor for tensor, x in weights.items() if not x.isfinite().all()]
         if broken:
             raise DataError(f"{name}: training diverged ({broken[0]}); {remedy(name)}")
         save(done=True, weights=weights)
@@ -652,12 +658,12 @@ class Run:
         number = 2
         while Path(f"{self.folder}-{number}").exists():
             number += 1
-        arguments = list(self.command)
-        if "--run" in arguments:
-            at = arguments.index("--run")
-            del arguments[at : at + 2]
-        arguments += ["--run", f"{self.folder}-{number}"]
-        return f"take another folder: {command_line(['python', 'emprl.py', *arguments])}"
+        words = list(self.command)
+        if "--run" in words:
+            at = words.index("--run")
+            del words[at : at + 2]
+        other = program(*words, "--run", f"{self.folder}-{number}")
+        return f"take another folder: {other}"
 
     def note_start(self):
         """Before anything is trained: what this run is, for people and for later commands."""
@@ -668,8 +674,7 @@ class Run:
             (self.folder / stale).unlink(missing_ok=True)
         self.write("tokenizer.model", self.tokenizer.model)
         self.write_json("config.json", asdict(self.config))
-        path = self.folder / "environment.json"
-        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        starts = self.read_json("environment.json", [])
         if starts and starts[-1]["code"] != self.code:
             say("warning: other code than at the last start; finished stages are kept")
         self.write_json("environment.json", [*starts, environment(self)])
@@ -677,12 +682,15 @@ class Run:
     def finish(self, metrics):
         """metrics.json: the figures, and what they are figures of."""
         self.note_start()
-        self.seconds["evaluate"] = round(
-            time.time() - self.started - sum(self.seconds.values()), 1
-        )
+        self.write_log()
+        self.seconds["evaluate"] = round(time.time() - self.clock, 1)
         metrics["config"] = asdict(self.config)
         metrics["seconds"] = self.seconds
-        metrics["made_of"] = {**self.results, "tokenizer": digest_bytes(self.tokenizer.model)}
+        metrics["made_of"] = {
+            **self.results,
+            "tokenizer": digest_bytes(self.tokenizer.model),
+            "evaluation": self.evaluation,
+        }
         metrics["code"] = self.code
         self.write_json("metrics.json", metrics)
 
@@ -696,13 +704,17 @@ class Run:
     def write_json(self, name, content):
         self.write(name, to_json(content, indent=2) + "\n")
 
-    def write_log(self, stage, records):
+    def read_json(self, name, default):
+        """A JSON file of the folder; the default if there is none, or no whole one."""
+        try:
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return default
+
+    def write_log(self):
         """metrics.jsonl: a line for each step of all stages so far."""
-        self.logs[stage] = records
-        lines = []
-        for log in self.logs.values():
-            lines += [to_json(record) + "\n" for record in log]
-        self.write("metrics.jsonl", "".join(lines))
+        records = itertools.chain(*self.logs.values())
+        self.write("metrics.jsonl", "".join(to_json(record) + "\n" for record in records))
 
 
 class Progress:
@@ -766,6 +778,8 @@ def alone(folder):
             raise DataError(
                 f"{folder}: another command is at work there; wait, or take another folder"
             ) from None
+        except (ImportError, OSError):  # this system has no locks, or this disk
+            pass
         yield
 
 
@@ -803,21 +817,18 @@ def digest_weights(state):
 def code_version():
     """The commit of this folder, and the digest of what has changed since (None: nothing)."""
     folder = Path(__file__).resolve().parent
-    outside = {
-        **os.environ,
-        "GIT_CEILING_DIRECTORIES": str(folder.parent),
-    }  # no other's commit
+    environ = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}  # no other's
 
     def git(*arguments):
         command = ["git", "-C", str(folder), *arguments]
         try:
-            asked = subprocess.run(command, capture_output=True, env=outside)
+            asked = subprocess.run(command, capture_output=True, env=environ)
         except OSError:  # no git here
             return b""
         return asked.stdout if asked.returncode == 0 else b""
 
     commit = git("rev-parse", "HEAD").decode().strip()
-    changes = git("diff", "--binary", "HEAD")
+    changes = git("diff", "--binary", "HEAD") + git("status", "--porcelain", ":(glob)*.py")
     return {"commit": commit or None, "changed": digest_bytes(changes) if changes else None}
 
 
@@ -853,22 +864,18 @@ def gflops(threads, size=1024):
 
 def to_json(content, indent=None):
     """JSON that every program reads: it knows no infinity, so "inf", "-inf", "nan" are texts."""
-
-    def plain(x):
-        if isinstance(x, float) and not math.isfinite(x):
-            return str(x)
-        if isinstance(x, dict):
-            return {key: plain(value) for key, value in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [plain(value) for value in x]
-        return x
-
-    return json.dumps(plain(content), indent=indent, allow_nan=False)
+    plain = json.loads(json.dumps(content), parse_constant=lambda word: str(float(word)))
+    return json.dumps(plain, indent=indent, allow_nan=False)
 
 
 def command_line(words):
     """The words as they are typed in a shell, with quotes where they are needed."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def program(*words):
+    """The command that a reader can type to go on."""
+    return command_line(["python", "emprl.py", *words])
 
 
 def say(*texts, sep=" "):
@@ -1039,7 +1046,7 @@ def report(run, metrics, test):
     pictures = draw_plots(run, metrics, test)
     run.write("samples.md", samples_page(test))
     run.write("report.md", report_page(run, metrics, test, pictures))
-    say(last_screen(run, metrics, test))
+    say("\n" + last_screen(run, metrics, test))
 
 
 def responses_jsonl(test):
@@ -1070,64 +1077,84 @@ def in_words(levels):
 
 def number(x):
     """Three decimals; nothing where nothing was measured."""
-    return "" if x is None else f"{x:.3f}"
+    if x is None:
+        return ""
+    return f"{x:.3f}" if abs(x) < 1e5 else f"{x:.2g}"
 
 
-def gain_in_words(gain):
-    """+37.0 % (95 % interval +31.6 % to +43.1 %)."""
-    return "{relative:+.1%} (95 % interval {low:+.1%} to {high:+.1%})".format(**gain)
+def percent(share):
+    return ">+9999%" if share > 100 else f"{share:+.1%}"
+
+
+def in_percent(gain):
+    """+37.0% (95 % interval +31.6% to +43.1%)."""
+    relative, low, high = (percent(gain[key]) for key in ("relative", "low", "high"))
+    return f"{relative} (95 % interval {low} to {high})"
 
 
 def last_screen(run, metrics, test):
-    """What was trained, whether it worked, by how much, how sure; one context; what is next."""
-    truth = PREFIX[test.truth] + "emp_f1"
-    seen_by = ["judge_emp_f1", truth] if test.truth == "oracle" else [truth]
-    names = {**SYSTEMS, "best_of_n": f"best of {run.config.eval.best_of} replies of MLE"}
-    heads = "".join(f"{key.split('_')[0]:>9}" for key in seen_by)
+    """What was trained, whether it worked, by how much, how sure; one context; what is next.
+
+    At most 20 lines of 80 columns.
+    """
+    systems = {
+        "human replies": {"judge_emp_f1": 1.0, "oracle_emp_f1": 1.0, **metrics["human"]},
+        "always the commonest levels": metrics["floors"]["majority"],
+        "MLE": metrics["mle"],
+        f"best of {run.config.eval.best_of} replies of MLE": metrics["best_of_n"],
+        "EmpRL": metrics["emprl"],
+    }
+    columns = {"judge_emp_f1": "judge", PREFIX[test.truth] + "emp_f1": test.truth}
+    columns |= {"perplexity": "perplex.", "unique": "distinct"}
     lines = [
-        "",
-        "A T5 learned to reply (MLE); PPO then moved its replies towards the empathy levels",
-        f"of the human replies (EmpRL). {len(test.pairs)} test contexts, levels told by:",
-        "",
-        f"{'Do levels match? Emp-F1, 0 to 1':<34}{heads}{'perplexity':>12}{'distinct':>10}",
+        "A T5 learned to reply as people did (MLE). PPO then moved its replies towards",
+        f"the empathy levels of human replies (EmpRL). On {len(test.pairs)} test contexts:",
+        f"{'do the levels match? (Emp-F1: 0 to 1)':<38}{in_columns(columns.values())}",
     ]
-    floor = "".join(f"{metrics['floors']['majority'][key]:>9.3f}" for key in seen_by)
-    lines.append(f"{'always the commonest level':<34}{floor}")
-    for system, name in names.items():
-        figures = metrics[system]
-        cells = "".join(f"{figures[key]:>9.3f}" for key in seen_by)
-        cells += f"{figures['perplexity']:>12.2f}{figures['unique']:>10.2f}"
-        lines.append(f"{name:<34}{cells}")
-    cells = "".join(f"{1:>9.3f}" for _ in seen_by)
-    lines.append(f"{'human':<34}{cells}{'':>12}{metrics['human']['unique']:>10.2f}")
+    for name, figures in systems.items():
+        cells = in_columns(number(figures.get(key)) for key in columns)
+        lines.append(f"{name:<38}{cells}".rstrip())
+    gain = in_percent(metrics["gain"][PREFIX[test.truth] + "emp_f1"])
+    lines.append(f"EmpRL over MLE: {gain}, by the {test.truth}.")
+    lines.append("The judge is a classifier that never gave the reward; the oracle is a rule.")
+    lines += example_lines(test)
+
+    command = program("chat", "--run", str(run.folder))
+    if len(command) > 76 or command != printable(command):
+        command = program("chat", "--run", "RUN") + "   (RUN: the folder in the first line)"
     lines.append(
-        f"EmpRL over MLE: {gain_in_words(metrics['gain'][truth])}, by the {test.truth}"
+        "Read report.md in the run's folder, open train.ipynb, or talk to both models:"
     )
-    lines += ["", *example_lines(test)]
-    command = command_line(["python", "emprl.py", "chat", "--run", str(run.folder)])
-    lines += ["", f"Read {run.folder}/report.md; then: {command}"]
+    lines.append(f"    {command}")
     return "\n".join(lines)
+
+
+def in_columns(cells):
+    return "".join(f"{cell:>10}" for cell in cells)
 
 
 def example_lines(test):
     """A context whose levels EmpRL met and MLE did not, if there is one."""
     change = changes(test)
-    improved = [i for i, sign in enumerate(change) if sign > 0]
-    i = improved[0] if improved else 0
+    i = change.index(max(change))
+    closer, further = change.count(1) / len(change), change.count(-1) / len(change)
     dialogue = test.pairs.dialogues[i]
-    share = len(improved) / len(change)
-    lines = [f"{'context':<9}{shorten(' / '.join(dialogue.context))}"]
-    lines.append(f"{'human':<9}{shorten(dialogue.response)}")
-    lines.append(f"{'':<9}[{in_words(test.human[test.truth][i])}]")
+    replies = {"human": (dialogue.response, test.human)}
     for system in ("mle", "emprl"):
-        replies = test.replies[system]
-        lines.append(f"{SYSTEMS[system]:<9}{shorten(replies.texts[i])}")
-        lines.append(f"{'':<9}[{in_words(replies.levels[test.truth][i])}]")
-    lines.append(f"{'':<9}(EmpRL is closer than MLE in {share:.0%} of the contexts, as here)")
+        found = test.replies[system]
+        replies[SYSTEMS[system]] = (found.texts[i], found.levels)
+    lines = [
+        f"In {closer:.0%} of the contexts EmpRL is closer than MLE, in {further:.0%} less close."
+        + (" As here:" if closer else ""),
+        f"context  {shorten(' / '.join(dialogue.context))}",
+    ]
+    for name, (text, levels) in replies.items():
+        lines.append(f"{name:<9}[{in_words(levels[test.truth][i])}]")
+        lines.append(f"{'':<9}{shorten(text)}")
     return lines
 
 
-def shorten(text, width=70):
+def shorten(text, width=71):
     """One line of a terminal: the end is kept, since the newest turn is there."""
     text = printable(text)
     return text if len(text) <= width else "..." + text[-width + 3 :]
@@ -1142,37 +1169,35 @@ def changes(test):
     return (hits["emprl"] - hits["mle"]).sign().tolist()
 
 
-def answer(run, metrics, test):
-    """Did it work? Three sentences from the figures, whatever they say."""
-    truth = PREFIX[test.truth] + "emp_f1"
-    gain = metrics["gain"][truth]
-    mle, emprl, best = (metrics[name] for name in ("mle", "emprl", "best_of_n"))
+def answer(metrics, truth):
+    """Did it work? Three sentences from the figures, whatever they say.
+
+    truth: "oracle", or "judge" where there is none.
+    """
+    gains = {who: metrics["gain"].get(prefix + "emp_f1") for who, prefix in PREFIX.items()}
+    gain, own, judge = gains[truth], gains["identifiers"], gains["judge"]
+    how = "no better than MLE's, as far as can be told"
     if gain["low"] > 0:
-        verdict = "EmpRL's replies match the human's levels better than MLE's"
-    elif gain["high"] < 0:
-        verdict = "EmpRL's replies match the human's levels worse than MLE's"
-    else:
-        verdict = "EmpRL's replies match the human's levels no better than MLE's, as far as can be told"
-    first = (
-        f"{verdict}: Emp-F1 {emprl[truth]:.3f} against {mle[truth]:.3f} by the {test.truth}, "
-        f"{gain_in_words(gain)}."
+        how = "better than MLE's"
+    if gain["high"] < 0:
+        how = "worse than MLE's"
+    agrees = "no sign that the reward was gamed"
+    if own["low"] > 0 and judge["low"] <= 0:
+        agrees = "no sure gain, so the reward may have been gamed"
+    before, after, best = (metrics[system] for system in ("mle", "emprl", "best_of_n"))
+    key = PREFIX[truth] + "emp_f1"
+    return (
+        f"EmpRL's replies match the human's levels {how}: Emp-F1 {number(after[key])} against "
+        f"{number(before[key])} by the {truth}, {in_percent(gain)}. "
+        f"The identifiers, which gave the reward, see {percent(own['relative'])}; the judge, "
+        f"which never did, sees {percent(judge['relative'])}: {agrees}. "
+        f"The perplexity of the human replies goes from {number(before['perplexity'])} to "
+        f"{number(after['perplexity'])}, and the best of several replies of MLE, which needs no "
+        f"training, has Emp-F1 {number(best[key])}."
     )
-    own, other = metrics["gain"]["emp_f1"], metrics["gain"]["judge_emp_f1"]
-    agree = "who never gave the reward, agrees"
-    if own["low"] > 0 and other["low"] <= 0:
-        agree = "who never gave the reward, sees no sure gain: the reward may have been gamed"
-    second = (
-        f"The identifiers, which gave the reward, see {own['relative']:+.1%}; the judge, {agree}: "
-        f"{other['relative']:+.1%}."
-    )
-    third = (
-        f"The human responses are {emprl['perplexity'] / mle['perplexity']:.2f} times as "
-        f"surprising to EmpRL as to MLE, and best of {run.config.eval.best_of}, which trains "
-        f"nothing, has {best[truth]:.3f}."
-    )
-    return f"{first} {second} {third}"
 
 
+COLUMNS = ("mle", "best_of_n", "emprl", "mle_greedy", "emprl_greedy")
 LEVEL_ROWS = {
     "emp_f1": "Emp-F1, weighted: the paper's measure",
     "emp_macro_f1": "Emp-F1, macro: every level counts the same, however rare",
@@ -1189,72 +1214,63 @@ TEXT_ROWS = {
     "unique": "share of replies that occur once",
     "length": "words a reply",
 }
-COLUMNS = ("mle", "best_of_n", "emprl", "mle_greedy", "emprl_greedy")
+BOUND_ROWS = {
+    "majority": "always the commonest level of each mechanism",
+    "random_copy": "a response of the training part, drawn at random",
+    "best": "always the likeliest levels, by the rule of the embedded world",
+    "mle_ideal": "levels drawn by that rule, as a perfect MLE model does",
+    "context": "the likeliest levels by the context classifier",
+    "context_balanced": "the same, rare levels raised",
+}
 
 
-def table(header, rows):
-    """Markdown; figures to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(title, columns, rows):
+    """Markdown. columns: {head: its figures by key}. rows: {key: what it means}."""
+    lines = [[title, *columns], ["---"] + ["---:"] * len(columns)]
+    for key, meaning in rows.items():
+        cells = [number(figures.get(key)) for figures in columns.values()]
+        lines.append([f"{meaning} [{key}]", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def level_table(metrics, test):
     """Systems across; a row for each figure of levels and each classifier."""
-    rows = []
+    rows = {}
     for who in test.human:
         for key, meaning in LEVEL_ROWS.items():
-            key = PREFIX[who] + key
-            cells = [number(metrics[system][key]) for system in COLUMNS]
-            rows.append([f"{who}: {meaning} [{key}]", *cells])
-    return table(["levels, told by", *COLUMNS], rows)
+            rows[PREFIX[who] + key] = f"{who}: {meaning}"
+    return table("levels, told by", {system: metrics[system] for system in COLUMNS}, rows)
 
 
-def mechanism_table(metrics, test):
-    """Weighted F1 of each mechanism, with its floor and its ceiling."""
-    prefix = PREFIX[test.truth]
-    floor, ceiling = metrics["floors"]["majority"], metrics["ceiling"]["context_balanced"]
-    rows = []
-    for m, name in MECHANISM_NAMES.items():
-        key = f"{prefix}emp_f1_{m}"
-        cells = [number(x[key]) for x in (floor, *map(metrics.get, SYSTEMS), ceiling)]
-        rows.append([f"{name} [{key}]", *cells])
-    return table([f"F1, by the {test.truth}", "floor", *SYSTEMS.values(), "ceiling"], rows)
-
-
-def bounds_table(metrics, test):
-    """What is had for nothing, and what can be had at most."""
-    meanings = {
-        "majority": "always the commonest level of each mechanism",
-        "random_copy": "a response of the training part, drawn at random",
-        "best": "always the likeliest levels, by the rule of the embedded world",
-        "mle_ideal": "levels drawn by that rule, as a perfect MLE model does",
-        "context": "the likeliest levels by the context classifier",
-        "context_balanced": "the same, rare levels raised",
+def bounds(metrics):
+    """The floor and the ceiling that pages and pictures show."""
+    return {
+        "commonest level": metrics["floors"]["majority"],
+        "foreseeable": metrics["ceiling"]["context_balanced"],
     }
-    rows = []
-    for kind in ("floors", "ceiling"):
-        for name, figures in metrics[kind].items():
-            cells = [number(figures.get(PREFIX[who] + "emp_f1")) for who in test.human]
-            rows.append([f"{meanings[name]} [{kind}.{name}]", *cells])
-    return table(["Emp-F1, told by", *test.human], rows)
-
-
-def classifier_table(metrics):
-    """How well identifiers and judge do on labelled pairs that neither has seen."""
-    kinds = ("accuracy", "macro_f1", "weighted_f1")
-    rows = []
-    for who in ("identifiers", "judge"):
-        for m, name in MECHANISM_NAMES.items():
-            rows.append([f"{who}, {name}", *(number(metrics[who][m][kind]) for kind in kinds)])
-    return table(["on the labelled test part", *kinds], rows)
 
 
 def report_page(run, metrics, test, pictures):
     """A page to be read: the question, the answer, the pictures, the tables by topic."""
+    truth = PREFIX[test.truth]
+    systems = {name: metrics[system] for system, name in SYSTEMS.items()}
+    by_mechanism = {f"{truth}emp_f1_{m}": name for m, name in MECHANISM_NAMES.items()}
+    limits = {}  # who tells the levels -> Emp-F1 of each floor and ceiling
+    for who in test.human:
+        key = PREFIX[who] + "emp_f1"
+        found = metrics["floors"] | metrics["ceiling"]
+        limits[who] = {name: figures.get(key) for name, figures in found.items()}
+    known = {name: meaning for name, meaning in BOUND_ROWS.items() if name in found}
+    texts = {system: metrics[system] for system in (*COLUMNS, "human")}
+    right = {}  # F1 of both classifiers on labelled pairs
+    for who in ("identifiers", "judge"):
+        for kind in ("accuracy", "macro_f1", "weighted_f1"):
+            right[f"{who} {kind}"] = {m: metrics[who][m][kind] for m in MECHANISMS}
+
     parts = [
         f"# EmpRL, preset {run.config.preset}, seed {run.config.seed}",
         "**Does PPO bring the empathy levels of the replies closer to those of human replies?**",
-        answer(run, metrics, test),
+        answer(metrics, test.truth),
         "Each reply has a level (none, weak, strong) of emotional reaction, interpretation and "
         f"exploration. There are {len(test.pairs)} test contexts. Replies to read are in "
         "[samples.md](samples.md). In brackets: the key in metrics.json.",
@@ -1262,47 +1278,46 @@ def report_page(run, metrics, test, pictures):
     for name, caption in pictures.items():
         parts += [f"![{caption}](plots/{name}.png)", f"*{caption}*"]
     parts += ["## Levels", level_table(metrics, test)]
-    parts += ["## By mechanism", mechanism_table(metrics, test)]
-    parts += ["## Floors and ceilings", bounds_table(metrics, test)]
-    parts += ["## Text", text_table(metrics)]
-    parts += ["## The classifiers", classifier_table(metrics)]
+    floor, ceiling = bounds(metrics).items()
+    across = dict([floor, *systems.items(), ceiling])
+    parts += ["## By mechanism", table(f"F1, by the {test.truth}", across, by_mechanism)]
+    parts += ["## Floors and ceilings", table("Emp-F1, told by", limits, known)]
+    parts += ["## Text", table("text", texts, TEXT_ROWS)]
+    parts += ["## The classifiers", table("on labelled pairs", right, MECHANISM_NAMES)]
     parts.append(f"Seconds: {run.seconds}.")
     return "\n\n".join(parts) + "\n"
-
-
-def text_table(metrics):
-    """Systems and the humans across; a row for each figure of the texts."""
-    rows = []
-    for key, meaning in TEXT_ROWS.items():
-        cells = [number(metrics[system].get(key)) for system in (*COLUMNS, "human")]
-        rows.append([f"{meaning} [{key}]", *cells])
-    return table(["text", *COLUMNS, "human"], rows)
 
 
 def samples_page(test, count=12):
     """Contexts where EmpRL did better, as well and worse than MLE, in their true proportion."""
     change = changes(test)
+    order = sorted(range(len(change)), key=lambda i: -change[i])
+    count = min(count, len(order))
+    evenly = [order[(2 * k + 1) * len(order) // (2 * count)] for k in range(count)]
     lines = [
         "# Samples",
-        f"{count} test contexts: EmpRL meets more of the human's levels than MLE, as many, or "
-        "fewer, in the proportion of the whole test part; within each, evenly spaced. Levels "
-        f"are those that the {test.truth} tells: emotional reaction (ER), interpretation (IP), "
-        "exploration (EX).",
+        f"{count} of {len(order)} test contexts: where EmpRL meets more of the human's levels "
+        "than MLE, as many, or fewer, in their true proportion; within each, evenly spaced. "
+        f"Levels are those that the {test.truth} tells: emotional reaction (ER), "
+        "interpretation (IP), exploration (EX).",
     ]
     for sign, heading in ((1, "closer than MLE"), (0, "as close"), (-1, "less close")):
-        rows = [i for i, found in enumerate(change) if found == sign]
-        wanted = round(count * len(rows) / len(change))
-        lines.append(f"## EmpRL is {heading}: {len(rows) / len(change):.0%}")
-        for i in rows[:: max(len(rows) // max(wanted, 1), 1)][:wanted]:
-            dialogue = test.pairs.dialogues[i]
-            lines.append(f"**{dialogue.emotion}** {' / '.join(dialogue.context)}")
-            told = f"* human: {dialogue.response} [{in_words(test.human[test.truth][i])}]"
-            for system, name in SYSTEMS.items():
-                replies = test.replies[system]
-                levels = in_words(replies.levels[test.truth][i])
-                told += f"\n* {name}: {replies.texts[i]} [{levels}]"
-            lines.append(told)
+        share = change.count(sign) / len(change)
+        lines.append(f"## EmpRL is {heading}: {share:.0%}")
+        lines += [sample(test, i) for i in evenly if change[i] == sign]
     return "\n\n".join(lines) + "\n"
+
+
+def sample(test, i):
+    """A context, and what the human and each system replied."""
+    dialogue = test.pairs.dialogues[i]
+    lines = [f"**{dialogue.emotion or 'context'}** {' / '.join(dialogue.context)}", ""]
+    lines.append(f"* human: {dialogue.response} [{in_words(test.human[test.truth][i])}]")
+    for system, name in SYSTEMS.items():
+        replies = test.replies[system]
+        levels = in_words(replies.levels[test.truth][i])
+        lines.append(f"* {name}: {replies.texts[i]} [{levels}]")
+    return "\n".join(lines)
 
 
 def draw_plots(run, metrics, test):
@@ -1323,7 +1338,7 @@ def draw_plots(run, metrics, test):
         try:
             draw(figure, run, metrics, test)
             figure.savefig(run.folder / "plots" / f"{name}.png")
-            captions[name] = caption.format(truth=test.truth, best_of=run.config.eval.best_of)
+            captions[name] = caption.format(truth=test.truth)
         except Exception as error:
             traceback.print_exc()
             say(f"no picture {name}: {type(error).__name__}: {error}")
@@ -1359,33 +1374,29 @@ def curve(axis, log, key, x="step", **style):
 
 
 def interval(levels, human, resamples=300):
-    """The 95 % bootstrap interval of the F1 of one mechanism: (N,), (N,) -> (2,)."""
+    """The 95 % bootstrap interval of each mechanism's F1: (N, M), (N, M) -> (2, M)."""
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(human), (resamples, len(human)), generator=generator)
-    values = [emp_f1(levels[rows][:, None], human[rows][:, None]) for rows in draws]
-    return torch.tensor(values).quantile(torch.tensor([0.025, 0.975]))
+    tables = [confusions(levels[rows], human[rows]) for rows in draws]
+    f1 = f1_scores(torch.stack(tables))["weighted_f1"]  # (resamples, M)
+    return f1.quantile(torch.tensor([0.025, 0.975], dtype=f1.dtype), dim=0)
 
 
 def draw_emp_f1(figure, run, metrics, test):
     """Bars by mechanism with intervals, floor and ceiling of each mechanism."""
     figure.set_size_inches(7.8, 3.8)
     axis = figure.subplots()
-    human = test.human[test.truth]
+    keys = [f"{PREFIX[test.truth]}emp_f1_{m}" for m in MECHANISMS]
+    places = torch.arange(len(keys))
     for k, (system, name) in enumerate(SYSTEMS.items()):
-        levels = test.replies[system].levels[test.truth]
-        values = torch.tensor([emp_f1(levels[:, [m]], human[:, [m]]) for m in range(3)])
-        spread = torch.stack([interval(levels[:, m], human[:, m]) for m in range(3)])  # (M, 2)
-        error = (spread - values[:, None]).abs().T.tolist()
-        places = [m + 0.26 * k for m in range(3)]
-        axis.bar(places, values, 0.24, yerr=error, color=COLOURS[system], label=name)
-    bounds = {"commonest level": ("floors", "majority", ":")}
-    bounds["foreseeable"] = ("ceiling", "context_balanced", "--")
-    for label, (kind, name, style) in bounds.items():
-        for m, mechanism in enumerate(MECHANISMS):
-            height = metrics[kind][name][f"{PREFIX[test.truth]}emp_f1_{mechanism}"]
-            axis.hlines(height, m - 0.15, m + 0.67, "black", style, label=label)
-            label = None  # once in the legend
-    axis.set_xticks([0.26, 1.26, 2.26], MECHANISM_NAMES.values())
+        heights = torch.tensor([metrics[system][key] for key in keys])
+        ends = interval(test.replies[system].levels[test.truth], test.human[test.truth])
+        bar = {"color": COLOURS[system], "label": name, "yerr": (ends - heights).abs()}
+        axis.bar(places + 0.26 * k, heights, 0.24, **bar)
+    for (name, figures), style in zip(bounds(metrics).items(), (":", "--")):
+        heights = [figures[key] for key in keys]
+        axis.hlines(heights, places - 0.15, places + 0.67, "black", style, label=name)
+    axis.set_xticks(places + 0.26, MECHANISM_NAMES.values())
     axis.set(ylim=(0, 1.1), ylabel=f"weighted F1, by the {test.truth}")
     axis.legend(ncols=5, loc="upper center", fontsize=8)
 
@@ -1445,25 +1456,20 @@ def draw_learnt_vs_truth(figure, run, metrics, test):
     """The identifiers' opinion of the policy beside the truth, from MLE on."""
     figure.set_size_inches(7.8, 3.6)
     axis = figure.subplots()
-    log = [record for record in run.logs["ppo"] if "valid_exact_match" in record]
-    truth = f"valid_{PREFIX[test.truth]}exact_match"
-    start = run.logs["ppo"][0].get("start", {})
-    for key, label, colour in (
-        ("valid_exact_match", "identifiers (they give the reward)", "#CC79A7"),
-        (truth, f"{test.truth} (never gives it)", "#555555"),
-    ):
-        points = [(0, start[key])] if key in start else []
-        points += [(record["step"] + 1, record[key]) for record in log]
-        axis.plot(*zip(*points), "o-", ms=4, color=colour, label=label)
     key = PREFIX[test.truth] + "exact_match"
-    floor = metrics["floors"]["majority"][key]
-    axis.axhline(floor, color="black", ls=":", label="commonest level")
-    axis.axhline(
-        metrics["ceiling"]["context_balanced"][key],
-        color="black",
-        ls="--",
-        label="foreseeable",
-    )
+    log = run.logs["ppo"]
+    points = {0: log[0]["start"]}
+    points |= {r["step"] + 1: r for r in log if f"valid_{key}" in r}
+    for name, label, colour in (
+        ("exact_match", "identifiers (they give the reward)", "#CC79A7"),
+        (key, f"{test.truth} (never gives it)", "#555555"),
+    ):
+        share = torch.tensor([record[f"valid_{name}"] for record in points.values()])
+        axis.plot(list(points), share, "o-", ms=4, color=colour, label=label)
+        error = 1.96 * (share * (1 - share) / run.config.ppo.valid_contexts).sqrt()
+        axis.fill_between(list(points), share - error, share + error, color=colour, alpha=0.15)
+    for (name, figures), style in zip(bounds(metrics).items(), (":", "--")):
+        axis.axhline(figures[key], color="black", ls=style, label=name)
     axis.set(xlabel="PPO iteration", ylabel="all three levels right (share)")
     axis.set_ylim(bottom=0)
     axis.legend(fontsize=8)
@@ -1489,7 +1495,7 @@ PICTURES = {
     draw_levels: "Where the human's level is as on the left, which level has the reply? Before "
     "(MLE) and after (EmpRL): the more on the diagonal, the better. Told by the {truth}.",
     draw_learnt_vs_truth: "Reward hacking would show here: the identifiers' line would rise and "
-    "the {truth}'s would not.",
+    "the {truth}'s would not. Shaded: 95 % intervals.",
     draw_ppo: "PPO, iteration by iteration: the reward rises, the policy moves away from MLE.",
     draw_losses: "MLE and the classifiers learn: training and validation.",
 }
@@ -1639,7 +1645,7 @@ def load_run(folder, device):
     """A finished run. Raises DataError for one that is missing, damaged or put together."""
     folder = Path(folder)
     if not (folder / "metrics.json").exists():
-        command = command_line(["python", "emprl.py", "--run", str(folder)])
+        command = program("--run", str(folder))
         raise DataError(f"--run {folder}: no finished run there; make one with `{command}`")
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -1903,20 +1909,18 @@ def make_parser():
 def main(words=None):
     """The command line. Returns the exit code: 0, 1 a fault, 2 bad input, 130 Ctrl-C."""
     words = sys.argv[1:] if words is None else list(words)
-    if not words or words[0].startswith("-") and words[0] not in ("-h", "--help"):
-        words = ["run", *words]
+    is_command = words and (not words[0].startswith("-") or words[0] in ("-h", "--help"))
     if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal does not have: "?"
         sys.stdout.reconfigure(errors="replace")
     before = on_ctrl_c(signal.default_int_handler)
     try:
-        arguments = make_parser().parse_args(words)
+        arguments = make_parser().parse_args(words if is_command else ["run", *words])
         arguments.words = words
         arguments.do(arguments)
         return 0
     except KeyboardInterrupt:
         on_ctrl_c(signal.SIG_IGN)  # a second one comes too late
-        command = command_line(["python", "emprl.py", *words])
-        print(f"\nstopped; go on with: {command}", file=sys.stderr)
+        print(f"\nstopped; go on with: {program(*words)}", file=sys.stderr)
         return 130
     except Exception as error:
         message = in_one_line(error)

@@ -622,7 +622,11 @@ class Run:
             self.seed(name, i)
             record = trainer.step(i)
             log.append({"stage": name, "step": i, **record})
-            progress.show(i, record, trainer.warnings(record, log[0]))
+            signs = []
+            if record.get("skipped") != 1:
+                first = next(x for x in log if x.get("skipped") != 1)
+                signs = trainer.warnings(record, first)
+            progress.show(i, record, signs)
             self.stop_if_nothing_is_learnt(name, log)
             due = time.time() - saved > self.save_every and not record.get("skipped")
             if due or self.interrupted:
@@ -1323,8 +1327,12 @@ def sample(test, i):
 def draw_plots(run, metrics, test):
     """plots/NAME.png -> {NAME: its caption}. A picture less is no reason to lose a report."""
     try:
-        figure_class = find_figure_class()
-    except ImportError as error:
+        Path.home()
+    except RuntimeError:  # as in some containers: no place for matplotlib's list of fonts
+        os.environ.setdefault("MPLCONFIGDIR", tempfile.gettempdir())
+    try:
+        from matplotlib.figure import Figure  # no window, no pyplot
+    except (ImportError, ValueError) as error:  # ValueError: MPLBACKEND is no backend's name
         say(f"no pictures: {error}")
         return {}
     (run.folder / "plots").mkdir(exist_ok=True)
@@ -1334,7 +1342,7 @@ def draw_plots(run, metrics, test):
         stages = STAGES_OF.get(name, [])
         if stages and not any(run.logs[stage] for stage in stages):
             continue  # all of them were skipped
-        figure = figure_class(layout="constrained", dpi=100)
+        figure = Figure(layout="constrained", dpi=100)
         try:
             draw(figure, run, metrics, test)
             figure.savefig(run.folder / "plots" / f"{name}.png")
@@ -1350,20 +1358,6 @@ STAGES_OF = {  # picture -> the stages whose steps it shows
     "learnt_vs_truth": ["ppo"],
     "losses": ["mle", "identifiers", "judge"],
 }
-
-
-def find_figure_class():
-    """matplotlib's Figure, which needs no window."""
-    try:
-        Path.home()
-    except RuntimeError:  # as in some containers: no place for matplotlib's list of fonts
-        os.environ.setdefault("MPLCONFIGDIR", tempfile.gettempdir())
-    try:
-        from matplotlib.figure import Figure
-    except ValueError:  # a backend that is not here, perhaps from the Jupyter around us
-        os.environ.pop("MPLBACKEND", None)
-        from matplotlib.figure import Figure
-    return Figure
 
 
 def curve(axis, log, key, x="step", **style):

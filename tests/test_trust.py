@@ -6,6 +6,7 @@ checkpoint. Odd input is in test_rubbish.py.
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
@@ -717,7 +718,7 @@ def labelled_parts():
 @pytest.mark.parametrize("parts", labelled_parts(), ids=["embedded", "real"])
 def test_the_judge_never_sees_what_the_reward_was_trained_on(parts):
     def contexts(*names):
-        return {dialogue.context for dialogue in sum([parts[name] for name in names], [])}
+        return {dialogue.context for dialogue in itertools.chain(*map(parts.get, names))}
 
     reward = contexts("train", "valid")
     judge = contexts("judge_train", "judge_valid")

@@ -180,7 +180,11 @@ class RewardConfig:
     difference: str = option(
         "cross_entropy", "between levels", choices=("cross_entropy", "ordinal")
     )
-    mechanisms: str = option("er,ip,ex", "which of them count, with commas")
+    mechanisms: str = option(
+        "er,ip,ex",
+        "which of them count",
+        choices=("er", "ip", "ex", "er,ip", "er,ex", "ip,ex", "er,ip,ex"),
+    )
     target: str = option(
         "expected",
         "the levels to aim for: what the context lets expect, or only the likeliest, or "

@@ -1,5 +1,8 @@
 """What all tests share: one thread, and a comparison that says what was expected and what came."""
 
+import contextlib
+import shutil
+
 import pytest
 import torch
 
@@ -10,7 +13,7 @@ torch.set_num_threads(1)
 
 
 def check(what, got, expected, tol=1e-5):
-    """got is expected (numbers, lists or tensors) to tol; otherwise fails saying what was expected and got."""
+    """got is expected (numbers, lists or tensors) to tol; a failure says what both were."""
     got, expected = (
         x.detach() if torch.is_tensor(x) else torch.tensor(x) for x in (got, expected)
     )
@@ -31,3 +34,30 @@ def check(what, got, expected, tol=1e-5):
         pytest.fail(
             f"{what}\n  expected {expected.tolist()}\n  got      {got.tolist()}", pytrace=False
         )
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a finished smoke run; nobody writes into it. What it printed lies beside it."""
+    import emprl  # here: a student's file is put into the modules before
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with open(folder.with_suffix(".txt"), "w", encoding="utf-8") as file:
+        with contextlib.redirect_stdout(file):
+            code = emprl.main(["--preset", "smoke", "--run", str(folder)])
+    assert code == 0
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of it, to write into."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """They take longer than all the rest of a small run."""
+    import emprl
+
+    monkeypatch.setattr(emprl, "draw_plots", lambda *_: {})

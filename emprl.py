@@ -43,6 +43,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import data
@@ -1219,12 +1220,12 @@ TEXT_ROWS = {
     "length": "words a reply",
 }
 BOUND_ROWS = {
-    "majority": "always the commonest level of each mechanism",
-    "random_copy": "a response of the training part, drawn at random",
-    "best": "always the likeliest levels, by the rule of the embedded world",
-    "mle_ideal": "levels drawn by that rule, as a perfect MLE model does",
-    "context": "the likeliest levels by the context classifier",
-    "context_balanced": "the same, rare levels raised",
+    "floors.majority": "always the commonest level of each mechanism",
+    "floors.random_copy": "a response of the training part, drawn at random",
+    "ceiling.best": "always the likeliest levels, by the rule of the embedded world",
+    "ceiling.mle_ideal": "levels drawn by that rule, as a perfect MLE model does",
+    "ceiling.context": "the likeliest levels by the context classifier",
+    "ceiling.context_balanced": "the same, rare levels raised",
 }
 
 
@@ -1259,10 +1260,12 @@ def report_page(run, metrics, test, pictures):
     truth = PREFIX[test.truth]
     systems = {name: metrics[system] for system, name in SYSTEMS.items()}
     by_mechanism = {f"{truth}emp_f1_{m}": name for m, name in MECHANISM_NAMES.items()}
-    limits = {}  # who tells the levels -> Emp-F1 of each floor and ceiling
+    found = {}  # each floor and ceiling
+    for kind in ("floors", "ceiling"):
+        found |= {f"{kind}.{name}": figures for name, figures in metrics[kind].items()}
+    limits = {}  # who tells the levels -> Emp-F1 of each of them
     for who in test.human:
         key = PREFIX[who] + "emp_f1"
-        found = metrics["floors"] | metrics["ceiling"]
         limits[who] = {name: figures.get(key) for name, figures in found.items()}
     known = {name: meaning for name, meaning in BOUND_ROWS.items() if name in found}
     texts = {system: metrics[system] for system in (*COLUMNS, "human")}
@@ -1373,7 +1376,7 @@ def interval(levels, human, resamples=300):
     draws = torch.randint(len(human), (resamples, len(human)), generator=generator)
     tables = [confusions(levels[rows], human[rows]) for rows in draws]
     f1 = f1_scores(torch.stack(tables))["weighted_f1"]  # (resamples, M)
-    return f1.quantile(torch.tensor([0.025, 0.975], dtype=f1.dtype), dim=0)
+    return np.quantile(f1, [0.025, 0.975], axis=0)
 
 
 def draw_emp_f1(figure, run, metrics, test):
@@ -1381,11 +1384,11 @@ def draw_emp_f1(figure, run, metrics, test):
     figure.set_size_inches(7.8, 3.8)
     axis = figure.subplots()
     keys = [f"{PREFIX[test.truth]}emp_f1_{m}" for m in MECHANISMS]
-    places = torch.arange(len(keys))
+    places = np.arange(len(keys))
     for k, (system, name) in enumerate(SYSTEMS.items()):
-        heights = torch.tensor([metrics[system][key] for key in keys])
+        heights = np.array([metrics[system][key] for key in keys])
         ends = interval(test.replies[system].levels[test.truth], test.human[test.truth])
-        bar = {"color": COLOURS[system], "label": name, "yerr": (ends - heights).abs()}
+        bar = {"color": COLOURS[system], "label": name, "yerr": abs(ends - heights)}
         axis.bar(places + 0.26 * k, heights, 0.24, **bar)
     for (name, figures), style in zip(bounds(metrics).items(), (":", "--")):
         heights = [figures[key] for key in keys]
@@ -1458,9 +1461,9 @@ def draw_learnt_vs_truth(figure, run, metrics, test):
         ("exact_match", "identifiers (they give the reward)", "#CC79A7"),
         (key, f"{test.truth} (never gives it)", "#555555"),
     ):
-        share = torch.tensor([record[f"valid_{name}"] for record in points.values()])
+        share = np.array([record[f"valid_{name}"] for record in points.values()])
         axis.plot(list(points), share, "o-", ms=4, color=colour, label=label)
-        error = 1.96 * (share * (1 - share) / run.config.ppo.valid_contexts).sqrt()
+        error = 1.96 * np.sqrt(share * (1 - share) / run.config.ppo.valid_contexts)
         axis.fill_between(list(points), share - error, share + error, color=colour, alpha=0.15)
     for (name, figures), style in zip(bounds(metrics).items(), (":", "--")):
         axis.axhline(figures[key], color="black", ls=style, label=name)
@@ -1582,7 +1585,15 @@ def refuse_without_effect(config, settings):
     if config.mle.epochs:
         replaced["mle.steps"] = "mle.epochs sets them"
     if config.identifiers.kind == "ngrams":
-        for name in ("steps", "batch_size", "micro_batch", "lr", "warmup", "shared", "start"):
+        for name in (
+            "steps",
+            "batch_size",
+            "micro_batch",
+            "lr",
+            "warmup",
+            "eval_every",
+            "shared",
+        ):
             replaced[f"identifiers.{name}"] = "n-grams have none"
         replaced["context.steps"] = replaced["context.lr"] = "n-grams have none"
     else:

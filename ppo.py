@@ -33,12 +33,14 @@ class PPOConfig:
     """In brackets: the original's value, where ours differs, and why it does."""
 
     steps: int = option(64, "iterations of rollout and update", low=0)
-    batch_size: int = option(384, "responses an iteration [32; more are less noisy]", low=1)
+    batch_size: int = option(384, "responses an iteration [32; more are less noisy]", 1, 10**6)
     minibatch_size: int = option(
         64, "responses an optimizer step [8, but 4 accumulated]", low=1
     )
     micro_batch: int = option(0, "responses a forward pass, to save memory; 0: all", low=0)
-    ppo_epochs: int = option(1, "passes over a rollout [4; fresh ones are cheap here]", low=1)
+    ppo_epochs: int = option(
+        1, "passes over a rollout [4; fresh ones are cheap here]", 1, 1000
+    )
 
     lr: float = option(6e-3, "learning rate, relative if rms_scaled [1e-5, absolute]", high=10)
     rms_scaled: bool = True  # see t5_small.Optimizer.set_lr; off for a pretrained T5

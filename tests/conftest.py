@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 
 def check(what, got, expected, tol=1e-5):
-    """got is expected (numbers, lists or tensors) to tol; otherwise fails saying what was expected and got."""
+    """got is expected (numbers, lists or tensors) to tol; a failure says what both were."""
     got, expected = (
         x.detach() if torch.is_tensor(x) else torch.tensor(x) for x in (got, expected)
     )

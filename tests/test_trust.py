@@ -30,6 +30,7 @@ import emprl
 import identifiers
 import ppo
 import t5_small
+from tests.tools import read_json, read_lines, words
 
 EMPRL = Path(emprl.__file__)
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows can not fork")
@@ -48,14 +49,11 @@ def run(folder, *settings, before=nothing):
     before() is called in the new process first. Returns the exit code (-9: killed by signal 9)
     and what was written to stderr.
     """
-    command = ["--preset", "smoke", "--run", str(folder)]
-    if settings:
-        command += ["--set", *settings]
     errors = Path(f"{folder}.stderr")
     sys.stdout.flush()
     process = os.fork()
     if process == 0:
-        run_in_child(command, before, errors)
+        run_in_child(words(folder, *settings), before, errors)
     _, status = os.waitpid(process, 0)
     return os.waitstatus_to_exitcode(status), errors.read_text(encoding="utf-8")
 
@@ -84,8 +82,7 @@ def run_in_child(command, before, errors):
 
 def figures(folder):
     """metrics.json without what differs from run to run: how long it took."""
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    return {**metrics, "seconds": 0}
+    return {**read_json(folder / "metrics.json"), "seconds": 0}
 
 
 def differences(a, b):
@@ -213,7 +210,7 @@ class Fault:
 
     before: partial
     code: int = 0
-    words: str = ""  # of its one line
+    says: str = ""  # in its one line
     settings: tuple = ()
     skipped: tuple = ()  # of each PPO iteration: was it skipped?
     harmless: bool = False  # the same command without it ends as if nothing had been
@@ -270,7 +267,7 @@ def test_a_fault_is_one_line_and_leaves_something_to_go_on_from(
     fault = FAULTS[name]
     folder = tmp_path / "run"
     code, errors = run(folder, *fault.settings, before=fault.before)
-    assert code == fault.code and fault.words in errors, errors
+    assert code == fault.code and fault.says in errors, errors
     assert errors.strip().count("\n") == 0, errors
 
     checkpoints = {path.stem: path for path in folder.glob("checkpoints/*.pt")}
@@ -289,8 +286,7 @@ def test_a_fault_is_one_line_and_leaves_something_to_go_on_from(
 
 
 def ppo_log(folder):
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if record["stage"] == "ppo"]
+    return [x for x in read_lines(folder / "metrics.jsonl") if x["stage"] == "ppo"]
 
 
 def truncate(path):
@@ -338,8 +334,8 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(stage, harm, finished, tmp
 
 def same_command(folder, name="run", **process):
     """`python emprl.py --preset smoke --run folder/name` once more, in a new Python."""
-    words = [sys.executable, EMPRL, "--preset", "smoke", "--run", name]
-    return subprocess.run(words, cwd=folder, stderr=subprocess.PIPE, **process)
+    line = [sys.executable, EMPRL, *words(name)]
+    return subprocess.run(line, cwd=folder, stderr=subprocess.PIPE, **process)
 
 
 def strictly(text):
@@ -352,19 +348,18 @@ def strictly(text):
 
 
 @pytest.mark.parametrize("factor, word", [(1e6, "inf"), (float("nan"), "nan")])
-def test_a_policy_that_has_diverged_is_reported_and_no_crash(factor, word, finished, tmp_path):
+def test_a_policy_that_has_diverged_is_reported_and_no_crash(factor, word, copied):
     """Perplexities beyond what a float holds, and weights that are no numbers."""
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    state = t5_small.load_state(folder / "checkpoints" / "ppo.pt")
+    state = t5_small.load_state(copied / "checkpoints" / "ppo.pt")
     for weight in state["weights"].values():
         weight *= factor
-    torch.save(state, folder / "checkpoints" / "ppo.pt")
-    assert emprl.main(["--preset", "smoke", "--run", str(folder)]) == 0
-    found = strictly((folder / "metrics.json").read_text(encoding="utf-8"))
+    torch.save(state, copied / "checkpoints" / "ppo.pt")
+    (copied / "metrics.json").unlink()
+    assert emprl.main(words(copied)) == 0
+    found = strictly((copied / "metrics.json").read_text(encoding="utf-8"))
     assert found["emprl"]["perplexity"] == word and found["mle"]["perplexity"] > 1
-    assert f"| {word} |" in (folder / "report.md").read_text(encoding="utf-8")
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    assert f"| {word} |" in (copied / "report.md").read_text(encoding="utf-8")
+    for line in (copied / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         strictly(line)
 
 
@@ -380,14 +375,14 @@ def test_weights_that_are_no_numbers_are_refused(
     command, name, finished, tmp_path, refusal, mine
 ):
     shutil.copytree(finished, tmp_path / "run")
-    key, words = WEIGHTS[name]
+    key, says = WEIGHTS[name]
     state = t5_small.load_state(tmp_path / "run" / name)
     weights = state[key] if key else state
     next(iter(weights.values())).fill_(float("nan"))
     torch.save(state, tmp_path / "run" / name)
     options = ["--data", mine] if command == "evaluate" else []
     line = refusal([command, "--run", tmp_path / "run", *options])
-    assert Path(name).stem in line and words in line
+    assert Path(name).stem in line and says in line
 
 
 @pytest.fixture
@@ -416,13 +411,13 @@ def test_training_that_diverges_at_its_end_is_named(tmp_path, refusal, monkeypat
     monkeypatch.setattr(torch.nn.Linear, "__init__", remember)
     monkeypatch.setattr(emprl.Run, "seed", spoil)
     monkeypatch.setattr(t5_small.Trainer, "finish", lambda self: None)
-    line = refusal(["--preset", "smoke", "--run", tmp_path, "--set", "mle.steps=1"])
+    line = refusal(words(tmp_path, "mle.steps=1"))
     assert "judge" in line and "identifiers.lr" in line
 
 
 def test_a_run_of_skipped_stages_has_a_report_without_their_pictures(tmp_path, capsys):
     skipped = [f"{x}.steps=0" for x in ("pretrain", "mle", "identifiers", "context", "ppo")]
-    assert emprl.main(["--preset", "smoke", "--run", str(tmp_path), "--set", *skipped]) == 0
+    assert emprl.main(words(tmp_path, *skipped)) == 0
     assert "no picture" not in capsys.readouterr().out
     drawn = {path.stem for path in (tmp_path / "plots").iterdir()}
     assert drawn == {"emp_f1", "levels"}
@@ -431,7 +426,7 @@ def test_a_run_of_skipped_stages_has_a_report_without_their_pictures(tmp_path, c
 
 def test_a_skipped_stage_leaves_the_pictures_of_the_others(tmp_path, capfd):
     skipped = ["mle.steps=0", "ppo.steps=0"]
-    assert emprl.main(["--preset", "smoke", "--run", str(tmp_path), "--set", *skipped]) == 0
+    assert emprl.main(words(tmp_path, *skipped)) == 0
     drawn = {path.stem for path in (tmp_path / "plots").iterdir()}
     assert drawn == {"emp_f1", "levels", "losses"}
     assert not capfd.readouterr().err, "no complaint of an empty panel"
@@ -444,7 +439,7 @@ def test_a_picture_that_can_not_be_drawn_costs_no_report(copied, capsys, monkeyp
         raise ZeroDivisionError("in a changed copy")
 
     monkeypatch.setattr(emprl, "PICTURES", {draw_broken: "never seen"})
-    assert emprl.main(["--preset", "smoke", "--run", str(copied)]) == 0
+    assert emprl.main(words(copied)) == 0
     out, err = capsys.readouterr()
     assert "ZeroDivisionError: in a changed copy" in out and "Traceback" in err
     assert "never seen" not in (copied / "report.md").read_text(encoding="utf-8")
@@ -453,7 +448,7 @@ def test_a_picture_that_can_not_be_drawn_costs_no_report(copied, capsys, monkeyp
 def test_without_matplotlib_there_is_a_report(copied, capsys, monkeypatch):
     (copied / "report.md").unlink()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert emprl.main(["--preset", "smoke", "--run", str(copied)]) == 0
+    assert emprl.main(words(copied)) == 0
     assert "no pictures: " in capsys.readouterr().out
     assert "![" not in (copied / "report.md").read_text(encoding="utf-8")
 
@@ -493,8 +488,8 @@ def test_who_has_no_home_has_pictures(copied):
     (copied / "checkpoints" / "ppo.pt").unlink()
     hidden = ("MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "HOME", "USER", "LOGNAME")
     environment = {key: x for key, x in os.environ.items() if key not in hidden}
-    words = [sys.executable, "-c", NO_HOME, "--preset", "smoke", "--run", copied]
-    subprocess.run(words, cwd=EMPRL.parent, env=environment, check=True)
+    line = [sys.executable, "-c", NO_HOME, *words(copied)]
+    subprocess.run(line, cwd=EMPRL.parent, env=environment, check=True)
     assert (copied / "plots" / "ppo.png").exists()
 
 
@@ -536,7 +531,7 @@ def test_a_second_ctrl_c_after_the_last_line_changes_nothing(tmp_path, monkeypat
     monkeypatch.setattr(emprl, "run_all", interrupted)
     monkeypatch.setattr(sys, "stderr", Impatient())
     before = signal.getsignal(signal.SIGINT)
-    assert emprl.main(["--preset", "smoke", "--run", str(tmp_path)]) == 130
+    assert emprl.main(words(tmp_path)) == 130
     assert "go on with" in sys.stderr.getvalue()
     assert signal.getsignal(signal.SIGINT) is before, "the handler is given back"
 
@@ -544,8 +539,7 @@ def test_a_second_ctrl_c_after_the_last_line_changes_nothing(tmp_path, monkeypat
 def test_main_outside_the_main_thread(tmp_path, monkeypatch):
     codes = []
     monkeypatch.setattr(emprl, "run_all", lambda run: None)
-    words = ["--preset", "smoke", "--run", str(tmp_path)]
-    thread = threading.Thread(target=lambda: codes.append(emprl.main(words)))
+    thread = threading.Thread(target=lambda: codes.append(emprl.main(words(tmp_path))))
     thread.start()
     thread.join()
     assert codes == [0]
@@ -558,7 +552,7 @@ def test_what_nobody_foresaw_keeps_its_traceback_and_says_what_is_saved(
         return {}["a student's key"]
 
     monkeypatch.setattr(emprl, "mle_trainer", changed)
-    assert emprl.main(["--preset", "smoke", "--run", str(tmp_path)]) == 1
+    assert emprl.main(words(tmp_path)) == 1
     *lines, last = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Traceback") and 'KeyError: "a student\'s key"' in lines
     assert "saved" in last and "the same command goes on" in last
@@ -571,7 +565,7 @@ FIRST = {"kl": 0.0, "entropy": 2.0, "length": 20.0}
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "change, says",
     [
         ({}, None),
         ({"kl": 14.0, "entropy": 0.3, "length": 12.0, "valid_unique": 0.4}, None),
@@ -582,15 +576,15 @@ FIRST = {"kl": 0.0, "entropy": 2.0, "length": 20.0}
         ({"valid_unique": 0.1}, "10% of the responses differ"),
     ],
 )
-def test_signs_of_collapse(change, words):
+def test_signs_of_collapse(change, says):
     signs = ppo.signs_of_collapse({**FIRST, **change}, FIRST, 40)
-    assert len(signs) == (words is not None) and all(words in sign for sign in signs)
+    assert len(signs) == (says is not None) and all(says in sign for sign in signs)
 
 
 def test_a_collapse_is_warned_of(copied, no_pictures, capsys):
     """The smoke run's policy is hardly trained and never ends its responses."""
     (copied / "checkpoints" / "ppo.pt").unlink()
-    assert emprl.main(["--preset", "smoke", "--run", str(copied)]) == 0
+    assert emprl.main(words(copied)) == 0
     assert "warning: responses of 12 tokens, nearly the limit" in capsys.readouterr().out
 
 
@@ -644,7 +638,7 @@ def test_chat_says_first_what_it_is_and_where_help_is(finished, capsys, monkeypa
     told = chat(finished, b"Hello\n/help\nHello\n", capsys, monkeypatch)
     exercise, help_is = told[:2]
     assert "exercise" in exercise and "no person reads along" in exercise
-    assert all(words in help_is for words in ("112", "911", "988", "findahelpline.com"))
+    assert all(number in help_is for number in ("112", "911", "988", "findahelpline.com"))
     assert max(len(line) for line in told[:OPENING]) < 100
     assert told[5:7] == told[:2] and len(told) == OPENING + 2 + 2 + 2
     torch.manual_seed(0)
@@ -663,8 +657,8 @@ def test_chat_answers_signs_of_crisis_with_a_pointer_to_people(
 def test_evaluate_and_chat_take_a_device(finished, mine, refusal, monkeypatch, capsys):
     """Without a GPU: cuda is refused in one line; with cpu no GPU is even looked for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for words in (["evaluate", "--data", mine], ["chat"]):
-        line = refusal([*words, "--run", finished, "--device", "cuda"])
+    for command in (["evaluate", "--data", mine], ["chat"]):
+        line = refusal([*command, "--run", finished, "--device", "cuda"])
         assert line.startswith("emprl.py: --device cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("looked for"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
@@ -688,7 +682,7 @@ def test_the_test_part_influences_nothing_before_the_evaluation(
         return corpus
 
     monkeypatch.setattr(data, "embedded_corpus", other_test)
-    assert emprl.main(["--preset", "smoke", "--run", str(tmp_path)]) == 0
+    assert emprl.main(words(tmp_path)) == 0
     changed = differences(tmp_path, finished)
     assert changed == ["samples.md", "metrics.json"], "the test part is another one"
     for path in (finished / "checkpoints").iterdir():
@@ -728,7 +722,7 @@ def test_the_judge_never_sees_what_the_reward_was_trained_on(parts):
 
 
 def test_the_run_folder_says_what_it_came_from(finished):
-    (found,) = json.loads((finished / "environment.json").read_text(encoding="utf-8"))
+    (found,) = read_json(finished / "environment.json")
     assert set(found["packages"]) == {"torch", "sentencepiece", "numpy"}
     assert found["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert {"command", "code", "python", "threads", "gflops"} <= set(found)

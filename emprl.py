@@ -1567,6 +1567,8 @@ def make_config(preset="toy", seed=0, data_path="", t5_dir="", settings=()):
             f"--preset {preset} needs --data DIR, the folder that "
             "`python emprl.py download DIR` fills"
         )
+    if config.mle.muon and not hasattr(torch.optim, "Muon"):
+        raise DataError(f"torch {torch.__version__} has no Muon; add --set mle.muon=off")
     if preset == "paper" and not t5_dir:
         raise DataError("--preset paper needs --t5 DIR: config.json, weights and spiece.model")
     return config

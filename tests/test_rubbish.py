@@ -308,6 +308,7 @@ def test_sizes_and_exponents_have_a_sane_limit(setting):
         (["--preset", "huge"], "invalid choice"),
         (["--data"], "expected one argument"),
         (["evaluate"], "--run, --data"),
+        (["download"], "required: folder"),
         (["chat", "--data", "x"], "required: --run"),
         (["chat", "--run", "x", "--set", "ppo.lr=1"], "--set"),
         (["evaluate", "--run", "x", "--data", "x", "--t5", "x"], "--t5"),

@@ -1561,7 +1561,9 @@ def make_config(preset="toy", seed=0, data_path="", t5_dir="", settings=()):
         raise DataError("ppo.minibatch_size is above ppo.batch_size; change it by --set")
     if config.data_path and not os.path.isdir(config.data_path):
         if not os.path.isfile(config.data_path):  # nor a pipe or a device
-            raise DataError(f"--data {data_path}: no such file or folder; give another path")
+            raise DataError(
+                f"--data {data_path}: no ordinary file or folder; give another path"
+            )
     if preset in ("real", "paper") and not os.path.isdir(config.data_path):
         raise DataError(
             f"--preset {preset} needs --data DIR, the folder that "
@@ -1932,7 +1934,7 @@ def main(words=None):
     except Exception as error:
         message = in_one_line(error)
         if message:
-            print(f"emprl.py: {message}", file=sys.stderr)
+            print(f"emprl.py: {printable(message)}", file=sys.stderr)
             return 2
         # Not foreseen, perhaps a fault in a changed copy: who mends it needs all of it.
         traceback.print_exc()

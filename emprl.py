@@ -423,6 +423,7 @@ def mle_trainer(t5, train, valid, config):
     return Trainer(t5, loss_sum, rows_at, validate, settings)
 
 
+@torch.no_grad()
 def total_loss(t5, pairs, size=64, positions=2**15):
     """The negative log-likelihood of all responses in nats, and the number of their tokens."""
     total, tokens = 0.0, 0
@@ -936,7 +937,21 @@ class Evaluator:
         responses, kl = respond_and_compare(t5, self.reference, self.pairs, sampling, size)
         figures = self.measure(system, responses)
         figures["kl"] = None if sampling.greedy else kl
-        return {**figures, **perplexities(t5, self.pairs, self.run.config)}
+        return {**figures, **self.perplexities(t5)}
+
+    def perplexities(self, t5):
+        """Of the human responses, a token and a word; their ends are predicted, too.
+
+        Of one that is longer than max_scored the beginning counts, in both.
+        """
+        config, count = self.run.config, 0
+        loss, tokens = total_loss(t5, self.pairs, config.eval.batch_size, positions=2**13)
+        for dialogue, ids in zip(self.pairs.dialogues, self.pairs.responses):
+            text = dialogue.response
+            if len(ids) >= config.data.max_scored:
+                text = self.tokenizer.decode(ids)
+            count += len(words(text)) + 1
+        return {"perplexity": exp(loss / tokens), "perplexity_per_word": exp(loss / count)}
 
     def validate(self, t5):
         """Inside PPO: a few figures, and a context to look at."""
@@ -976,7 +991,7 @@ class Evaluator:
         figures = self.measure("best_of_n", reward.best_of(tries, targets).responses)
         n = config.eval.best_of
         figures["kl"] = math.log(n) - (n - 1) / n  # at most this (Beirami et al. 2024)
-        return {**figures, **perplexities(mle, self.pairs, config)}
+        return {**figures, **self.perplexities(mle)}
 
     def floors(self, train, levels):
         """What an answer is worth that knows nothing of the context.
@@ -1007,13 +1022,6 @@ class Evaluator:
             levels = balanced(targets.probs, targets.share, exponent).argmax(-1)
             ceilings[name] = self.compare(dict.fromkeys(self.human, levels))
         return ceilings
-
-
-def perplexities(t5, pairs, config):
-    """Of the whole human responses, a token and a word; the end of a response is predicted, too."""
-    loss, tokens = total_loss(t5, pairs, config.eval.batch_size, positions=2**13)
-    count = sum(len(words(dialogue.response)) + 1 for dialogue in pairs.dialogues)
-    return {"perplexity": exp(loss / tokens), "perplexity_per_word": exp(loss / count)}
 
 
 def exp(nats):

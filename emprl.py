@@ -1,4 +1,4 @@
-"""EmpRL, end to end: settings and presets, the recipe, the run folder, the evaluation, the commands.
+"""EmpRL, end to end: settings and presets, the recipe, run folder, evaluation, commands.
 
     python emprl.py                            train and evaluate the preset `toy`: minutes
     python emprl.py --preset real --data DIR   the real corpora, from scratch
@@ -343,7 +343,7 @@ def run_all(run, ppo_trainer=PPOTrainer):
 
 
 def load_corpus(config):
-    """The corpus that config.data_path says, and two parts of it: test, as long as wanted, probe."""
+    """The corpus that config.data_path says; its test part is as long as wanted."""
     sizes = config.data
     if not config.data_path:
         corpus = data.embedded_corpus(
@@ -435,6 +435,7 @@ def mle_trainer(t5, train, valid, config):
     return Trainer(t5, loss_sum, rows_at, validate, settings)
 
 
+@torch.no_grad()
 def total_loss(t5, pairs, size=64, positions=2**15):
     """The negative log-likelihood of all responses in nats, and the number of their tokens."""
     total, tokens = 0.0, 0
@@ -952,7 +953,21 @@ class Evaluator:
         responses, kl = respond_and_compare(t5, self.reference, self.pairs, sampling, size)
         figures = self.measure(system, responses)
         figures["kl"] = None if sampling.greedy else kl
-        return {**figures, **perplexities(t5, self.pairs, self.run.config)}
+        return {**figures, **self.perplexities(t5)}
+
+    def perplexities(self, t5):
+        """Of the human responses, a token and a word; their ends are predicted, too.
+
+        Of one that is longer than max_scored the beginning counts, in both.
+        """
+        config, count = self.run.config, 0
+        loss, tokens = total_loss(t5, self.pairs, config.eval.batch_size, positions=2**13)
+        for dialogue, ids in zip(self.pairs.dialogues, self.pairs.responses):
+            text = dialogue.response
+            if len(ids) >= config.data.max_scored:
+                text = self.tokenizer.decode(ids)
+            count += len(words(text)) + 1
+        return {"perplexity": exp(loss / tokens), "perplexity_per_word": exp(loss / count)}
 
     def validate(self, t5):
         """Inside PPO: a few figures, and a context to look at."""
@@ -992,7 +1007,7 @@ class Evaluator:
         figures = self.measure("best_of_n", reward.best_of(tries, targets).responses)
         n = config.eval.best_of
         figures["kl"] = math.log(n) - (n - 1) / n  # at most this (Beirami et al. 2024)
-        return {**figures, **perplexities(mle, self.pairs, config)}
+        return {**figures, **self.perplexities(mle)}
 
     def floors(self, train, levels):
         """What an answer is worth that knows nothing of the context.
@@ -1025,13 +1040,6 @@ class Evaluator:
         return ceilings
 
 
-def perplexities(t5, pairs, config):
-    """Of the whole human responses, a token and a word; the end of a response is predicted, too."""
-    loss, tokens = total_loss(t5, pairs, config.eval.batch_size, positions=2**13)
-    count = sum(len(words(dialogue.response)) + 1 for dialogue in pairs.dialogues)
-    return {"perplexity": exp(loss / tokens), "perplexity_per_word": exp(loss / count)}
-
-
 def exp(nats):
     """e^nats; infinite where a float ends, at 710 nats."""
     return math.inf if nats > 700 else math.exp(nats)
@@ -1058,19 +1066,14 @@ def responses_jsonl(test):
     """A line for each context: all replies to it, and the levels that each classifier tells."""
     lines = []
     for i, dialogue in enumerate(test.pairs.dialogues):
-        levels = {}
-        for who, human in test.human.items():
-            levels[who] = {"human": human[i].tolist()}
-            for system, replies in test.replies.items():
-                levels[who][system] = replies.levels[who][i].tolist()
-        record = {
-            "id": dialogue.id,
-            "context": dialogue.context,
-            "human": dialogue.response,
-            "replies": {system: replies.texts[i] for system, replies in test.replies.items()},
-            "levels": levels,
-        }
-        lines.append(json.dumps(record) + "\n")
+        levels = {who: {"human": table[i].tolist()} for who, table in test.human.items()}
+        texts = {}
+        for system, replies in test.replies.items():
+            texts[system] = replies.texts[i]
+            for who, table in replies.levels.items():
+                levels[who][system] = table[i].tolist()
+        record = {"id": dialogue.id, "context": dialogue.context, "human": dialogue.response}
+        lines.append(json.dumps({**record, "replies": texts, "levels": levels}) + "\n")
     return "".join(lines)
 
 
@@ -1141,22 +1144,29 @@ def in_columns(cells):
 def example_lines(test):
     """A context whose levels EmpRL met and MLE did not, if there is one."""
     change = changes(test)
-    i = change.index(max(change))
     closer, further = change.count(1) / len(change), change.count(-1) / len(change)
-    dialogue = test.pairs.dialogues[i]
-    replies = {"human": (dialogue.response, test.human)}
-    for system in ("mle", "emprl"):
-        found = test.replies[system]
-        replies[SYSTEMS[system]] = (found.texts[i], found.levels)
+    share = f"In {closer:.0%} of the contexts EmpRL is closer than MLE, in {further:.0%}"
+    i = change.index(max(change))
     lines = [
-        f"In {closer:.0%} of the contexts EmpRL is closer than MLE, in {further:.0%} less close."
-        + (" As here:" if closer else ""),
-        f"context  {shorten(' / '.join(dialogue.context))}",
+        f"{share} less close." + (" As here:" if closer else ""),
+        f"context  {shorten(' / '.join(test.pairs.dialogues[i].context))}",
     ]
-    for name, (text, levels) in replies.items():
-        lines.append(f"{name:<9}[{in_words(levels[test.truth][i])}]")
-        lines.append(f"{'':<9}{shorten(text)}")
+    replies = replies_to(test, i)
+    for name in ("human", "MLE", "EmpRL"):
+        text, levels = replies[name]
+        lines += [f"{name:<9}[{levels}]", f"{'':<9}{shorten(text)}"]
     return lines
+
+
+def replies_to(test, i):
+    """Who -> (text, levels in words): the human's and the systems' replies to a context."""
+    replies = {
+        "human": (test.pairs.dialogues[i].response, in_words(test.human[test.truth][i]))
+    }
+    for system, name in SYSTEMS.items():
+        found = test.replies[system]
+        replies[name] = (found.texts[i], in_words(found.levels[test.truth][i]))
+    return replies
 
 
 def shorten(text, width=71):
@@ -1179,8 +1189,10 @@ def answer(metrics, truth):
 
     truth: "oracle", or "judge" where there is none.
     """
-    gains = {who: metrics["gain"].get(prefix + "emp_f1") for who, prefix in PREFIX.items()}
-    gain, own, judge = gains[truth], gains["identifiers"], gains["judge"]
+    before, after, best = (metrics[system] for system in ("mle", "emprl", "best_of_n"))
+    own, judge = metrics["gain"]["emp_f1"], metrics["gain"]["judge_emp_f1"]
+    key = PREFIX[truth] + "emp_f1"
+    gain = metrics["gain"][key]
     how = "no better than MLE's, as far as can be told"
     if gain["low"] > 0:
         how = "better than MLE's"
@@ -1189,17 +1201,20 @@ def answer(metrics, truth):
     agrees = "no sign that the reward was gamed"
     if own["low"] > 0 and judge["low"] <= 0:
         agrees = "no sure gain, so the reward may have been gamed"
-    before, after, best = (metrics[system] for system in ("mle", "emprl", "best_of_n"))
-    key = PREFIX[truth] + "emp_f1"
-    return (
+    first = (
         f"EmpRL's replies match the human's levels {how}: Emp-F1 {number(after[key])} against "
-        f"{number(before[key])} by the {truth}, {in_percent(gain)}. "
-        f"The identifiers, which gave the reward, see {percent(own['relative'])}; the judge, "
-        f"which never did, sees {percent(judge['relative'])}: {agrees}. "
-        f"The perplexity of the human replies goes from {number(before['perplexity'])} to "
-        f"{number(after['perplexity'])}, and the best of several replies of MLE, which needs no "
-        f"training, has Emp-F1 {number(best[key])}."
+        f"{number(before[key])} by the {truth}, {in_percent(gain)}."
     )
+    second = (
+        f"The identifiers, which gave the reward, see {percent(own['relative'])}; the judge, "
+        f"which never did, sees {percent(judge['relative'])}: {agrees}."
+    )
+    third = (
+        f"The perplexity of the human replies goes from {number(before['perplexity'])} to "
+        f"{number(after['perplexity'])}, and the best of several replies of MLE, for which "
+        f"nothing is trained, has Emp-F1 {number(best[key])}."
+    )
+    return f"{first} {second} {third}"
 
 
 COLUMNS = ("mle", "best_of_n", "emprl", "mle_greedy", "emprl_greedy")
@@ -1229,6 +1244,28 @@ BOUND_ROWS = {
 }
 
 
+def report_page(run, metrics, test, pictures):
+    """A page to be read: the question, the answer, the pictures, the tables by topic."""
+    parts = [
+        f"# EmpRL, preset {run.config.preset}, seed {run.config.seed}",
+        "**Does PPO bring the empathy levels of the replies closer to those of human replies?**",
+        answer(metrics, test.truth),
+        "Each reply has a level (none, weak, strong) of emotional reaction, interpretation and "
+        f"exploration. There are {len(test.pairs)} test contexts. Replies to read are in "
+        "[samples.md](samples.md). In brackets: the key in metrics.json.",
+    ]
+    for name, caption in pictures.items():
+        parts += [f"![{caption}](plots/{name}.png)", f"*{caption}*"]
+    parts += ["## Levels", level_table(metrics, test)]
+    parts += ["## By mechanism", mechanism_table(metrics, test)]
+    parts += ["## Floors and ceilings", bounds_table(metrics, test)]
+    texts = {system: metrics[system] for system in (*COLUMNS, "human")}
+    parts += ["## Text", table("text", texts, TEXT_ROWS)]
+    parts += ["## The classifiers", classifier_table(metrics)]
+    parts.append(f"Seconds: {run.seconds}.")
+    return "\n\n".join(parts) + "\n"
+
+
 def table(title, columns, rows):
     """Markdown. columns: {head: its figures by key}. rows: {key: what it means}."""
     lines = [[title, *columns], ["---"] + ["---:"] * len(columns)]
@@ -1247,52 +1284,39 @@ def level_table(metrics, test):
     return table("levels, told by", {system: metrics[system] for system in COLUMNS}, rows)
 
 
+def mechanism_table(metrics, test):
+    floor, ceiling = bounds(metrics).items()
+    systems = [(name, metrics[system]) for system, name in SYSTEMS.items()]
+    rows = {f"{PREFIX[test.truth]}emp_f1_{m}": name for m, name in MECHANISM_NAMES.items()}
+    return table(f"F1, by the {test.truth}", dict([floor, *systems, ceiling]), rows)
+
+
 def bounds(metrics):
-    """The floor and the ceiling that pages and pictures show."""
+    """The floor and the ceiling that tables and pictures show."""
     return {
         "commonest level": metrics["floors"]["majority"],
         "foreseeable": metrics["ceiling"]["context_balanced"],
     }
 
 
-def report_page(run, metrics, test, pictures):
-    """A page to be read: the question, the answer, the pictures, the tables by topic."""
-    truth = PREFIX[test.truth]
-    systems = {name: metrics[system] for system, name in SYSTEMS.items()}
-    by_mechanism = {f"{truth}emp_f1_{m}": name for m, name in MECHANISM_NAMES.items()}
-    found = {}  # each floor and ceiling
-    for kind in ("floors", "ceiling"):
-        found |= {f"{kind}.{name}": figures for name, figures in metrics[kind].items()}
-    limits = {}  # who tells the levels -> Emp-F1 of each of them
-    for who in test.human:
-        key = PREFIX[who] + "emp_f1"
-        limits[who] = {name: figures.get(key) for name, figures in found.items()}
-    known = {name: meaning for name, meaning in BOUND_ROWS.items() if name in found}
-    texts = {system: metrics[system] for system in (*COLUMNS, "human")}
-    right = {}  # F1 of both classifiers on labelled pairs
+def bounds_table(metrics, test):
+    columns, rows = {who: {} for who in test.human}, {}
+    for row, meaning in BOUND_ROWS.items():
+        kind, name = row.split(".")
+        if name in metrics[kind]:  # not all are known of every corpus
+            rows[row] = meaning
+            for who, column in columns.items():
+                column[row] = metrics[kind][name].get(PREFIX[who] + "emp_f1")
+    return table("Emp-F1, told by", columns, rows)
+
+
+def classifier_table(metrics):
+    """Accuracy and F1 on labelled pairs that no classifier has seen."""
+    columns = {}
     for who in ("identifiers", "judge"):
         for kind in ("accuracy", "macro_f1", "weighted_f1"):
-            right[f"{who} {kind}"] = {m: metrics[who][m][kind] for m in MECHANISMS}
-
-    parts = [
-        f"# EmpRL, preset {run.config.preset}, seed {run.config.seed}",
-        "**Does PPO bring the empathy levels of the replies closer to those of human replies?**",
-        answer(metrics, test.truth),
-        "Each reply has a level (none, weak, strong) of emotional reaction, interpretation and "
-        f"exploration. There are {len(test.pairs)} test contexts. Replies to read are in "
-        "[samples.md](samples.md). In brackets: the key in metrics.json.",
-    ]
-    for name, caption in pictures.items():
-        parts += [f"![{caption}](plots/{name}.png)", f"*{caption}*"]
-    parts += ["## Levels", level_table(metrics, test)]
-    floor, ceiling = bounds(metrics).items()
-    across = dict([floor, *systems.items(), ceiling])
-    parts += ["## By mechanism", table(f"F1, by the {test.truth}", across, by_mechanism)]
-    parts += ["## Floors and ceilings", table("Emp-F1, told by", limits, known)]
-    parts += ["## Text", table("text", texts, TEXT_ROWS)]
-    parts += ["## The classifiers", table("on labelled pairs", right, MECHANISM_NAMES)]
-    parts.append(f"Seconds: {run.seconds}.")
-    return "\n\n".join(parts) + "\n"
+            columns[f"{who} {kind}"] = {m: metrics[who][m][kind] for m in MECHANISMS}
+    return table("on labelled pairs", columns, MECHANISM_NAMES)
 
 
 def samples_page(test, count=12):
@@ -1319,11 +1343,8 @@ def sample(test, i):
     """A context, and what the human and each system replied."""
     dialogue = test.pairs.dialogues[i]
     lines = [f"**{dialogue.emotion or 'context'}** {' / '.join(dialogue.context)}", ""]
-    lines.append(f"* human: {dialogue.response} [{in_words(test.human[test.truth][i])}]")
-    for system, name in SYSTEMS.items():
-        replies = test.replies[system]
-        levels = in_words(replies.levels[test.truth][i])
-        lines.append(f"* {name}: {replies.texts[i]} [{levels}]")
+    for name, (text, levels) in replies_to(test, i).items():
+        lines.append(f"* {name}: {text} [{levels}]")
     return "\n".join(lines)
 
 
@@ -1525,19 +1546,29 @@ def apply_setting(config, setting):
             f"--set {setting}: no such option; write NAME=VALUE with one of {known}"
         )
     part, f = options[name]
-    kind = type(f.default)
-    flags = {"on": True, "off": False}
+    kind, meta = type(f.default), f.metadata
     try:
-        value = flags[text] if kind is bool else kind(text)
+        value = {"on": True, "off": False}[text] if kind is bool else kind(text)
     except (ValueError, KeyError):
-        wanted = "on or off" if kind is bool else f"a valid {kind.__name__}"
-        raise DataError(f"--set {setting}: not {wanted}") from None
-    low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
-    if choices and value not in choices:
-        raise DataError(f"--set {setting}: one of {', '.join(choices)}")
-    if kind in (int, float) and not low <= value <= high:
-        raise DataError(f"--set {setting}: from {low:g} to {high:g}")
+        value = None
+    if kind in (bool, str):
+        is_legal = value is not None and value in (meta["choices"] or [value])
+    else:
+        is_legal = value is not None and meta["low"] <= value <= meta["high"]
+    if not is_legal:
+        raise DataError(f"--set {setting}: it takes {legal(f)}")
     setattr(part, f.name, value)
+
+
+def legal(f):
+    """The values that an option takes, in words."""
+    low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
+    if isinstance(f.default, bool):
+        return "on or off"
+    if choices:
+        return "one of " + " | ".join(choices)
+    kind = "a whole number" if isinstance(f.default, int) else "a number"
+    return f"{kind} from {low:g} to {high:g}"
 
 
 def make_config(preset="toy", seed=0, data_path="", t5_dir="", settings=()):
@@ -1619,18 +1650,11 @@ def print_options():
             section = name.split(".")[0]
             say(f"\n{section}")
         default = getattr(part, f.name)
-        low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
-        legal = " | ".join(choices) if choices else f"{low:g} to {high:g}"
-        if isinstance(default, bool):
-            legal = "on | off"
-        say(f"  {name} = {shown(default)}  ({legal})\n      {f.metadata['help']}")
-        others = []
+        say(f"  {name} = {shown(default)}  ({legal(f)})\n      {f.metadata['help']}")
         for preset in ("real", "paper"):
             value = getattr(presets[preset][name][0], f.name)
             if value != default:
-                others.append(f"{preset} {shown(value)}")
-        if others:
-            say(f"      {', '.join(others)}")
+                say(f"      {preset}: {shown(value)}")
     say(f"\n{len(presets['toy'])} options; the defaults are those of toy")
 
 
@@ -1876,42 +1900,29 @@ def make_parser():
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("run", help="train and evaluate (what is done by default)")
-    command.set_defaults(do=start_run)
-    command.add_argument("--preset", default="toy", choices=PRESETS)
-    command.add_argument(
-        "--data", default="", help="folder of the real corpora, or your own file"
-    )
-    command.add_argument("--t5", default="", help="folder of an official T5 checkpoint")
-    command.add_argument("--run", default="", help="where results go: runs/PRESET-seedN")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=VALUE",
-        help="see options",
-    )
+    def command(name, do, help):
+        """A new command; returns what adds an argument to it."""
+        added = commands.add_parser(name, help=help)
+        added.set_defaults(do=do)
+        return added.add_argument
 
-    command = commands.add_parser("evaluate", help="measure a finished run on other dialogues")
-    command.set_defaults(do=evaluate)
-    command.add_argument("--run", required=True, help="folder of a finished run")
-    command.add_argument("--data", required=True, help="your dialogues, .jsonl or .csv")
-
-    command = commands.add_parser("chat", help="talk to a finished run")
-    command.set_defaults(do=chat)
-    command.add_argument("--run", required=True, help="folder of a finished run")
-
-    for name in ("run", "evaluate", "chat"):
-        commands.choices[name].add_argument("--device", default="", choices=("cpu", "cuda"))
-
-    command = commands.add_parser("download", help="fetch the two public corpora")
-    command.set_defaults(do=download)
-    command.add_argument("folder")
-
-    command = commands.add_parser("options", help="print every setting of --set")
-    command.set_defaults(do=lambda arguments: print_options())
+    run = command("run", start_run, "train and evaluate (what is done by default)")
+    run("--preset", default="toy", choices=PRESETS)
+    run("--data", default="", help="folder of the real corpora, or your own file")
+    run("--t5", default="", help="folder of an official T5 checkpoint")
+    run("--run", default="", help="where results go: runs/PRESET-seedN")
+    run("--seed", type=int, default=0)
+    settings = {"nargs": "+", "action": "extend", "default": [], "metavar": "NAME=VALUE"}
+    run("--set", **settings, help="see options")
+    measure = command("evaluate", evaluate, "measure a finished run on other dialogues")
+    measure("--data", required=True, help="your dialogues, .jsonl or .csv")
+    talk = command("chat", chat, "talk to a finished run")
+    for argument in (measure, talk):
+        argument("--run", required=True, help="folder of a finished run")
+    for argument in (run, measure, talk):
+        argument("--device", default="", choices=("cpu", "cuda"))
+    command("download", download, "fetch the two public corpora")("folder")
+    command("options", lambda arguments: print_options(), "print every setting of --set")
     return parser
 
 

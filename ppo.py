@@ -368,6 +368,7 @@ def sample(t5, pairs, sampling, size):
         yield rows, source, sampled, response_mask(sampled.ids)
 
 
+@torch.no_grad()
 def respond(t5, pairs, sampling, size=128):
     """A response for every context of pairs: lists of ids without padding, </s> included."""
     responses = [None] * len(pairs)

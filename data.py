@@ -1056,7 +1056,7 @@ def download(folder, sources=SOURCES, progress=print):
 def _fetch(url, path, digest, progress):
     """Put the file with this SHA-256 at `path`; until it is whole it is called `path`.part."""
     part = f"{path}.part"
-    _write(part, b"", "ab")
+    _write(part, b"", "a")
     try:
         if sha256(part) != digest:
             _fetch_rest(url, part, SIZES.get(os.path.basename(path), LARGEST), progress)
@@ -1088,10 +1088,10 @@ def _fetch_rest(url, part, limit, progress):
     with urlopen(request, timeout=30) as answer:
         if answer.status != 206:  # not a part of the file, but all of it
             have = 0
-            _write(part, b"", "wb")
+            _write(part, b"", "w")
         size = have + (answer.length or 0)  # in all; 0: the server does not tell
         while block := answer.read(1 << 20):
-            _write(part, block, "ab")
+            _write(part, block, "a")
             have += len(block)
             if have > limit:
                 os.truncate(part, 0)
@@ -1129,9 +1129,9 @@ def _unpack(archive, folder, members):
             raise DataError(f"{archive}: no {name} in it; fetch it again")
         # A crash must not leave half a file under the name.
         path = os.path.join(folder, name)
-        _write(f"{path}.tmp", found[name], "wb")
+        _write(f"{path}.tmp", found[name], "w")
         os.replace(f"{path}.tmp", path)
-    _write(_sums_path(folder, members), _sums(folder, members), "wb")
+    _write(_sums_path(folder, members), _sums(folder, members), "w")
 
 
 def _is_unpacked(folder, members):
@@ -1160,7 +1160,7 @@ def _write(path, content, mode):
     """
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, mode) as file:
+        with open(path, f"{mode}b") as file:
             file.write(content)
     except OSError as error:
         remedy = "choose another folder"

@@ -1,4 +1,4 @@
-"""EmpRL, end to end: settings and presets, the recipe, the run folder, the evaluation, the commands.
+"""EmpRL, end to end: settings and presets, the recipe, run folder, evaluation, commands.
 
     python emprl.py                            train and evaluate the preset `toy`: minutes
     python emprl.py --preset real --data DIR   the real corpora, from scratch
@@ -10,6 +10,17 @@
 Read `run_all` first: it is the whole method on a page. The commands at the end may be skipped.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # the imports below take a second, which Ctrl-C may end
+
+    def stop(*_):
+        os.write(2, b"\nstopped\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, stop)
+
 import argparse
 import contextlib
 import errno
@@ -17,20 +28,22 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
+import unicodedata
+import warnings
 import zlib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import data
@@ -55,7 +68,7 @@ from identifiers import (
     classifier_figures,
     compare_levels,
     confusions,
-    emp_f1,
+    f1_scores,
     expected_targets,
     make_classifier,
     paired_bootstrap,
@@ -289,25 +302,18 @@ def run_all(run, ppo_trainer=PPOTrainer):
     )
 
     # 1. The initial policy: T5 learns to reply as people did (maximum likelihood).
-    run.train(
-        "pretrain", pretrainer(mle, pairs["turns"], tokenizer, config), config.data, config.t5
-    )
+    trainer = pretrainer(mle, pairs["turns"], tokenizer, config)
+    run.train("pretrain", trainer, config.data, config.t5, config.pretrain)
     run.train("mle", mle_trainer(mle, pairs["train"], pairs["valid"], config))
-    save_pretrained(mle, run.folder / "mle")
 
     # 2. Two classifiers of empathy levels. The identifiers give the reward. The judge, trained
     #    on other data, never does: what both see is not an artefact of the reward.
     classifiers = {
         "identifiers": train_classifier(
-            run, "identifiers", mle, labelled["train"], labelled["valid"], config.identifiers
+            run, "identifiers", mle, labelled["train"], labelled["valid"]
         ),
         "judge": train_classifier(
-            run,
-            "judge",
-            mle,
-            labelled["judge_train"],
-            labelled["judge_valid"],
-            config.identifiers,
+            run, "judge", mle, labelled["judge_train"], labelled["judge_valid"]
         ),
     }
 
@@ -315,11 +321,13 @@ def run_all(run, ppo_trainer=PPOTrainer):
     targets = find_targets(run, mle, classifiers["identifiers"], whole)
 
     # 4. PPO towards these levels, close to the initial policy.
+    say("reward      0 to 1: how likely a reply has all three levels that it should have")
     reward = EmpathyReward(classifiers["identifiers"], config.reward)
     prompts = PromptBatches(pairs["train"], targets.train, config.ppo.batch_size, config.seed)
     validate = Evaluator(run, whole["probe"], tokenizer, classifiers, mle).validate
     trainer = ppo_trainer(mle, reward, prompts, config.exploring, config.ppo, validate)
-    run.train("ppo", trainer, config.reward, config.exploring)
+    run.train("ppo", trainer, config.reward, config.exploring, config.replying)
+    save_pretrained(mle, run.folder / "mle")
     save_pretrained(trainer.model, run.folder / "emprl")
 
     # 5. Before and after: replies to the same test contexts, seen by the same classifiers.
@@ -335,7 +343,7 @@ def run_all(run, ppo_trainer=PPOTrainer):
 
 
 def load_corpus(config):
-    """The corpus that config.data_path says, and two parts of it: test, as long as wanted, probe."""
+    """The corpus that config.data_path says; its test part is as long as wanted."""
     sizes = config.data
     if not config.data_path:
         corpus = data.embedded_corpus(
@@ -427,6 +435,7 @@ def mle_trainer(t5, train, valid, config):
     return Trainer(t5, loss_sum, rows_at, validate, settings)
 
 
+@torch.no_grad()
 def total_loss(t5, pairs, size=64, positions=2**15):
     """The negative log-likelihood of all responses in nats, and the number of their tokens."""
     total, tokens = 0.0, 0
@@ -437,8 +446,9 @@ def total_loss(t5, pairs, size=64, positions=2**15):
     return total, tokens
 
 
-def train_classifier(run, name, mle, train, valid, config):
+def train_classifier(run, name, mle, train, valid):
     """A classifier of levels, trained on labelled pairs and frozen."""
+    config = classifier_settings(run.config, name)
     start = mle  # the T5 whose encoder a network copies
     if config.start == "t5":
         start = initial_t5(run, run.tokenizer)
@@ -448,6 +458,15 @@ def train_classifier(run, name, mle, train, valid, config):
     rows_at = batches(train.lengths(), config.batch_size, seed)
     run.train(name, classifier.trainer(train, valid, rows_at, config))
     return classifier.eval().requires_grad_(False)
+
+
+def classifier_settings(config, name):
+    """The identifiers', and the judge has the same; the context classifier's differ a little."""
+    if name != "context":
+        return config.identifiers
+    own = asdict(config.context)
+    # of this classifier plain probabilities are wanted
+    return replace(config.identifiers, class_weight=0.0, keep="loss", **own)
 
 
 @dataclass
@@ -467,28 +486,21 @@ def find_targets(run, mle, identifiers, pairs):
     The levels of the one human response, which the paper aims for, are noisy: other people
     would have replied otherwise. The context classifier learns how likely each level is.
     """
-    config = run.config
+    config = run.config.reward
     levels = {part: predict_levels(identifiers, pairs[part]) for part in ("train", "valid")}
     contexts = {part: without_response(pairs[part], levels.get(part)) for part in pairs}
-    settings = replace(
-        config.identifiers,
-        steps=config.context.steps,
-        lr=config.context.lr,
-        penalty=config.context.penalty,
-        class_weight=0.0,  # plain probabilities are wanted here
-        keep="loss",
-    )
-    context = train_classifier(
-        run, "context", mle, contexts["train"], contexts["valid"], settings
-    )
+    context = train_classifier(run, "context", mle, contexts["train"], contexts["valid"])
+
     train = predict(context, contexts["train"]).exp()
     test = predict(context, contexts["test"]).exp()
     share = train.mean(0)
-    expected = expected_targets(config.reward, train, share)
+    aims = expected_targets(config, train, share)
+    if config.target == "human":
+        aims = levels["train"]
     return Targets(
         human=levels["train"],
-        train=levels["train"] if config.reward.target == "human" else expected,
-        test=expected_targets(config.reward, test, share),
+        train=aims,
+        test=expected_targets(config, test, share),
         probs=test,
         share=share,
     )
@@ -529,6 +541,7 @@ class Run:
         self.command = command  # the command line, for messages
         self.code = code_version()
         self.content = ""  # digest of what training starts from
+        self.evaluation = ""  # digest of what else the figures depend on
         self.results = {}  # stage -> digest of its weights
         self.logs = {}  # stage -> a record for each step
         self.seconds = {}  # stage -> how long it took
@@ -536,24 +549,34 @@ class Run:
         self.noted = False
         self.in_loop = False
         self.interrupted = False
-        self.started = time.time()
+        self.clock = time.time()
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
     def begin(self, corpus, tokenizer, t5):
         """Say what there is to learn from, and what results in this folder have to be made of."""
-        learnt_from = []
-        for parts in (corpus.dialogues, corpus.labelled):
-            for part in sorted(parts.keys() - {"test"}):
-                learnt_from += [vars(dialogue) for dialogue in parts[part]]
-        self.content = digest([learnt_from, digest_weights(t5.state_dict())])
         self.tokenizer = tokenizer
+        learnt, measured = [], []
+        for parts in (corpus.dialogues, corpus.labelled):
+            for name, dialogues in sorted(parts.items()):
+                seen_by = measured if name in ("test", "probe") else learnt
+                seen_by.append([vars(dialogue) for dialogue in dialogues])
+        self.content = digest([learnt, digest_weights(t5.state_dict())])
+        settings = [asdict(self.config.replying), asdict(self.config.eval)]
+        self.evaluation = digest([measured, settings])
+        made_of = self.read_json("metrics.json", {}).get("made_of", {})
+        self.check_key("metrics.json", made_of.get("evaluation"), self.evaluation)
+
         parameters = sum(p.numel() for p in t5.parameters()) / 1e6
-        for note in (
-            *corpus.notes,
-            f"{tokenizer.vocab_size} tokens, {parameters:.2f} M parameters",
-        ):
+        size = f"{tokenizer.vocab_size} tokens, {parameters:.2f} M parameters"
+        for note in (*corpus.notes, size):
             say(f"data        {printable(note)}")
-        self.seconds["data"] = round(time.time() - self.started, 1)
+        self.seconds["data"] = round(time.time() - self.clock, 1)
+
+    def check_key(self, name, found, wanted):
+        """Raises DataError if a result is there (found: its key), and is of something else."""
+        if found not in (None, wanted):
+            here = self.folder / name
+            raise DataError(f"{here}: of other settings or other data; {self.elsewhere()}")
 
     def seed(self, stage, step=0):
         """Seed torch from (seed, stage, step): a resumed step draws what any other would."""
@@ -565,37 +588,34 @@ class Run:
         A stage is made of the data, of all earlier stages, of its trainer's settings, and of
         the `settings` that are named here. What is there already must be made of the same.
         """
-        path = self.folder / "checkpoints" / f"{name}.pt"
+        file = f"checkpoints/{name}.pt"
         made_of = [asdict(part) for part in (trainer.config, *settings)]
         key = digest([self.config.seed, self.content, self.results, made_of])
-        state = load_stage(path)
-        if state and state["key"] != key:
-            raise DataError(
-                f"{path}: of another configuration or other data; {self.elsewhere()}"
-            )
+        state = load_stage(self.folder / file)
+        self.check_key(file, state.get("key"), key)
         if not state.get("done"):
             self.note_start()
-            state = self.loop(name, trainer, path, {**state, "key": key})
+            state = self.loop(name, trainer, self.folder / file, {**state, "key": key})
         trainer.model.load_state_dict(state["weights"])
         trainer.model.eval()
         self.results[name] = digest_weights(state["weights"])
         self.seconds[name] = round(state["seconds"], 1)
-        self.write_log(name, state["log"])
+        self.logs[name] = state["log"]
+        self.clock = time.time()
 
     def loop(self, name, trainer, path, state):
         """Train to the end; what is needed to go on is saved now and then. Returns the state."""
         started = time.time() - state.get("seconds", 0.0)
         log = state.get("log", [])
+        self.logs[name] = log
         if log:
             trainer.load_state_dict(state["trainer"])
 
         def save(**result):
-            self.write_log(
-                name, log
-            )  # first: a resumed run writes over what is too much in it
+            self.write_log()  # first: a resumed run writes over what is too much in it
             seconds = time.time() - started
-            new = {"key": state["key"], "code": self.code, "seconds": seconds, "log": log}
-            save_atomically({**new, **result}, path)
+            new = {"key": state["key"], "seconds": seconds, "log": log, **result}
+            save_atomically(new, path)
 
         progress = Progress(name, trainer, len(log))
         saved = time.time()
@@ -604,7 +624,11 @@ class Run:
             self.seed(name, i)
             record = trainer.step(i)
             log.append({"stage": name, "step": i, **record})
-            progress.show(i, record, trainer.warnings(record, log[0]))
+            signs = []
+            if record.get("skipped") != 1:
+                first = next(x for x in log if x.get("skipped") != 1)
+                signs = trainer.warnings(record, first)
+            progress.show(i, record, signs)
             self.stop_if_nothing_is_learnt(name, log)
             due = time.time() - saved > self.save_every and not record.get("skipped")
             if due or self.interrupted:
@@ -615,7 +639,7 @@ class Run:
         self.in_loop = False
         trainer.finish()
         weights = trainer.model.state_dict()
-        broken = [name for name, x in weights.items() if not x.isfinite().all()]
+        broken = [tensor for tensor, x in weights.items() if not x.isfinite().all()]
         if broken:
             raise DataError(f"{name}: training diverged ({broken[0]}); {remedy(name)}")
         save(done=True, weights=weights)
@@ -640,12 +664,12 @@ class Run:
         number = 2
         while Path(f"{self.folder}-{number}").exists():
             number += 1
-        arguments = list(self.command)
-        if "--run" in arguments:
-            at = arguments.index("--run")
-            del arguments[at : at + 2]
-        arguments += ["--run", f"{self.folder}-{number}"]
-        return f"take another folder: {command_line(['python', 'emprl.py', *arguments])}"
+        words = list(self.command)
+        if "--run" in words:
+            at = words.index("--run")
+            del words[at : at + 2]
+        other = program(*words, "--run", f"{self.folder}-{number}")
+        return f"take another folder: {other}"
 
     def note_start(self):
         """Before anything is trained: what this run is, for people and for later commands."""
@@ -656,8 +680,7 @@ class Run:
             (self.folder / stale).unlink(missing_ok=True)
         self.write("tokenizer.model", self.tokenizer.model)
         self.write_json("config.json", asdict(self.config))
-        path = self.folder / "environment.json"
-        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        starts = self.read_json("environment.json", [])
         if starts and starts[-1]["code"] != self.code:
             say("warning: other code than at the last start; finished stages are kept")
         self.write_json("environment.json", [*starts, environment(self)])
@@ -665,12 +688,15 @@ class Run:
     def finish(self, metrics):
         """metrics.json: the figures, and what they are figures of."""
         self.note_start()
-        self.seconds["evaluate"] = round(
-            time.time() - self.started - sum(self.seconds.values()), 1
-        )
+        self.write_log()
+        self.seconds["evaluate"] = round(time.time() - self.clock, 1)
         metrics["config"] = asdict(self.config)
         metrics["seconds"] = self.seconds
-        metrics["made_of"] = {**self.results, "tokenizer": digest_bytes(self.tokenizer.model)}
+        metrics["made_of"] = {
+            **self.results,
+            "tokenizer": digest_bytes(self.tokenizer.model),
+            "evaluation": self.evaluation,
+        }
         metrics["code"] = self.code
         self.write_json("metrics.json", metrics)
 
@@ -684,13 +710,17 @@ class Run:
     def write_json(self, name, content):
         self.write(name, to_json(content, indent=2) + "\n")
 
-    def write_log(self, stage, records):
+    def read_json(self, name, default):
+        """A JSON file of the folder; the default if there is none, or no whole one."""
+        try:
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return default
+
+    def write_log(self):
         """metrics.jsonl: a line for each step of all stages so far."""
-        self.logs[stage] = records
-        lines = []
-        for log in self.logs.values():
-            lines += [to_json(record) + "\n" for record in log]
-        self.write("metrics.jsonl", "".join(lines))
+        records = itertools.chain(*self.logs.values())
+        self.write("metrics.jsonl", "".join(to_json(record) + "\n" for record in records))
 
 
 class Progress:
@@ -754,6 +784,8 @@ def alone(folder):
             raise DataError(
                 f"{folder}: another command is at work there; wait, or take another folder"
             ) from None
+        except (ImportError, OSError):  # this system has no locks, or this disk
+            pass
         yield
 
 
@@ -791,21 +823,18 @@ def digest_weights(state):
 def code_version():
     """The commit of this folder, and the digest of what has changed since (None: nothing)."""
     folder = Path(__file__).resolve().parent
-    outside = {
-        **os.environ,
-        "GIT_CEILING_DIRECTORIES": str(folder.parent),
-    }  # no other's commit
+    environ = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}  # no other's
 
     def git(*arguments):
         command = ["git", "-C", str(folder), *arguments]
         try:
-            asked = subprocess.run(command, capture_output=True, env=outside)
+            asked = subprocess.run(command, capture_output=True, env=environ)
         except OSError:  # no git here
             return b""
         return asked.stdout if asked.returncode == 0 else b""
 
     commit = git("rev-parse", "HEAD").decode().strip()
-    changes = git("diff", "--binary", "HEAD")
+    changes = git("diff", "--binary", "HEAD") + git("status", "--porcelain", ":(glob)*.py")
     return {"commit": commit or None, "changed": digest_bytes(changes) if changes else None}
 
 
@@ -841,22 +870,18 @@ def gflops(threads, size=1024):
 
 def to_json(content, indent=None):
     """JSON that every program reads: it knows no infinity, so "inf", "-inf", "nan" are texts."""
-
-    def plain(x):
-        if isinstance(x, float) and not math.isfinite(x):
-            return str(x)
-        if isinstance(x, dict):
-            return {key: plain(value) for key, value in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [plain(value) for value in x]
-        return x
-
-    return json.dumps(plain(content), indent=indent, allow_nan=False)
+    plain = json.loads(json.dumps(content), parse_constant=lambda word: str(float(word)))
+    return json.dumps(plain, indent=indent, allow_nan=False)
 
 
 def command_line(words):
     """The words as they are typed in a shell, with quotes where they are needed."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def program(*words):
+    """The command that a reader can type to go on."""
+    return command_line(["python", "emprl.py", *words])
 
 
 def say(*texts, sep=" "):
@@ -928,7 +953,21 @@ class Evaluator:
         responses, kl = respond_and_compare(t5, self.reference, self.pairs, sampling, size)
         figures = self.measure(system, responses)
         figures["kl"] = None if sampling.greedy else kl
-        return {**figures, **perplexities(t5, self.pairs, self.run.config)}
+        return {**figures, **self.perplexities(t5)}
+
+    def perplexities(self, t5):
+        """Of the human responses, a token and a word; their ends are predicted, too.
+
+        Of one that is longer than max_scored the beginning counts, in both.
+        """
+        config, count = self.run.config, 0
+        loss, tokens = total_loss(t5, self.pairs, config.eval.batch_size, positions=2**13)
+        for dialogue, ids in zip(self.pairs.dialogues, self.pairs.responses):
+            text = dialogue.response
+            if len(ids) >= config.data.max_scored:
+                text = self.tokenizer.decode(ids)
+            count += len(words(text)) + 1
+        return {"perplexity": exp(loss / tokens), "perplexity_per_word": exp(loss / count)}
 
     def validate(self, t5):
         """Inside PPO: a few figures, and a context to look at."""
@@ -968,7 +1007,7 @@ class Evaluator:
         figures = self.measure("best_of_n", reward.best_of(tries, targets).responses)
         n = config.eval.best_of
         figures["kl"] = math.log(n) - (n - 1) / n  # at most this (Beirami et al. 2024)
-        return {**figures, **perplexities(mle, self.pairs, config)}
+        return {**figures, **self.perplexities(mle)}
 
     def floors(self, train, levels):
         """What an answer is worth that knows nothing of the context.
@@ -1001,16 +1040,9 @@ class Evaluator:
         return ceilings
 
 
-def perplexities(t5, pairs, config):
-    """Of the whole human responses, a token and a word; the end of a response is predicted, too."""
-    loss, tokens = total_loss(t5, pairs, config.eval.batch_size, positions=2**13)
-    count = sum(len(words(dialogue.response)) + 1 for dialogue in pairs.dialogues)
-    return {"perplexity": exp(loss / tokens), "perplexity_per_word": exp(loss / count)}
-
-
 def exp(nats):
     """e^nats; infinite where a float ends, at 710 nats."""
-    return math.exp(nats) if nats < 700 else math.inf
+    return math.inf if nats > 700 else math.exp(nats)
 
 
 # ---- the report -----------------------------------------------------------------------------
@@ -1027,26 +1059,21 @@ def report(run, metrics, test):
     pictures = draw_plots(run, metrics, test)
     run.write("samples.md", samples_page(test))
     run.write("report.md", report_page(run, metrics, test, pictures))
-    say(last_screen(run, metrics, test))
+    say("\n" + last_screen(run, metrics, test))
 
 
 def responses_jsonl(test):
     """A line for each context: all replies to it, and the levels that each classifier tells."""
     lines = []
     for i, dialogue in enumerate(test.pairs.dialogues):
-        levels = {}
-        for who, human in test.human.items():
-            levels[who] = {"human": human[i].tolist()}
-            for system, replies in test.replies.items():
-                levels[who][system] = replies.levels[who][i].tolist()
-        record = {
-            "id": dialogue.id,
-            "context": dialogue.context,
-            "human": dialogue.response,
-            "replies": {system: replies.texts[i] for system, replies in test.replies.items()},
-            "levels": levels,
-        }
-        lines.append(json.dumps(record) + "\n")
+        levels = {who: {"human": table[i].tolist()} for who, table in test.human.items()}
+        texts = {}
+        for system, replies in test.replies.items():
+            texts[system] = replies.texts[i]
+            for who, table in replies.levels.items():
+                levels[who][system] = table[i].tolist()
+        record = {"id": dialogue.id, "context": dialogue.context, "human": dialogue.response}
+        lines.append(json.dumps({**record, "replies": texts, "levels": levels}) + "\n")
     return "".join(lines)
 
 
@@ -1058,64 +1085,91 @@ def in_words(levels):
 
 def number(x):
     """Three decimals; nothing where nothing was measured."""
-    return "" if x is None else f"{x:.3f}"
+    if x is None:
+        return ""
+    return f"{x:.3f}" if abs(x) < 1e5 else f"{x:.2g}"
 
 
-def gain_in_words(gain):
-    """+37.0 % (95 % interval +31.6 % to +43.1 %)."""
-    return "{relative:+.1%} (95 % interval {low:+.1%} to {high:+.1%})".format(**gain)
+def percent(share):
+    return ">+9999%" if share > 100 else f"{share:+.1%}"
+
+
+def in_percent(gain):
+    """+37.0% (95 % interval +31.6% to +43.1%)."""
+    relative, low, high = (percent(gain[key]) for key in ("relative", "low", "high"))
+    return f"{relative} (95 % interval {low} to {high})"
 
 
 def last_screen(run, metrics, test):
-    """What was trained, whether it worked, by how much, how sure; one context; what is next."""
-    truth = PREFIX[test.truth] + "emp_f1"
-    seen_by = ["judge_emp_f1", truth] if test.truth == "oracle" else [truth]
-    names = {**SYSTEMS, "best_of_n": f"best of {run.config.eval.best_of} replies of MLE"}
-    heads = "".join(f"{key.split('_')[0]:>9}" for key in seen_by)
+    """What was trained, whether it worked, by how much, how sure; one context; what is next.
+
+    At most 20 lines of 80 columns.
+    """
+    systems = {
+        "human replies": {"judge_emp_f1": 1.0, "oracle_emp_f1": 1.0, **metrics["human"]},
+        "always the commonest levels": metrics["floors"]["majority"],
+        "MLE": metrics["mle"],
+        f"best of {run.config.eval.best_of} replies of MLE": metrics["best_of_n"],
+        "EmpRL": metrics["emprl"],
+    }
+    columns = {"judge_emp_f1": "judge", PREFIX[test.truth] + "emp_f1": test.truth}
+    columns |= {"perplexity": "perplex.", "unique": "distinct"}
     lines = [
-        "",
-        "A T5 learned to reply (MLE); PPO then moved its replies towards the empathy levels",
-        f"of the human replies (EmpRL). {len(test.pairs)} test contexts, levels told by:",
-        "",
-        f"{'Do levels match? Emp-F1, 0 to 1':<34}{heads}{'perplexity':>12}{'distinct':>10}",
+        "A T5 learned to reply as people did (MLE). PPO then moved its replies towards",
+        f"the empathy levels of human replies (EmpRL). On {len(test.pairs)} test contexts:",
+        f"{'do the levels match? (Emp-F1: 0 to 1)':<38}{in_columns(columns.values())}",
     ]
-    floor = "".join(f"{metrics['floors']['majority'][key]:>9.3f}" for key in seen_by)
-    lines.append(f"{'always the commonest level':<34}{floor}")
-    for system, name in names.items():
-        figures = metrics[system]
-        cells = "".join(f"{figures[key]:>9.3f}" for key in seen_by)
-        cells += f"{figures['perplexity']:>12.2f}{figures['unique']:>10.2f}"
-        lines.append(f"{name:<34}{cells}")
-    cells = "".join(f"{1:>9.3f}" for _ in seen_by)
-    lines.append(f"{'human':<34}{cells}{'':>12}{metrics['human']['unique']:>10.2f}")
+    for name, figures in systems.items():
+        cells = in_columns(number(figures.get(key)) for key in columns)
+        lines.append(f"{name:<38}{cells}".rstrip())
+    gain = in_percent(metrics["gain"][PREFIX[test.truth] + "emp_f1"])
+    lines.append(f"EmpRL over MLE: {gain}, by the {test.truth}.")
+    lines.append("The judge is a classifier that never gave the reward; the oracle is a rule.")
+    lines += example_lines(test)
+
+    command = program("chat", "--run", str(run.folder))
+    if len(command) > 76 or command != printable(command):
+        command = program("chat", "--run", "RUN") + "   (RUN: the folder in the first line)"
     lines.append(
-        f"EmpRL over MLE: {gain_in_words(metrics['gain'][truth])}, by the {test.truth}"
+        "Read report.md in the run's folder, open train.ipynb, or talk to both models:"
     )
-    lines += ["", *example_lines(test)]
-    command = command_line(["python", "emprl.py", "chat", "--run", str(run.folder)])
-    lines += ["", f"Read {run.folder}/report.md; then: {command}"]
+    lines.append(f"    {command}")
     return "\n".join(lines)
+
+
+def in_columns(cells):
+    return "".join(f"{cell:>10}" for cell in cells)
 
 
 def example_lines(test):
     """A context whose levels EmpRL met and MLE did not, if there is one."""
     change = changes(test)
-    improved = [i for i, sign in enumerate(change) if sign > 0]
-    i = improved[0] if improved else 0
-    dialogue = test.pairs.dialogues[i]
-    share = len(improved) / len(change)
-    lines = [f"{'context':<9}{shorten(' / '.join(dialogue.context))}"]
-    lines.append(f"{'human':<9}{shorten(dialogue.response)}")
-    lines.append(f"{'':<9}[{in_words(test.human[test.truth][i])}]")
-    for system in ("mle", "emprl"):
-        replies = test.replies[system]
-        lines.append(f"{SYSTEMS[system]:<9}{shorten(replies.texts[i])}")
-        lines.append(f"{'':<9}[{in_words(replies.levels[test.truth][i])}]")
-    lines.append(f"{'':<9}(EmpRL is closer than MLE in {share:.0%} of the contexts, as here)")
+    closer, further = change.count(1) / len(change), change.count(-1) / len(change)
+    share = f"In {closer:.0%} of the contexts EmpRL is closer than MLE, in {further:.0%}"
+    i = change.index(max(change))
+    lines = [
+        f"{share} less close." + (" As here:" if closer else ""),
+        f"context  {shorten(' / '.join(test.pairs.dialogues[i].context))}",
+    ]
+    replies = replies_to(test, i)
+    for name in ("human", "MLE", "EmpRL"):
+        text, levels = replies[name]
+        lines += [f"{name:<9}[{levels}]", f"{'':<9}{shorten(text)}"]
     return lines
 
 
-def shorten(text, width=70):
+def replies_to(test, i):
+    """Who -> (text, levels in words): the human's and the systems' replies to a context."""
+    replies = {
+        "human": (test.pairs.dialogues[i].response, in_words(test.human[test.truth][i]))
+    }
+    for system, name in SYSTEMS.items():
+        found = test.replies[system]
+        replies[name] = (found.texts[i], in_words(found.levels[test.truth][i]))
+    return replies
+
+
+def shorten(text, width=71):
     """One line of a terminal: the end is kept, since the newest turn is there."""
     text = printable(text)
     return text if len(text) <= width else "..." + text[-width + 3 :]
@@ -1130,37 +1184,40 @@ def changes(test):
     return (hits["emprl"] - hits["mle"]).sign().tolist()
 
 
-def answer(run, metrics, test):
-    """Did it work? Three sentences from the figures, whatever they say."""
-    truth = PREFIX[test.truth] + "emp_f1"
-    gain = metrics["gain"][truth]
-    mle, emprl, best = (metrics[name] for name in ("mle", "emprl", "best_of_n"))
+def answer(metrics, truth):
+    """Did it work? Three sentences from the figures, whatever they say.
+
+    truth: "oracle", or "judge" where there is none.
+    """
+    before, after, best = (metrics[system] for system in ("mle", "emprl", "best_of_n"))
+    own, judge = metrics["gain"]["emp_f1"], metrics["gain"]["judge_emp_f1"]
+    key = PREFIX[truth] + "emp_f1"
+    gain = metrics["gain"][key]
+    how = "no better than MLE's, as far as can be told"
     if gain["low"] > 0:
-        verdict = "EmpRL's replies match the human's levels better than MLE's"
-    elif gain["high"] < 0:
-        verdict = "EmpRL's replies match the human's levels worse than MLE's"
-    else:
-        verdict = "EmpRL's replies match the human's levels no better than MLE's, as far as can be told"
+        how = "better than MLE's"
+    if gain["high"] < 0:
+        how = "worse than MLE's"
+    agrees = "no sign that the reward was gamed"
+    if own["low"] > 0 and judge["low"] <= 0:
+        agrees = "no sure gain, so the reward may have been gamed"
     first = (
-        f"{verdict}: Emp-F1 {emprl[truth]:.3f} against {mle[truth]:.3f} by the {test.truth}, "
-        f"{gain_in_words(gain)}."
+        f"EmpRL's replies match the human's levels {how}: Emp-F1 {number(after[key])} against "
+        f"{number(before[key])} by the {truth}, {in_percent(gain)}."
     )
-    own, other = metrics["gain"]["emp_f1"], metrics["gain"]["judge_emp_f1"]
-    agree = "who never gave the reward, agrees"
-    if own["low"] > 0 and other["low"] <= 0:
-        agree = "who never gave the reward, sees no sure gain: the reward may have been gamed"
     second = (
-        f"The identifiers, which gave the reward, see {own['relative']:+.1%}; the judge, {agree}: "
-        f"{other['relative']:+.1%}."
+        f"The identifiers, which gave the reward, see {percent(own['relative'])}; the judge, "
+        f"which never did, sees {percent(judge['relative'])}: {agrees}."
     )
     third = (
-        f"The human responses are {emprl['perplexity'] / mle['perplexity']:.2f} times as "
-        f"surprising to EmpRL as to MLE, and best of {run.config.eval.best_of}, which trains "
-        f"nothing, has {best[truth]:.3f}."
+        f"The perplexity of the human replies goes from {number(before['perplexity'])} to "
+        f"{number(after['perplexity'])}, and the best of several replies of MLE, for which "
+        f"nothing is trained, has Emp-F1 {number(best[key])}."
     )
     return f"{first} {second} {third}"
 
 
+COLUMNS = ("mle", "best_of_n", "emprl", "mle_greedy", "emprl_greedy")
 LEVEL_ROWS = {
     "emp_f1": "Emp-F1, weighted: the paper's measure",
     "emp_macro_f1": "Emp-F1, macro: every level counts the same, however rare",
@@ -1177,64 +1234,14 @@ TEXT_ROWS = {
     "unique": "share of replies that occur once",
     "length": "words a reply",
 }
-COLUMNS = ("mle", "best_of_n", "emprl", "mle_greedy", "emprl_greedy")
-
-
-def table(header, rows):
-    """Markdown; figures to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def level_table(metrics, test):
-    """Systems across; a row for each figure of levels and each classifier."""
-    rows = []
-    for who in test.human:
-        for key, meaning in LEVEL_ROWS.items():
-            key = PREFIX[who] + key
-            cells = [number(metrics[system][key]) for system in COLUMNS]
-            rows.append([f"{who}: {meaning} [{key}]", *cells])
-    return table(["levels, told by", *COLUMNS], rows)
-
-
-def mechanism_table(metrics, test):
-    """Weighted F1 of each mechanism, with its floor and its ceiling."""
-    prefix = PREFIX[test.truth]
-    floor, ceiling = metrics["floors"]["majority"], metrics["ceiling"]["context_balanced"]
-    rows = []
-    for m, name in MECHANISM_NAMES.items():
-        key = f"{prefix}emp_f1_{m}"
-        cells = [number(x[key]) for x in (floor, *map(metrics.get, SYSTEMS), ceiling)]
-        rows.append([f"{name} [{key}]", *cells])
-    return table([f"F1, by the {test.truth}", "floor", *SYSTEMS.values(), "ceiling"], rows)
-
-
-def bounds_table(metrics, test):
-    """What is had for nothing, and what can be had at most."""
-    meanings = {
-        "majority": "always the commonest level of each mechanism",
-        "random_copy": "a response of the training part, drawn at random",
-        "best": "always the likeliest levels, by the rule of the embedded world",
-        "mle_ideal": "levels drawn by that rule, as a perfect MLE model does",
-        "context": "the likeliest levels by the context classifier",
-        "context_balanced": "the same, rare levels raised",
-    }
-    rows = []
-    for kind in ("floors", "ceiling"):
-        for name, figures in metrics[kind].items():
-            cells = [number(figures.get(PREFIX[who] + "emp_f1")) for who in test.human]
-            rows.append([f"{meanings[name]} [{kind}.{name}]", *cells])
-    return table(["Emp-F1, told by", *test.human], rows)
-
-
-def classifier_table(metrics):
-    """How well identifiers and judge do on labelled pairs that neither has seen."""
-    kinds = ("accuracy", "macro_f1", "weighted_f1")
-    rows = []
-    for who in ("identifiers", "judge"):
-        for m, name in MECHANISM_NAMES.items():
-            rows.append([f"{who}, {name}", *(number(metrics[who][m][kind]) for kind in kinds)])
-    return table(["on the labelled test part", *kinds], rows)
+BOUND_ROWS = {
+    "floors.majority": "always the commonest level of each mechanism",
+    "floors.random_copy": "a response of the training part, drawn at random",
+    "ceiling.best": "always the likeliest levels, by the rule of the embedded world",
+    "ceiling.mle_ideal": "levels drawn by that rule, as a perfect MLE model does",
+    "ceiling.context": "the likeliest levels by the context classifier",
+    "ceiling.context_balanced": "the same, rare levels raised",
+}
 
 
 def report_page(run, metrics, test, pictures):
@@ -1242,7 +1249,7 @@ def report_page(run, metrics, test, pictures):
     parts = [
         f"# EmpRL, preset {run.config.preset}, seed {run.config.seed}",
         "**Does PPO bring the empathy levels of the replies closer to those of human replies?**",
-        answer(run, metrics, test),
+        answer(metrics, test.truth),
         "Each reply has a level (none, weak, strong) of emotional reaction, interpretation and "
         f"exploration. There are {len(test.pairs)} test contexts. Replies to read are in "
         "[samples.md](samples.md). In brackets: the key in metrics.json.",
@@ -1252,66 +1259,129 @@ def report_page(run, metrics, test, pictures):
     parts += ["## Levels", level_table(metrics, test)]
     parts += ["## By mechanism", mechanism_table(metrics, test)]
     parts += ["## Floors and ceilings", bounds_table(metrics, test)]
-    parts += ["## Text", text_table(metrics)]
+    texts = {system: metrics[system] for system in (*COLUMNS, "human")}
+    parts += ["## Text", table("text", texts, TEXT_ROWS)]
     parts += ["## The classifiers", classifier_table(metrics)]
     parts.append(f"Seconds: {run.seconds}.")
     return "\n\n".join(parts) + "\n"
 
 
-def text_table(metrics):
-    """Systems and the humans across; a row for each figure of the texts."""
-    rows = []
-    for key, meaning in TEXT_ROWS.items():
-        cells = [number(metrics[system].get(key)) for system in (*COLUMNS, "human")]
-        rows.append([f"{meaning} [{key}]", *cells])
-    return table(["text", *COLUMNS, "human"], rows)
+def table(title, columns, rows):
+    """Markdown. columns: {head: its figures by key}. rows: {key: what it means}."""
+    lines = [[title, *columns], ["---"] + ["---:"] * len(columns)]
+    for key, meaning in rows.items():
+        cells = [number(figures.get(key)) for figures in columns.values()]
+        lines.append([f"{meaning} [{key}]", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def level_table(metrics, test):
+    """Systems across; a row for each figure of levels and each classifier."""
+    rows = {}
+    for who in test.human:
+        for key, meaning in LEVEL_ROWS.items():
+            rows[PREFIX[who] + key] = f"{who}: {meaning}"
+    return table("levels, told by", {system: metrics[system] for system in COLUMNS}, rows)
+
+
+def mechanism_table(metrics, test):
+    floor, ceiling = bounds(metrics).items()
+    systems = [(name, metrics[system]) for system, name in SYSTEMS.items()]
+    rows = {f"{PREFIX[test.truth]}emp_f1_{m}": name for m, name in MECHANISM_NAMES.items()}
+    return table(f"F1, by the {test.truth}", dict([floor, *systems, ceiling]), rows)
+
+
+def bounds(metrics):
+    """The floor and the ceiling that tables and pictures show."""
+    return {
+        "commonest level": metrics["floors"]["majority"],
+        "foreseeable": metrics["ceiling"]["context_balanced"],
+    }
+
+
+def bounds_table(metrics, test):
+    columns, rows = {who: {} for who in test.human}, {}
+    for row, meaning in BOUND_ROWS.items():
+        kind, name = row.split(".")
+        if name in metrics[kind]:  # not all are known of every corpus
+            rows[row] = meaning
+            for who, column in columns.items():
+                column[row] = metrics[kind][name].get(PREFIX[who] + "emp_f1")
+    return table("Emp-F1, told by", columns, rows)
+
+
+def classifier_table(metrics):
+    """Accuracy and F1 on labelled pairs that no classifier has seen."""
+    columns = {}
+    for who in ("identifiers", "judge"):
+        for kind in ("accuracy", "macro_f1", "weighted_f1"):
+            columns[f"{who} {kind}"] = {m: metrics[who][m][kind] for m in MECHANISMS}
+    return table("on labelled pairs", columns, MECHANISM_NAMES)
 
 
 def samples_page(test, count=12):
     """Contexts where EmpRL did better, as well and worse than MLE, in their true proportion."""
     change = changes(test)
+    order = sorted(range(len(change)), key=lambda i: -change[i])
+    count = min(count, len(order))
+    evenly = [order[(2 * k + 1) * len(order) // (2 * count)] for k in range(count)]
     lines = [
         "# Samples",
-        f"{count} test contexts: EmpRL meets more of the human's levels than MLE, as many, or "
-        "fewer, in the proportion of the whole test part; within each, evenly spaced. Levels "
-        f"are those that the {test.truth} tells: emotional reaction (ER), interpretation (IP), "
-        "exploration (EX).",
+        f"{count} of {len(order)} test contexts: where EmpRL meets more of the human's levels "
+        "than MLE, as many, or fewer, in their true proportion; within each, evenly spaced. "
+        f"Levels are those that the {test.truth} tells: emotional reaction (ER), "
+        "interpretation (IP), exploration (EX).",
     ]
     for sign, heading in ((1, "closer than MLE"), (0, "as close"), (-1, "less close")):
-        rows = [i for i, found in enumerate(change) if found == sign]
-        wanted = round(count * len(rows) / len(change))
-        lines.append(f"## EmpRL is {heading}: {len(rows) / len(change):.0%}")
-        for i in rows[:: max(len(rows) // max(wanted, 1), 1)][:wanted]:
-            dialogue = test.pairs.dialogues[i]
-            lines.append(f"**{dialogue.emotion}** {' / '.join(dialogue.context)}")
-            told = f"* human: {dialogue.response} [{in_words(test.human[test.truth][i])}]"
-            for system, name in SYSTEMS.items():
-                replies = test.replies[system]
-                levels = in_words(replies.levels[test.truth][i])
-                told += f"\n* {name}: {replies.texts[i]} [{levels}]"
-            lines.append(told)
+        share = change.count(sign) / len(change)
+        lines.append(f"## EmpRL is {heading}: {share:.0%}")
+        lines += [sample(test, i) for i in evenly if change[i] == sign]
     return "\n\n".join(lines) + "\n"
+
+
+def sample(test, i):
+    """A context, and what the human and each system replied."""
+    dialogue = test.pairs.dialogues[i]
+    lines = [f"**{dialogue.emotion or 'context'}** {' / '.join(dialogue.context)}", ""]
+    for name, (text, levels) in replies_to(test, i).items():
+        lines.append(f"* {name}: {text} [{levels}]")
+    return "\n".join(lines)
 
 
 def draw_plots(run, metrics, test):
     """plots/NAME.png -> {NAME: its caption}. A picture less is no reason to lose a report."""
     try:
+        Path.home()
+    except RuntimeError:  # as in some containers: no place for matplotlib's list of fonts
+        os.environ.setdefault("MPLCONFIGDIR", tempfile.gettempdir())
+    try:
         from matplotlib.figure import Figure  # no window, no pyplot
-    except (ImportError, ValueError) as error:  # ValueError: a backend that MPLBACKEND names
+    except (ImportError, ValueError) as error:  # ValueError: MPLBACKEND is no backend's name
         say(f"no pictures: {error}")
         return {}
     (run.folder / "plots").mkdir(exist_ok=True)
     captions = {}
     for draw, caption in PICTURES.items():
         name = draw.__name__.removeprefix("draw_")
+        stages = STAGES_OF.get(name, [])
+        if stages and not any(run.logs[stage] for stage in stages):
+            continue  # all of them were skipped
         figure = Figure(layout="constrained", dpi=100)
         try:
             draw(figure, run, metrics, test)
             figure.savefig(run.folder / "plots" / f"{name}.png")
-            captions[name] = caption.format(truth=test.truth, best_of=run.config.eval.best_of)
+            captions[name] = caption.format(truth=test.truth)
         except Exception as error:
+            traceback.print_exc()
             say(f"no picture {name}: {type(error).__name__}: {error}")
     return captions
+
+
+STAGES_OF = {  # picture -> the stages whose steps it shows
+    "ppo": ["ppo"],
+    "learnt_vs_truth": ["ppo"],
+    "losses": ["mle", "identifiers", "judge"],
+}
 
 
 def curve(axis, log, key, x="step", **style):
@@ -1322,33 +1392,29 @@ def curve(axis, log, key, x="step", **style):
 
 
 def interval(levels, human, resamples=300):
-    """The 95 % bootstrap interval of the F1 of one mechanism: (N,), (N,) -> (2,)."""
+    """The 95 % bootstrap interval of each mechanism's F1: (N, M), (N, M) -> (2, M)."""
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(human), (resamples, len(human)), generator=generator)
-    values = [emp_f1(levels[rows][:, None], human[rows][:, None]) for rows in draws]
-    return torch.tensor(values).quantile(torch.tensor([0.025, 0.975]))
+    tables = [confusions(levels[rows], human[rows]) for rows in draws]
+    f1 = f1_scores(torch.stack(tables))["weighted_f1"]  # (resamples, M)
+    return np.quantile(f1, [0.025, 0.975], axis=0)
 
 
 def draw_emp_f1(figure, run, metrics, test):
     """Bars by mechanism with intervals, floor and ceiling of each mechanism."""
     figure.set_size_inches(7.8, 3.8)
     axis = figure.subplots()
-    human = test.human[test.truth]
+    keys = [f"{PREFIX[test.truth]}emp_f1_{m}" for m in MECHANISMS]
+    places = np.arange(len(keys))
     for k, (system, name) in enumerate(SYSTEMS.items()):
-        levels = test.replies[system].levels[test.truth]
-        values = torch.tensor([emp_f1(levels[:, [m]], human[:, [m]]) for m in range(3)])
-        spread = torch.stack([interval(levels[:, m], human[:, m]) for m in range(3)])  # (M, 2)
-        error = (spread - values[:, None]).abs().T.tolist()
-        places = [m + 0.26 * k for m in range(3)]
-        axis.bar(places, values, 0.24, yerr=error, color=COLOURS[system], label=name)
-    bounds = {"commonest level": ("floors", "majority", ":")}
-    bounds["foreseeable"] = ("ceiling", "context_balanced", "--")
-    for label, (kind, name, style) in bounds.items():
-        for m, mechanism in enumerate(MECHANISMS):
-            height = metrics[kind][name][f"{PREFIX[test.truth]}emp_f1_{mechanism}"]
-            axis.hlines(height, m - 0.15, m + 0.67, "black", style, label=label)
-            label = None  # once in the legend
-    axis.set_xticks([0.26, 1.26, 2.26], MECHANISM_NAMES.values())
+        heights = np.array([metrics[system][key] for key in keys])
+        ends = interval(test.replies[system].levels[test.truth], test.human[test.truth])
+        bar = {"color": COLOURS[system], "label": name, "yerr": abs(ends - heights)}
+        axis.bar(places + 0.26 * k, heights, 0.24, **bar)
+    for (name, figures), style in zip(bounds(metrics).items(), (":", "--")):
+        heights = [figures[key] for key in keys]
+        axis.hlines(heights, places - 0.15, places + 0.67, "black", style, label=name)
+    axis.set_xticks(places + 0.26, MECHANISM_NAMES.values())
     axis.set(ylim=(0, 1.1), ylabel=f"weighted F1, by the {test.truth}")
     axis.legend(ncols=5, loc="upper center", fontsize=8)
 
@@ -1408,25 +1474,20 @@ def draw_learnt_vs_truth(figure, run, metrics, test):
     """The identifiers' opinion of the policy beside the truth, from MLE on."""
     figure.set_size_inches(7.8, 3.6)
     axis = figure.subplots()
-    log = [record for record in run.logs["ppo"] if "valid_exact_match" in record]
-    truth = f"valid_{PREFIX[test.truth]}exact_match"
-    start = run.logs["ppo"][0].get("start", {})
-    for key, label, colour in (
-        ("valid_exact_match", "identifiers (they give the reward)", "#CC79A7"),
-        (truth, f"{test.truth} (never gives it)", "#555555"),
-    ):
-        points = [(0, start[key])] if key in start else []
-        points += [(record["step"] + 1, record[key]) for record in log]
-        axis.plot(*zip(*points), "o-", ms=4, color=colour, label=label)
     key = PREFIX[test.truth] + "exact_match"
-    floor = metrics["floors"]["majority"][key]
-    axis.axhline(floor, color="black", ls=":", label="commonest level")
-    axis.axhline(
-        metrics["ceiling"]["context_balanced"][key],
-        color="black",
-        ls="--",
-        label="foreseeable",
-    )
+    log = run.logs["ppo"]
+    points = {0: log[0]["start"]}
+    points |= {r["step"] + 1: r for r in log if f"valid_{key}" in r}
+    for name, label, colour in (
+        ("exact_match", "identifiers (they give the reward)", "#CC79A7"),
+        (key, f"{test.truth} (never gives it)", "#555555"),
+    ):
+        share = np.array([record[f"valid_{name}"] for record in points.values()])
+        axis.plot(list(points), share, "o-", ms=4, color=colour, label=label)
+        error = 1.96 * np.sqrt(share * (1 - share) / run.config.ppo.valid_contexts)
+        axis.fill_between(list(points), share - error, share + error, color=colour, alpha=0.15)
+    for (name, figures), style in zip(bounds(metrics).items(), (":", "--")):
+        axis.axhline(figures[key], color="black", ls=style, label=name)
     axis.set(xlabel="PPO iteration", ylabel="all three levels right (share)")
     axis.set_ylim(bottom=0)
     axis.legend(fontsize=8)
@@ -1436,7 +1497,9 @@ def draw_losses(figure, run, metrics, test):
     """MLE's loss, and what the classifiers were chosen by."""
     figure.set_size_inches(7.8, 3.2)
     panels = {"mle": "MLE: nats a token", "identifiers": "identifiers", "judge": "judge"}
-    for axis, (stage, title) in zip(figure.subplots(1, 3), panels.items()):
+    panels = {stage: title for stage, title in panels.items() if run.logs[stage]}
+    axes = figure.subplots(1, len(panels), squeeze=False)
+    for axis, (stage, title) in zip(axes.flat, panels.items()):
         curve(axis, run.logs[stage], "loss", color="0.7", label="training")
         curve(axis, run.logs[stage], "valid", color="black", marker="o", label="validation")
         axis.set_title(title, fontsize=10)
@@ -1450,7 +1513,7 @@ PICTURES = {
     draw_levels: "Where the human's level is as on the left, which level has the reply? Before "
     "(MLE) and after (EmpRL): the more on the diagonal, the better. Told by the {truth}.",
     draw_learnt_vs_truth: "Reward hacking would show here: the identifiers' line would rise and "
-    "the {truth}'s would not.",
+    "the {truth}'s would not. Shaded: 95 % intervals.",
     draw_ppo: "PPO, iteration by iteration: the reward rises, the policy moves away from MLE.",
     draw_losses: "MLE and the classifiers learn: training and validation.",
 }
@@ -1483,19 +1546,29 @@ def apply_setting(config, setting):
             f"--set {setting}: no such option; write NAME=VALUE with one of {known}"
         )
     part, f = options[name]
-    kind = type(f.default)
-    flags = {"on": True, "off": False}
+    kind, meta = type(f.default), f.metadata
     try:
-        value = flags[text] if kind is bool else kind(text)
+        value = {"on": True, "off": False}[text] if kind is bool else kind(text)
     except (ValueError, KeyError):
-        wanted = "on or off" if kind is bool else f"a valid {kind.__name__}"
-        raise DataError(f"--set {setting}: not {wanted}") from None
-    low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
-    if choices and value not in choices:
-        raise DataError(f"--set {setting}: one of {', '.join(choices)}")
-    if kind in (int, float) and not low <= value <= high:
-        raise DataError(f"--set {setting}: from {low:g} to {high:g}")
+        value = None
+    if kind in (bool, str):
+        is_legal = value is not None and value in (meta["choices"] or [value])
+    else:
+        is_legal = value is not None and meta["low"] <= value <= meta["high"]
+    if not is_legal:
+        raise DataError(f"--set {setting}: it takes {legal(f)}")
     setattr(part, f.name, value)
+
+
+def legal(f):
+    """The values that an option takes, in words."""
+    low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
+    if isinstance(f.default, bool):
+        return "on or off"
+    if choices:
+        return "one of " + " | ".join(choices)
+    kind = "a whole number" if isinstance(f.default, int) else "a number"
+    return f"{kind} from {low:g} to {high:g}"
 
 
 def make_config(preset="toy", seed=0, data_path="", t5_dir="", settings=()):
@@ -1519,12 +1592,16 @@ def make_config(preset="toy", seed=0, data_path="", t5_dir="", settings=()):
         raise DataError("ppo.minibatch_size is above ppo.batch_size; change it by --set")
     if config.data_path and not os.path.isdir(config.data_path):
         if not os.path.isfile(config.data_path):  # nor a pipe or a device
-            raise DataError(f"--data {data_path}: no such file or folder; give another path")
+            raise DataError(
+                f"--data {data_path}: no ordinary file or folder; give another path"
+            )
     if preset in ("real", "paper") and not os.path.isdir(config.data_path):
         raise DataError(
             f"--preset {preset} needs --data DIR, the folder that "
             "`python emprl.py download DIR` fills"
         )
+    if config.mle.muon and not hasattr(torch.optim, "Muon"):
+        raise DataError(f"torch {torch.__version__} has no Muon; add --set mle.muon=off")
     if preset == "paper" and not t5_dir:
         raise DataError("--preset paper needs --t5 DIR: config.json, weights and spiece.model")
     return config
@@ -1543,7 +1620,15 @@ def refuse_without_effect(config, settings):
     if config.mle.epochs:
         replaced["mle.steps"] = "mle.epochs sets them"
     if config.identifiers.kind == "ngrams":
-        for name in ("steps", "batch_size", "micro_batch", "lr", "warmup", "shared", "start"):
+        for name in (
+            "steps",
+            "batch_size",
+            "micro_batch",
+            "lr",
+            "warmup",
+            "eval_every",
+            "shared",
+        ):
             replaced[f"identifiers.{name}"] = "n-grams have none"
         replaced["context.steps"] = replaced["context.lr"] = "n-grams have none"
     else:
@@ -1565,18 +1650,11 @@ def print_options():
             section = name.split(".")[0]
             say(f"\n{section}")
         default = getattr(part, f.name)
-        low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
-        legal = " | ".join(choices) if choices else f"{low:g} to {high:g}"
-        if isinstance(default, bool):
-            legal = "on | off"
-        say(f"  {name} = {shown(default)}  ({legal})\n      {f.metadata['help']}")
-        others = []
+        say(f"  {name} = {shown(default)}  ({legal(f)})\n      {f.metadata['help']}")
         for preset in ("real", "paper"):
             value = getattr(presets[preset][name][0], f.name)
             if value != default:
-                others.append(f"{preset} {shown(value)}")
-        if others:
-            say(f"      {', '.join(others)}")
+                say(f"      {preset}: {shown(value)}")
     say(f"\n{len(presets['toy'])} options; the defaults are those of toy")
 
 
@@ -1600,7 +1678,7 @@ def load_run(folder, device):
     """A finished run. Raises DataError for one that is missing, damaged or put together."""
     folder = Path(folder)
     if not (folder / "metrics.json").exists():
-        command = command_line(["python", "emprl.py", "--run", str(folder)])
+        command = program("--run", str(folder))
         raise DataError(f"--run {folder}: no finished run there; make one with `{command}`")
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -1670,29 +1748,47 @@ def evaluate(arguments):
 
 OPENING = (
     "An exercise with a small research model: no person reads along, nothing is understood.",
-    "If you or someone near you may be in danger, talk to a person now: the emergency number",
-    "(112, 911, 999), a crisis line (988 in the US; findahelpline.com), or someone you trust.",
+    "Are you or is someone near you in danger? 112, 911, 999; 988 (US); findahelpline.com",
 )
-# A whole sentence that can hardly mean anything else. It is no safety feature: see README.
-CRISIS = re.compile(
-    r"(i )?(really |just |still )*"
-    r"(want to|wanna|am going to|im going to|will|ill|plan to|am planning to) "
-    r"(die|be dead|kill myself|end my life|take my( own)? life|commit suicide)"
-    r"|i (am|feel) suicidal|im suicidal|i (dont|do not) want to (live|be alive)"
-    r"|i wish i (was|were) dead|life is not worth living|i took all my pills"
-)
-SOON = re.compile(r"( any ?more| now| right now| tonight| today)+$")
+# Whole sentences that can hardly mean anything else. It is no safety feature: see README.
+CRISIS = """
+I want to die
+I just want to die
+I wanna die
+I want to be dead
+I want to kill myself
+I am going to kill myself
+I'm going to kill myself
+I will kill myself
+I want to end my life
+I'm going to end my life
+I want to take my own life
+I want to commit suicide
+I am suicidal
+I'm suicidal
+I feel suicidal
+I don't want to live
+I do not want to live
+I don't want to be alive
+I wish I was dead
+I wish I were dead
+Life is not worth living
+"""
+SOON = re.compile("(anymore|now|rightnow|tonight|today|again)+$")
+
+
+def squeezed(text):
+    """Only the letters, and none twice in a row: "W-wanna  D1EEE" -> "wanadie"."""
+    text = text.lower().translate(str.maketrans("013", "oie"))
+    letters = re.sub("[^a-z]", "", unicodedata.normalize("NFKD", text))
+    return re.sub(r"(.)\1+", r"\1", letters)
 
 
 def signs_of_crisis(text):
-    """Does a sentence of the text say nothing but one of the phrases? Spelling counts little."""
-    text = re.sub(r"['\u2019]", "", text.lower())
-    for sentence in re.split(r"[.!?,;\n]+", text):
-        plain = " ".join(re.findall(r"[a-z]+", sentence))
-        plain = re.sub(r"(.)\1{2,}", r"\1", plain)  # "dieee"
-        if CRISIS.fullmatch(SOON.sub("", plain)):
-            return True
-    return False
+    """Does a sentence of the text say one of the phrases and nothing else, however spelled?"""
+    phrases = map(squeezed, CRISIS.strip().splitlines())
+    sentences = re.split(r"[.!?,;\n]+(?!\w)", text)
+    return not {SOON.sub("", squeezed(x)) for x in sentences}.isdisjoint(phrases)
 
 
 def chat(arguments):
@@ -1734,20 +1830,36 @@ def find_device(wanted=""):
     """ "cuda" or "cpu": the one that is wanted, or a GPU if torch can use one."""
     if wanted == "cpu":
         return "cpu"
-    try:
-        if torch.cuda.is_available():
-            torch.ones(2, 2, device="cuda").sum().item()  # a driver may be there, and not work
-            return "cuda"
-        reason = "torch sees none that it can use"
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:120]
+    problem = problem_of_cuda()
+    if not problem:
+        return "cuda"
     if wanted == "cuda":
-        raise DataError(f"--device cuda: {reason}; leave --device out")
+        raise DataError(f"--device cuda: {problem}; leave --device out, then the CPU is used")
     if torch.backends.mps.is_available():
         say("device      Apple's GPU is not used, the CPU is")
-    elif os.path.exists("/proc/driver/nvidia"):
-        say(f"device      a GPU is there but not used ({reason}); the CPU is")
+    elif problem != NO_GPU:
+        say(f"device      a GPU is there but not used ({problem}); the CPU is")
     return "cpu"
+
+
+NO_GPU = "torch sees no GPU"
+NVIDIA_DRIVER = "/proc/driver/nvidia"
+
+
+def problem_of_cuda():
+    """What keeps torch from using a GPU, in a line; "" if nothing does."""
+    with warnings.catch_warnings(record=True) as told:  # torch warns of a driver that is old
+        warnings.simplefilter("always")
+        try:
+            if torch.cuda.is_available():
+                torch.ones(1, device="cuda").sum().item()  # it may be there, and not work
+                return ""
+            reason = told[-1].message if told else NO_GPU
+        except RuntimeError as error:
+            reason = error
+    if reason == NO_GPU and os.path.exists(NVIDIA_DRIVER):
+        reason = f"torch {torch.__version__} is built without it, or for another driver"
+    return " ".join(str(reason).split())[:120]
 
 
 def start_run(arguments):
@@ -1788,67 +1900,52 @@ def make_parser():
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("run", help="train and evaluate (what is done by default)")
-    command.set_defaults(do=start_run)
-    command.add_argument("--preset", default="toy", choices=PRESETS)
-    command.add_argument(
-        "--data", default="", help="folder of the real corpora, or your own file"
-    )
-    command.add_argument("--t5", default="", help="folder of an official T5 checkpoint")
-    command.add_argument("--run", default="", help="where results go: runs/PRESET-seedN")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=VALUE",
-        help="see options",
-    )
+    def command(name, do, help):
+        """A new command; returns what adds an argument to it."""
+        added = commands.add_parser(name, help=help)
+        added.set_defaults(do=do)
+        return added.add_argument
 
-    command = commands.add_parser("evaluate", help="measure a finished run on other dialogues")
-    command.set_defaults(do=evaluate)
-    command.add_argument("--run", required=True, help="folder of a finished run")
-    command.add_argument("--data", required=True, help="your dialogues, .jsonl or .csv")
-
-    command = commands.add_parser("chat", help="talk to a finished run")
-    command.set_defaults(do=chat)
-    command.add_argument("--run", required=True, help="folder of a finished run")
-
-    for name in ("run", "evaluate", "chat"):
-        commands.choices[name].add_argument("--device", default="", choices=("cpu", "cuda"))
-
-    command = commands.add_parser("download", help="fetch the two public corpora")
-    command.set_defaults(do=download)
-    command.add_argument("folder")
-
-    command = commands.add_parser("options", help="print every setting of --set")
-    command.set_defaults(do=lambda arguments: print_options())
+    run = command("run", start_run, "train and evaluate (what is done by default)")
+    run("--preset", default="toy", choices=PRESETS)
+    run("--data", default="", help="folder of the real corpora, or your own file")
+    run("--t5", default="", help="folder of an official T5 checkpoint")
+    run("--run", default="", help="where results go: runs/PRESET-seedN")
+    run("--seed", type=int, default=0)
+    settings = {"nargs": "+", "action": "extend", "default": [], "metavar": "NAME=VALUE"}
+    run("--set", **settings, help="see options")
+    measure = command("evaluate", evaluate, "measure a finished run on other dialogues")
+    measure("--data", required=True, help="your dialogues, .jsonl or .csv")
+    talk = command("chat", chat, "talk to a finished run")
+    for argument in (measure, talk):
+        argument("--run", required=True, help="folder of a finished run")
+    for argument in (run, measure, talk):
+        argument("--device", default="", choices=("cpu", "cuda"))
+    command("download", download, "fetch the two public corpora")("folder")
+    command("options", lambda arguments: print_options(), "print every setting of --set")
     return parser
 
 
 def main(words=None):
     """The command line. Returns the exit code: 0, 1 a fault, 2 bad input, 130 Ctrl-C."""
     words = sys.argv[1:] if words is None else list(words)
-    if not words or words[0].startswith("-") and words[0] not in ("-h", "--help"):
-        words = ["run", *words]
+    is_command = words and (not words[0].startswith("-") or words[0] in ("-h", "--help"))
     if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal does not have: "?"
         sys.stdout.reconfigure(errors="replace")
     before = on_ctrl_c(signal.default_int_handler)
     try:
-        arguments = make_parser().parse_args(words)
+        arguments = make_parser().parse_args(words if is_command else ["run", *words])
         arguments.words = words
         arguments.do(arguments)
         return 0
     except KeyboardInterrupt:
         on_ctrl_c(signal.SIG_IGN)  # a second one comes too late
-        command = command_line(["python", "emprl.py", *words])
-        print(f"\nstopped; go on with: {command}", file=sys.stderr)
+        print(f"\nstopped; go on with: {program(*words)}", file=sys.stderr)
         return 130
     except Exception as error:
         message = in_one_line(error)
         if message:
-            print(f"emprl.py: {message}", file=sys.stderr)
+            print(f"emprl.py: {printable(message)}", file=sys.stderr)
             return 2
         # Not foreseen, perhaps a fault in a changed copy: who mends it needs all of it.
         traceback.print_exc()

@@ -41,14 +41,14 @@ class ClassifierConfig(TrainConfig):
     """TrainConfig's settings with other values, and what kind of classifier is trained."""
 
     steps: int = option(150, "optimizer steps of the network")
-    batch_size: int = option(64, "labelled pairs a step", low=1)
+    batch_size: int = option(64, "labelled pairs a step", 1, 10**6)
     lr: float = option(2e-2, "learning rate, relative if rms_scaled", high=10)
     eval_every: int = option(50, "steps between validations; the best weights are kept", low=1)
     kind: str = option("network", "what tells levels", choices=("network", "ngrams"))
     shared: bool = option(True, "one network with three heads; off: the original's three")
     class_weight: float = option(0.5, "exponent of 1 / share of a level in the loss", high=2)
     penalty: float = option(2e-4, "n-grams: weight of the squared norm", high=1)
-    size: int = option(65536, "n-grams: weights for each level", low=1)
+    size: int = option(65536, "n-grams: weights for each level", 1, 10**8)
     start: str = "mle"  # the T5 whose encoder it copies; "t5": the one before any training
     keep: str = "macro_f1"  # best weights by it; or by "loss", where probabilities count
 
@@ -182,7 +182,11 @@ class RewardConfig:
     difference: str = option(
         "cross_entropy", "between levels", choices=("cross_entropy", "ordinal")
     )
-    mechanisms: str = option("er,ip,ex", "which of them count, with commas")
+    mechanisms: str = option(
+        "er,ip,ex",
+        "which of them count",
+        choices=("er", "ip", "ex", "er,ip", "er,ex", "ip,ex", "er,ip,ex"),
+    )
     target: str = option(
         "expected",
         "the levels to aim for: what the context lets expect, or only the likeliest, or "

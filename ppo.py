@@ -43,10 +43,10 @@ class PPOConfig:
     """In brackets: what the code of EmpRL's authors has instead, and why we differ."""
 
     steps: int = option(64, "iterations of rollout and update")
-    batch_size: int = option(384, "responses an iteration [32: more are less noisy]", 1)
+    batch_size: int = option(384, "responses an iteration [32: less is noisier]", 1, 10**6)
     minibatch_size: int = option(64, "responses an optimizer step [8, 4 times added up]", 1)
     micro_batch: int = option(0, "responses a forward pass, to save memory; 0: all")
-    ppo_epochs: int = option(1, "passes over a rollout [4: new rollouts are cheap here]", 1)
+    ppo_epochs: int = option(1, "passes over a rollout [4: rollouts are cheap here]", 1, 1000)
 
     lr: float = option(6e-3, "step size, relative to each tensor's RMS [1e-5, absolute]")
     rms_scaled: bool = True  # see t5_small.Optimizer.set_lr; off for a pretrained T5

@@ -1,5 +1,9 @@
 """What all tests share: one thread, and a comparison that says what was expected and what came."""
 
+import contextlib
+import shutil
+from collections import Counter
+
 import pytest
 import torch
 
@@ -10,7 +14,7 @@ torch.set_num_threads(1)
 
 
 def check(what, got, expected, tol=1e-5):
-    """got is expected (numbers, lists or tensors) to tol; otherwise fails saying what was expected and got."""
+    """got is expected (numbers, lists or tensors) to tol; a failure says what both were."""
     got, expected = (
         x.detach() if torch.is_tensor(x) else torch.tensor(x) for x in (got, expected)
     )
@@ -31,3 +35,84 @@ def check(what, got, expected, tol=1e-5):
         pytest.fail(
             f"{what}\n  expected {expected.tolist()}\n  got      {got.tolist()}", pytrace=False
         )
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a finished smoke run; nobody writes into it. What it printed lies beside it."""
+    import emprl  # here: a student's file is put into the modules before
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with open(folder.with_suffix(".txt"), "w", encoding="utf-8") as file:
+        with contextlib.redirect_stdout(file):
+            code = emprl.main(["--preset", "smoke", "--run", str(folder)])
+    assert code == 0
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of it, to write into."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """They take longer than all the rest of a small run."""
+    import emprl
+
+    monkeypatch.setattr(emprl, "draw_plots", lambda *_: {})
+
+
+@pytest.fixture
+def refusal(capsys):
+    """refusal(words): the one line that a command ends with, which must be bad input (exit 2)."""
+    import emprl
+
+    def refused(words):
+        assert emprl.main(list(map(str, words))) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("emprl.py: ") and line.count("\n") == 1, line
+        return line
+
+    return refused
+
+
+# ---- few cases by default, many with --thorough
+
+COUNTS = Counter()  # what was tried -> how often; printed at the end of a thorough run
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--thorough", action="store_true", help="kills, faults and odd input in large numbers"
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "only_thorough: left out without --thorough")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--thorough"):
+        left_out = [item for item in items if item.get_closest_marker("only_thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--thorough") and COUNTS:
+        terminalreporter.section("tried")
+        for what, count in sorted(COUNTS.items()):
+            terminalreporter.write_line(f"{count:>6}  {what}")
+
+
+@pytest.fixture(scope="session")
+def thorough(request):
+    """Large numbers are wanted."""
+    return request.config.getoption("--thorough")
+
+
+@pytest.fixture(scope="session")
+def counts():
+    return COUNTS

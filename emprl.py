@@ -1486,6 +1486,8 @@ def in_one_line(error, folder):
     if isinstance(error, (DataError, CheckpointError)):
         return str(error)
     if isinstance(error, ImportError):
+        if error.name is None:  # not from an import statement: it says itself what to do
+            return str(error)
         return f"{error}; install what it needs: pip install -r requirements.txt"
     if isinstance(error, BrokenPipeError):
         # Python would write what is left on its way out, and complain once more

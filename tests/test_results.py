@@ -17,6 +17,9 @@ import faults
 import t5_small
 
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows can not fork")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A finished smoke run."""
@@ -91,6 +94,7 @@ def test_the_default_folder_too(tmp_path, capsys, monkeypatch):
     assert "--set ppo.lr=1 --run runs/smoke-seed0-3" in capsys.readouterr().err
 
 
+@needs_fork
 def test_half_finished_results_are_refused_as_well_and_go_on_by_their_own_command(
     whole, tmp_path
 ):
@@ -101,6 +105,7 @@ def test_half_finished_results_are_refused_as_well_and_go_on_by_their_own_comman
     assert faults.run(here) == (0, "") and not faults.differences(here, whole)
 
 
+@needs_fork
 def test_settings_of_stages_of_which_nothing_is_there_may_change(tmp_path, whole):
     """After Ctrl-C in the judge's training PPO's options are still free; nothing is trained anew."""
     here = tmp_path / "run"
@@ -110,6 +115,7 @@ def test_settings_of_stages_of_which_nothing_is_there_may_change(tmp_path, whole
     assert weights(here, "judge") == weights(whole, "judge")
 
 
+@needs_fork
 def test_results_go_when_a_stage_is_made_anew(copied):
     (copied / "checkpoints" / "ppo.pt").unlink()
     code, _ = faults.run(copied, before=lambda: faults.at("ppo", 2, faults.interrupt))
@@ -223,6 +229,7 @@ def other(tmp_path_factory):
     return folder
 
 
+@needs_fork
 def test_a_stage_made_anew_from_other_weights_is_followed_by_all_after_it(copied, other):
     """A student changes MLE's code and deletes its checkpoint: nothing that was made from the old one is kept."""
 
@@ -379,10 +386,12 @@ def test_without_locks_it_runs_all_the_same(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(errno.ENOTSUP, "not supported")
 
-    monkeypatch.setattr(emprl.fcntl, "flock", unsupported)
-    with emprl.alone(tmp_path), emprl.alone(tmp_path):
-        pass
+    if emprl.fcntl:
+        monkeypatch.setattr(emprl.fcntl, "flock", unsupported)
+        with emprl.alone(tmp_path), emprl.alone(tmp_path):
+            pass
     monkeypatch.setattr(emprl, "fcntl", None)
+    monkeypatch.setattr(emprl, "msvcrt", None)
     with emprl.alone(tmp_path), emprl.alone(tmp_path):
         pass
 
@@ -447,6 +456,7 @@ def test_code_is_known_by_its_own_commit_and_its_changes(tmp_path):
     assert emprl.code_version(inner) == alone, "the repository around is not its own"
 
 
+@needs_fork
 def test_a_resumed_run_keeps_its_first_environment_and_says_that_the_code_is_another(
     tmp_path, monkeypatch, capsys
 ):

@@ -267,7 +267,7 @@ def test_a_second_ctrl_c_after_the_last_line_changes_nothing(tmp_path, monkeypat
 
     class Impatient(io.StringIO):
         def write(self, text):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             return super().write(text)
 
     monkeypatch.setattr(emprl, "run_all", interrupted)

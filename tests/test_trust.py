@@ -436,22 +436,24 @@ def bytes_of(rng, longest):
     return bytes(rng.choice(b'\0\n\r,"{}[]:\\\xff\xef1a ') for _ in range(length))
 
 
-def lines_of(header, good):
-    """Files that begin right and go wrong: the header, then rows like the good one, or of about its width."""
-    cells = good.split(",")
+def lines_of(header, *good):
+    """Files that begin right and go wrong: the header, then rows like the good ones, or of about their width.
+    Good rows belong together, as a conversation does; {n} in them is another number each time."""
+    columns = len(good[0].split(","))
 
-    def row_of(rng):
+    def row_of(rng, n):
+        rows = "\n".join(good).replace("{n}", str(n))
         if rng.random() < 0.3:
-            return good
+            return rows
         if rng.random() < 0.3:  # one cell is another
-            row = list(cells)
-            row[rng.randrange(len(row))] = cell_of(rng)
-            return ",".join(row)
-        width = rng.randint(len(cells) - 2, len(cells) + 2)
+            cells = rows.split(",")
+            cells[rng.randrange(len(cells))] = cell_of(rng)
+            return ",".join(cells)
+        width = rng.randint(columns - 2, columns + 2)
         return ",".join(cell_of(rng) for _ in range(width))
 
     def draw(rng):
-        rows = [row_of(rng) for _ in range(rng.randint(0, 6))]
+        rows = [row_of(rng, n) for n in range(rng.randint(0, 6))]
         return "\n".join([header, *rows]).encode("utf-8", "surrogatepass")
 
     return draw
@@ -487,7 +489,11 @@ def json_lines(rng):
 FILES = {
     "ed.csv": (
         data.read_empathetic_dialogues,
-        lines_of(data.ED_HEADER, "hit:0_conv:1,2,sad,I am sad.,7,Oh no.,5|5|5_2|2|2,"),
+        lines_of(
+            data.ED_HEADER,
+            "hit:0_conv:{n},1,sad,I am sad.,7,I am sad.,5|5|5_2|2|2,",
+            "hit:0_conv:{n},2,sad,I am sad.,8,Oh no.,5|5|5_2|2|2,",
+        ),
     ),
     "mine.csv": (
         data.read_dialogues,

@@ -622,6 +622,8 @@ def test_missing_files_and_folders(tmp_path):
         data.real_corpus(tmp_path / "none")
 
 
+needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+
 READERS = {
     "own.jsonl": data.read_dialogues,
     "own.csv": data.read_dialogues,
@@ -631,6 +633,7 @@ READERS = {
 }
 
 
+@needs_pipes
 def test_what_is_no_ordinary_file_is_refused_before_it_is_opened(tmp_path):
     """An idle pipe would wait for ever: so in a process that can be stopped."""
     os.mkfifo(tmp_path / "pipe.csv")
@@ -659,6 +662,7 @@ for read in data.read_dialogues, data.read_empathetic_dialogues, data.Tokenizer,
     )
 
 
+@needs_pipes
 def test_a_file_in_the_place_of_epitome_s_may_be_a_pipe(tmp_path):
     for name in data.EPITOME_FILES:
         os.mkfifo(tmp_path / name)

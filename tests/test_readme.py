@@ -1,4 +1,4 @@
-"""The README's figures are those of the committed results, letter by letter, and the house is as DESIGN draws it."""
+"""tests/publish.py: its tables, its pages and its intervals. What README says is checked by test_pages.py."""
 
 import json
 import re
@@ -7,95 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import ablate
 import emprl
 import identifiers
 import publish
 
 ROOT = Path(publish.ROOT)
-README = (ROOT / "README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    "anchor",
-    [
-        "tests/results/toy-seed0.json",
-        "tests/results/real-seed0.json",
-        "tests/publish.py",
-        "real seeds: levels",
-        "real seeds: text",
-        "real seeds: classes",
-        "real seeds: dealt out",
-        "real seeds: sampling",
-        "tests/results/identifiers.json",
-        "at a glance",
-        *(f"bench: {part}" for part in ("step", "sample", "ppo", "memory", "tricks", "parts")),
-    ],
-)
-def test_tables_agree_with_the_committed_results(anchor):
-    table = publish.tables()[anchor]
-    assert f"({anchor})" in README
-    if table:  # "": the results are too old to make it of
-        start, end = publish.shown(README, anchor)
-        assert README[start:end] == table, "run: python tests/publish.py"
-        assert "| --- |" in table and table.count("\n") >= 2
 
 
 def test_five_seeds_of_toy_are_published():
     assert publish.seeds().count("\n") >= 6, "header, rule, five seeds"
-
-
-def test_figures_in_the_text_are_those_of_the_results():
-    """Every decimal and percentage in the prose of "Results" is in a table above or below it, or a macro-F1, or a rise in perplexity."""
-    section = README[README.index("## Results") : README.index("## Speed")]
-    prose = "\n".join(line for line in section.splitlines() if not line.startswith("|"))
-    runs = dict(enumerate(publish.load("toy") + publish.load("real")))
-    known = {
-        0.95,
-        0.236,
-        *(
-            m[who][mechanism]["macro_f1"]
-            for m in runs.values()
-            for who in ("identifiers", "judge")
-            for mechanism in ("er", "ip", "ex")
-        ),
-        *(m["emprl"]["perplexity"] / m["sft"]["perplexity"] - 1 for m in runs.values()),
-    }  # 0.236: the paper's gain
-    tables = {
-        word.strip("()+-,%")
-        for line in section.splitlines()
-        if line.startswith("|")
-        for word in line.split()
-    }
-    for text, percent in re.findall(r"(?<![\d.])(\d+\.\d+|\d+(?= %))( %)?", prose):
-        digits = len(text.partition(".")[2])
-        right = (
-            text in tables
-            or any(
-                f"{float(x):.{digits}f}" == text
-                for x in tables
-                if re.fullmatch(r"\d+\.\d+", x)
-            )
-            or any(f"{abs(x) * (100 if percent else 1):.{digits}f}" == text for x in known)
-        )
-        assert right, f"{text}{percent} is in no results file: correct README's text"
-
-
-@pytest.mark.parametrize("name", ablate.ABLATIONS)
-def test_pages_show_the_committed_ablations(name):
-    """Each ablation has a place in README or in coursework/open.md; what has been measured is shown there."""
-    anchor, pages = (
-        f"tests/results/ablate-{name}{'-real' * (name in ablate.FINISHED)}.json",
-        [page.read_text() for page in publish.PAGES],
-    )
-    page = next(page for page in pages if f"({anchor})" in page)
-    if (ROOT / anchor).exists():
-        figures = json.loads((ROOT / anchor).read_text())
-        start, end = publish.shown(page, anchor)
-        assert page[start:end] == ablate.table(figures, name), (
-            f"run: python emprl.py ablate {name}"
-        )
-        assert all(len(by_seed) >= 3 for by_seed in figures.values())
 
 
 def responses(number):

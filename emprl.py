@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+import timeit
 import traceback
 import zlib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -839,17 +840,13 @@ def environment(run):
 
 
 def gflops(threads, size=1024):
-    """GFLOP/s of a float32 matrix product on some threads: the best of a few."""
+    """GFLOP/s of a float32 matrix product on some threads: the best of three."""
     before = torch.get_num_threads()
     matrix = torch.ones(size, size)
     torch.set_num_threads(threads)
-    seconds = []
-    for _ in range(3):  # the first is slow
-        started = time.perf_counter()
-        matrix @ matrix
-        seconds.append(time.perf_counter() - started)
+    seconds = min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=3))
     torch.set_num_threads(before)
-    return 2 * size**3 / min(seconds) / 1e9
+    return 2 * size**3 / seconds / 1e9
 
 
 def to_json(content, indent=None):
@@ -1108,7 +1105,10 @@ def last_screen(run, metrics, test):
         lines.append(f"{name:<38}{cells}".rstrip())
     gain = in_percent(metrics["gain"][PREFIX[test.truth] + "emp_f1"])
     lines.append(f"EmpRL over MLE: {gain}, by the {test.truth}.")
-    lines.append("The judge is a classifier that never gave the reward; the oracle is a rule.")
+    told_by = "Judge: a classifier that never gave the reward"
+    if test.truth == "oracle":
+        told_by += "; oracle: the rule of this world"
+    lines.append(f"{told_by}.")
     lines += example_lines(test)
 
     command = program("chat", "--run", str(run.folder))
@@ -1353,9 +1353,9 @@ def draw_plots(run, metrics, test):
     return captions
 
 
-def curve(axis, log, key, x="step", **style):
-    """A key of a stage's records, where it is logged; x counts from 1."""
-    points = [(r[x] + 1, r[key]) for r in log if key in r and math.isfinite(r[key])]
+def curve(axis, log, key, **style):
+    """A key of a stage's records, where it is logged; steps count from 1."""
+    points = [(r["step"] + 1, r[key]) for r in log if key in r and math.isfinite(r[key])]
     if points:
         axis.plot(*zip(*points), **style)
 

@@ -35,6 +35,7 @@ import sys
 import tempfile
 import threading
 import time
+import timeit
 import traceback
 import unicodedata
 import warnings
@@ -855,17 +856,13 @@ def environment(run):
 
 
 def gflops(threads, size=1024):
-    """GFLOP/s of a float32 matrix product on some threads: the best of a few."""
+    """GFLOP/s of a float32 matrix product on some threads: the best of three."""
     before = torch.get_num_threads()
     matrix = torch.ones(size, size)
     torch.set_num_threads(threads)
-    seconds = []
-    for _ in range(3):  # the first is slow
-        started = time.perf_counter()
-        matrix @ matrix
-        seconds.append(time.perf_counter() - started)
+    seconds = min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=3))
     torch.set_num_threads(before)
-    return 2 * size**3 / min(seconds) / 1e9
+    return 2 * size**3 / seconds / 1e9
 
 
 def to_json(content, indent=None):
@@ -1124,7 +1121,10 @@ def last_screen(run, metrics, test):
         lines.append(f"{name:<38}{cells}".rstrip())
     gain = in_percent(metrics["gain"][PREFIX[test.truth] + "emp_f1"])
     lines.append(f"EmpRL over MLE: {gain}, by the {test.truth}.")
-    lines.append("The judge is a classifier that never gave the reward; the oracle is a rule.")
+    told_by = "Judge: a classifier that never gave the reward"
+    if test.truth == "oracle":
+        told_by += "; oracle: the rule of this world"
+    lines.append(f"{told_by}.")
     lines += example_lines(test)
 
     command = program("chat", "--run", str(run.folder))
@@ -1384,9 +1384,9 @@ STAGES_OF = {  # picture -> the stages whose steps it shows
 }
 
 
-def curve(axis, log, key, x="step", **style):
-    """A key of a stage's records, where it is logged; x counts from 1."""
-    points = [(r[x] + 1, r[key]) for r in log if key in r and math.isfinite(r[key])]
+def curve(axis, log, key, **style):
+    """A key of a stage's records, where it is logged; steps count from 1."""
+    points = [(r["step"] + 1, r[key]) for r in log if key in r and math.isfinite(r[key])]
     if points:
         axis.plot(*zip(*points), **style)
 

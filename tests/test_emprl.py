@@ -242,6 +242,7 @@ def test_the_last_screen_of_any_outcome_fits(improved, worse, truth):
         assert f"In {improved / N:.0%} of the contexts" in screen
         assert f"in {worse / N:.0%} less close" in screen
         assert ("As here" in screen) == (improved > 0)
+        assert ("oracle" in screen) == (truth == "oracle")
         assert ("IP strong" in screen) == (improved > 0), "MLE's reply, EmpRL's is better"
 
 

@@ -171,7 +171,7 @@ class Ideal(emprl.Evaluator):
         for who, gold in self.human.items():
             for name, number in expected_figures(levels[who], weights, gold).items():
                 figures[emprl.PREFIX[who] + name] = number
-        before = emprl.perplexities(mle, self.pairs, self.run.config)
+        before = self.perplexities(mle)
         figures["perplexity"] = before["perplexity"] * math.exp(rise)
         kl = (weights * rewards / beta).sum(0) - log_z(rewards, beta)
         figures["kl"] = kl.mean().item()

@@ -663,6 +663,7 @@ def sample(t5, pairs, sampling, size):
         yield rows, responses, arguments
 
 
+@torch.no_grad()
 def respond(t5, pairs, sampling, size=128):
     """A response to every context of pairs: lists of ids without padding, </s> included."""
     found = {}  # row -> response

@@ -710,7 +710,7 @@ def check_archive(path):
 FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
+    "F16": torch.half,
     "BF16": torch.bfloat16,
 }
 

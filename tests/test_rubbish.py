@@ -307,7 +307,7 @@ def test_sizes_and_exponents_have_a_sane_limit(setting):
         (["rn"], "invalid choice"),
         (["--preset", "huge"], "invalid choice"),
         (["--data"], "expected one argument"),
-        (["evaluate"], "--run, --data"),
+        (["evaluate"], "--data, --run"),
         (["download"], "required: folder"),
         (["chat", "--data", "x"], "required: --run"),
         (["chat", "--run", "x", "--set", "ppo.lr=1"], "--set"),

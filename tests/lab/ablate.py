@@ -1,14 +1,15 @@
 """What does each part contribute? PPO and the evaluation, repeated in variants.
 
-    python -m tests.lab.ablate NAME RUN [RUN ...]     finished runs of one preset, several seeds
+    python -m tests.lab.ablate NAME RUN [RUN ...]     finished runs of one preset
 
-Each variant starts from the MLE policy and the classifiers of a finished run, and is shortened (see
-SHORT) unless --whole is given. `frontier` trains nothing: it measures policies between MLE's weights
-and EmpRL's, and beyond. Nor does `ideal`: it measures what any RL with a KL penalty tends to.
-It prints a Markdown table of means over the runs. A variant's own run, with its replies, stays in
-RUN/ablations/, named by what it is made of: the same run, settings and code are not measured again.
+Each variant starts from the MLE policy and the classifiers of a finished run, and is shortened
+(see SHORT) unless --whole is given. `frontier` trains nothing: it measures policies between MLE's
+weights and EmpRL's, and beyond. Nor does `ideal`: it measures what any RL with a KL penalty tends
+to. It prints a Markdown table of means over the runs. A variant's own run, with its replies,
+stays in RUN/ablations/, named by what it is made of: the same run, settings and code are not
+measured again.
 
-Cost: about a minute for each variant and run of `toy`, 5 minutes of `real`; `ideal` takes longer.
+Cost: a minute for each variant and run of `toy`, 5 minutes of `real`; `ideal` takes longer.
 """
 
 import contextlib
@@ -42,7 +43,7 @@ TRIES = 32  # of MLE for each context, of which `ideal` is made
 
 
 class Reinforce(PPOTrainer):
-    """Every token's advantage is the whole response's reward, on the batch's scale. No value."""
+    """Every token's advantage is the whole response's reward, on the batch's scale."""
 
     def update(self, sampled):
         total = sampled.returns[:, 0]  # (B,) with lambda 1 the sum of all token rewards
@@ -120,7 +121,7 @@ class Recomputed(PPOTrainer):
 
 
 class Unfiltered(Recomputed):
-    """Temperature, top-k and minimum length say what is sampled, and nothing of how it scores."""
+    """Temperature, top-k and minimum length say what is sampled, not how it is scored."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -139,11 +140,11 @@ class Unfiltered(Recomputed):
 
 
 class Ideal(emprl.Evaluator):
-    """pi*(y) ~ pi_MLE(y) exp(r(y) / beta), the optimum of RL with a KL penalty (Ziegler et al.).
+    """pi*(y) ~ pi_MLE(y) exp(r(y) / beta): the optimum of RL with a KL penalty (Ziegler 2019).
 
-    It takes the place of best of n, and is made of TRIES samples of MLE for each context, weighted
-    by exp(r / beta). beta is such that the human responses' perplexity is `times` MLE's: with Z
-    the mean of exp(r / beta) over a context's samples,
+    It takes the place of best of n, and is made of TRIES samples of MLE for each context,
+    weighted by exp(r / beta). beta is such that the human responses' perplexity is `times` MLE's:
+    with Z the mean of exp(r / beta) over a context's samples,
 
         log pi*(human) = log pi_MLE(human) + r(human) / beta - log Z
     """
@@ -216,7 +217,7 @@ def promised(reward, pairs, targets):
 
 
 def expected_figures(levels, weights, gold):
-    """Figures of a policy that gives the levels (K, N, M) with probabilities weights (K, N)."""
+    """Figures of a policy that gives levels (K, N, M) with probabilities weights (K, N)."""
     seen = F.one_hot(levels, LEVELS).double()  # (K, N, M, L)
     meant = F.one_hot(gold, LEVELS).double()  # (N, M, L)
     counts = torch.einsum("kn,nmg,knml->mgl", weights.double(), meant, seen)
@@ -302,6 +303,7 @@ ABLATIONS = {
         for times in (1.01, 1.03, 1.06, 1.1, 1.15)
     },
 }
+BEFORE_PPO = ("pretrain", "mle", "identifiers", "judge", "context")
 AS_IT_IS = ("frontier", "ideal")  # nothing is trained, so nothing is shortened
 MEASURES = {
     "emp_f1": "weighted",
@@ -340,7 +342,7 @@ def measure(source, finished, variant, shortened):
     # All that comes before PPO is the finished run's.
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "checkpoints").mkdir(parents=True)
-    for stage in finished["made_of"].keys() - {"tokenizer", "ppo"}:
+    for stage in BEFORE_PPO:
         shutil.copy(source / "checkpoints" / f"{stage}.pt", folder / "checkpoints")
     if variant.share is not None:
         mixed = mix(source / "checkpoints", variant.share)
@@ -357,7 +359,7 @@ def measure(source, finished, variant, shortened):
 
 def unwatched(trainer, *arguments):
     """A trainer without validations: only the end counts here."""
-    return trainer(*arguments[:-1], validate=lambda t5: {})
+    return trainer(*arguments[:-1], lambda t5: {})
 
 
 def mix(checkpoints, share):
@@ -388,7 +390,7 @@ def figures_of(metrics, system):
 
 
 def rows_of(figures):
-    """{variant: {seed: figures}} -> {variant: means over the runs, the gain with its range}."""
+    """{variant: {seed: figures}} -> {variant: means over the runs}, the gain with its range."""
     rows = {}
     for variant, by_seed in figures.items():
         seeds = list(by_seed.values())

@@ -1,4 +1,4 @@
-"""How fast is it, and how much memory does it need, beside transformers and trl on the same work?
+"""How fast is it, and how much memory does it take, beside transformers and trl?
 
     python -m tests.lab.bench [PART ...]    step sample ppo tricks memory; all by default
     python -m tests.lab.bench step sample   the four ratios to transformers that README quotes
@@ -7,11 +7,11 @@
 step    a training step with dropout: 32 pairs of 64 and 24 tokens, forward, backward, AdamW
 sample  30 tokens for each of 32 sources of 64: top-k 20, temperature 0.9, with a cache
 ppo     an iteration: 32 responses of 30 tokens, 4 optimizer steps, a random reward
-tricks  the same work with each trick and without it
-memory  peak of a step, of sampling and of an iteration, each in a process of its own (CPU: Linux)
+tricks  sampling with each trick and without it
+memory  peak of step, sample and ppo, each in a process of its own (on a CPU: Linux)
 
-Everyone takes turns; medians, and their ratio, above 1 where this project needs less. What is not
-installed is left out. The first line says how fast the machine is. On a GPU: bf16 autocast.
+Everyone takes turns; medians, and their ratio, above 1 where this project needs less. What is
+not installed is left out. The first line says how fast the machine is. On a GPU: bf16 autocast.
 Cost: two minutes a part on an idle laptop. Nothing else should run meanwhile.
 """
 
@@ -21,13 +21,13 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 
 import emprl
 import t5_small
@@ -97,10 +97,6 @@ def our_step(config, compiled=False):
     return lambda: trainer.step(0)
 
 
-def compiled_step(config):
-    return our_step(config, compiled=True)
-
-
 def their_t5(config):
     """transformers' T5, with scaled_dot_product_attention where it has that for T5."""
     import transformers
@@ -131,8 +127,8 @@ def their_step(config):
     return work
 
 
-def our_sample(config):
-    source, _ = random_batch(config)
+def our_sample(config, rows=32):
+    source, _ = random_batch(config, rows)
     model = T5(config).to(DEVICE).eval()
 
     def work():
@@ -204,7 +200,7 @@ def everyone(part):
     library = "trl" if part == "ppo" else "transformers"
     makers = {"EmpRL": ours[part]}
     if part == "step" and DEVICE == "cuda":
-        makers["EmpRL compiled"] = compiled_step
+        makers["EmpRL compiled"] = partial(our_step, compiled=True)
     if find_spec(library):
         makers[library] = theirs[part]
     return makers
@@ -247,57 +243,47 @@ def with_ratios(figures, unit):
     return row
 
 
-def plain_dropout(self, x):
-    return F.dropout(x, self.p, self.training)
-
-
 def plain_draw(logits, sampling):
-    """On all V columns, by torch.multinomial."""
+    """By torch.multinomial."""
     logits = t5_small.filter_logits(logits / sampling.temperature, sampling.top_k)
     log_probs = logits.log_softmax(-1)
     token = torch.multinomial(log_probs.exp(), 1)
     return token[:, 0], log_probs.gather(1, token)[:, 0], log_probs > -torch.inf
 
 
-def uncached_steps(model, source, sampling, banned):
-    """All tokens are read again for each."""
-    memory = model.encode(source)
-    tokens = source.new_full((len(source), 1), PAD_ID)
-    never = torch.tensor([*banned, EOS_ID], device=source.device)
-    steps = []
-    for _ in range(sampling.max_length):
-        states = model.decode(tokens, memory, source)[:, -1]
-        logits = model.logits(states).index_fill(1, never, -torch.inf)
-        token, log_probs, support = t5_small.draw(logits, sampling)
-        steps.append((token, log_probs, states, support))
-        tokens = torch.cat([tokens, token[:, None]], 1)
-    return steps
+class PlainCache(t5_small.BlockCache):
+    """The source's keys and values as they come: a view, laid out anew at each step."""
+
+    def __init__(self, block, memory):
+        self.memory = block.cross_attn.keys_values(memory)
+        self.keys, self.values = (x[:, :, :0] for x in self.memory)
 
 
-TRICKS = {
-    "dropout from bytes (step, tiny)": (our_step, "t5_small.Dropout.forward", plain_dropout),
-    "drawing among the top k (sample, tiny)": (our_sample, "t5_small.draw", plain_draw),
-    "keys and values kept (sample, tiny)": (
-        our_sample,
-        "t5_small.generation_steps",
-        uncached_steps,
-    ),
+def in_one_piece(source, size):
+    return [source]
+
+
+TRICKS = {  # name -> the rows that are sampled, where the trick is, what takes its place
+    "drawn by cumulative probability": (32, "t5_small.draw", plain_draw),
+    "keys and values of the source laid out once": (32, "t5_small.BlockCache", PlainCache),
+    "encoder in pieces of 32": (384, "torch.Tensor.split", in_one_piece),
 }
 
 
 def tricks(repeats):
-    """{trick: {"with, ms", "without, ms", "without / with"}}."""
+    """{trick: {"with, ms", "without, ms", "without / with"}} of sampling at tiny."""
     rows = {}
-    for name, (make, place, plain) in TRICKS.items():
-        fast = make(TINY)
+    for name, (count, place, plain) in TRICKS.items():
+        fast = our_sample(TINY, count)
 
         def slow(place=place, plain=plain, fast=fast):
             with mock.patch(place, plain):
                 fast()
 
         ms = medians({"with": fast, "without": slow}, repeats)
-        rows[name] = {f"{who}, ms": x for who, x in ms.items()}
-        rows[name]["without / with"] = ms["without"] / ms["with"]
+        row = {f"{who}, ms": x for who, x in ms.items()}
+        row["without / with"] = ms["without"] / ms["with"]
+        rows[f"{name}, {count} sources"] = row
     return rows
 
 
@@ -389,7 +375,7 @@ def cache_bytes(config, rows, S, T, half=False):
 
 
 def training(trained, best):
-    """{what: bytes} of `trained` parameters: AdamW has two moments, bf16 a copy, Trainer the best."""
+    """{what: bytes} of `trained` parameters. AdamW has two moments."""
     return {
         "weights": 4 * trained,
         "gradients": 4 * trained,
@@ -411,7 +397,7 @@ def stages(config, t5):
         one = [activation_bytes(t5, rows, S, half=True) for S in sources]
         return towers * sum(one)
 
-    # What is held: the MLE policy, the official T5 that encoders start from, earlier classifiers.
+    # Held: the MLE policy, the official T5 that encoders start from, earlier classifiers.
     found = {}
     found["mle"] = training(N, best=True) | {"held": 0}
     found["mle"]["activations"] = train_bytes(config.mle, t5, lengths)
@@ -445,7 +431,7 @@ def train_bytes(mle, t5, lengths):
 
 
 def plan():
-    """The text of --plan: the preset as it is and, if that needs too much, with other settings."""
+    """The text of --plan: the preset as it is and, if that is too much, with other settings."""
     text = [f"By arithmetic, in GiB; nothing of it was measured. {CUDA} GiB are CUDA's own."]
     for name, t5 in (("t5-small", SMALL), ("t5-base", BASE)):
         for settings in ([], ["identifiers.shared=on"]):
@@ -466,8 +452,8 @@ def plan():
 # ---- the command ----------------------------------------------------------------------------
 
 PARTS = {
-    "step": lambda sizes, repeats: compare("step", sizes, repeats),
-    "sample": lambda sizes, repeats: compare("sample", sizes, repeats),
+    "step": partial(compare, "step"),
+    "sample": partial(compare, "sample"),
     "ppo": lambda sizes, repeats: compare("ppo", {"tiny": TINY}, repeats),
     "tricks": lambda sizes, repeats: tricks(repeats),
     "memory": lambda sizes, repeats: memory(sizes),

@@ -1,4 +1,4 @@
-"""What the commands of the lab share: how they start and end, and how they read finished runs."""
+"""What the commands of the lab share: how they start, end and read finished runs."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from data import DataError
-from emprl import command_line, in_one_line, table, to_json
+from emprl import command_line, in_one_line, to_json
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,14 +96,14 @@ def sheet(rows):
     columns = {}
     for row in rows.values():
         columns |= row
-    lines = []
+    lines = [["", *columns], ["---"] + ["---:"] * len(columns)]
     for name, row in rows.items():
         lines.append([name, *(figure(row.get(column, "")) for column in columns)])
-    return table(["", *columns], lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def figure(x):
-    """Three decimals of a share, fewer digits of what is large."""
+    """Three decimals; none of what is large."""
     if isinstance(x, str):
         return x
     return f"{x:.3f}" if abs(x) < 100 else f"{x:,.0f}"

@@ -1,12 +1,11 @@
 """How well do the n-gram identifiers tell EPITOME's levels, beside the usual baseline?
 
-    python -m tests.lab.identify [--data DIR] [--seeds N]    DIR: what `emprl.py download DIR` filled
+    python -m tests.lab.identify --data DIR [--seeds N]    DIR: see `emprl.py download`
 
-Each seed splits EPITOME by seeker: four fifths to learn from, a fifth to test on. "TF-IDF" is
-scikit-learn's class-balanced logistic regression on words and word pairs of the response. "ours" is
-trained on the whole training part, and on the halves of it that the identifiers and the judge get
-in a run. The third column is a bound: our probabilities with the thresholds that are best for the
-test labels themselves. It prints a Markdown table of means (standard deviations) over the seeds.
+Each seed splits EPITOME by seeker: three quarters to learn from, a fifth to test on. "TF-IDF" is
+scikit-learn's class-balanced logistic regression on words and word pairs of the response, "ours"
+the n-grams of preset `real`, each trained on all three quarters; a "half" is what identifiers or
+judge get of them in a run. It prints a table of means (standard deviations) over the seeds.
 
 Cost: half a minute a seed. Needs scikit-learn.
 """
@@ -17,9 +16,9 @@ import sys
 import torch
 
 from data import LEVELS, MECHANISMS, DataError, Pairs, real_corpus
-from emprl import make_tokenizer, real, say, table
-from identifiers import NGramClassifier, confusion, f1_scores, predict
-from tests.lab.command import Parser, start, write_json
+from emprl import make_tokenizer, real, say
+from identifiers import NGramClassifier, confusions, f1_scores, predict_levels
+from tests.lab.command import Parser, sheet, start, write_json
 
 
 def tf_idf(train, test):
@@ -42,37 +41,22 @@ def tf_idf(train, test):
 
 
 def ours(train, test):
-    """Log-probabilities (N, M, L) of the n-gram identifiers, as preset `real` trains them."""
+    """Levels (N, M) by the n-gram identifiers, as preset `real` trains them."""
     config = real().identifiers
     classifier = NGramClassifier(config)
     classifier.trainer(train, None, None, config).step(0)
-    return predict(classifier, test)
-
-
-def best_levels(log_probs, gold):
-    """The levels with the biases for levels 1 and 2 that give `gold` the best macro-F1, on a grid.
-
-    log_probs: (N, M, L). gold: (N, M). No classifier: what any thresholds could reach at most.
-    """
-    grid = torch.arange(-6, 6.1, 0.2)
-    biases = torch.cartesian_prod(torch.zeros(1), grid, grid)  # (G, L)
-    best = []
-    for m in range(len(MECHANISMS)):
-        levels = (log_probs[:, m] + biases[:, None]).argmax(-1)  # (G, N)
-        counts = torch.stack([confusion(some, gold[:, m]) for some in levels])
-        best.append(levels[f1_scores(counts)["macro_f1"].argmax()])
-    return torch.stack(best, 1)
+    return predict_levels(classifier, test)
 
 
 def figures_of(levels, gold):
     """{"ER macro_f1": number, ...} of levels (N, M)."""
+    counts = confusions(levels, gold)  # (M, L, L)
+    f1 = 2 * counts.diagonal(0, 1, 2) / (counts.sum(1) + counts.sum(2)).clamp(min=1)  # (M, L)
+    measures = f1_scores(counts) | {f"f1_{k}": f1[:, k] for k in range(LEVELS)}
     figures = {}
     for m, name in enumerate(MECHANISMS):
-        counts = confusion(levels[:, m], gold[:, m])
-        f1 = 2 * counts.diagonal() / (counts.sum(0) + counts.sum(1)).clamp(min=1)
-        scores = f1_scores(counts) | {f"f1_{k}": f1[k] for k in range(LEVELS)}
-        for measure, score in scores.items():
-            figures[f"{name.upper()} {measure}"] = score.item()
+        for measure, scores in measures.items():
+            figures[f"{name.upper()} {measure}"] = scores[m].item()
     return figures
 
 
@@ -86,28 +70,27 @@ def one_seed(folder, seed):
     lengths = sizes.data.identifier_source, sizes.data.identifier_target
     pairs = {part: Pairs(parts[part], tokenizer, *lengths) for part in parts}
     test = pairs["test"]
-    log_probs = ours(pairs["all"], test)
     told = {"TF-IDF": tf_idf(parts["all"], parts["test"])}
-    told["ours"] = log_probs.argmax(-1)
-    told["ours, best thresholds for the test labels"] = best_levels(log_probs, test.levels)
-    for name, part in (
-        ("the identifiers' half", "train"),
-        ("the judge's half", "judge_train"),
-    ):
-        told[f"ours, {name}"] = ours(pairs[part], test).argmax(-1)
+    halves = {
+        "ours": "all",
+        "the identifiers' half": "train",
+        "the judge's half": "judge_train",
+    }
+    for name, part in halves.items():
+        told[name] = ours(pairs[part], test)
     return {system: figures_of(levels, test.levels) for system, levels in told.items()}
 
 
 def summary(seeds):
-    """Markdown: a row for each figure, a column for each system; mean (standard deviation)."""
-    rows = []
+    """{figure: {system: "mean (standard deviation)"}} over the seeds."""
+    rows = {}
     for name in seeds[0]["ours"]:
-        cells = []
+        rows[name] = {}
         for system in seeds[0]:
             values = [seed[system][name] for seed in seeds]
-            cells.append(f"{statistics.mean(values):.3f} ({statistics.pstdev(values):.3f})")
-        rows.append([name, *cells])
-    return table(["", *seeds[0]], rows)
+            deviation = statistics.pstdev(values)
+            rows[name][system] = f"{statistics.mean(values):.3f} ({deviation:.3f})"
+    return rows
 
 
 def main():
@@ -122,7 +105,7 @@ def main():
     for seed in range(options.seeds):
         say(f"seed {seed} of {options.seeds}")
         seeds.append(one_seed(options.data, seed))
-    say(summary(seeds))
+    say(sheet(summary(seeds)))
     write_json(options.write, seeds)
 
 

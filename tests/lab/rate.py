@@ -1,13 +1,12 @@
-"""Which reply do people prefer? Blind: two replies to a test context, MLE's and EmpRL's, as A and B.
+"""Which reply do people prefer, MLE's or EmpRL's? Blind: the two are A and B.
 
     python -m tests.lab.rate RUN [NAME]     rate, as NAME; then the table of all raters
     python -m tests.lab.rate RUN --number 50 --seed 1
 
-All raters of a run see the same contexts, drawn by the seed, each in an order of their own. Answers
-are kept one by one in RUN/ratings-NAME.jsonl; an empty line stops, the same command goes on.
-
-An item counts as most of its raters prefer, since they are not independent; p: sign test of that;
-equal: share of equal answers of two raters; kappa: Cohen's (1960), the mean over pairs of raters.
+All raters of a run see the same contexts, drawn by the seed, each in an order of their own.
+Answers are kept one by one in RUN/ratings-NAME.jsonl; an empty line stops, the same command goes
+on. An item counts as most of its raters prefer, since they are not independent; p: sign test of
+that; equal: share of equal answers of two raters; kappa: Cohen's (1960), the mean over pairs.
 
 Cost: a minute for each context.
 """
@@ -44,7 +43,7 @@ ANSWERS = {"a": 1, "b": -1, "t": 0}
 
 
 def sign_test(wins, losses):
-    """How often a fair coin gives a split this uneven: 2 sum_{k <= min} C(n, k) / 2^n, at most 1."""
+    """How likely a fair coin is this uneven: 2 sum_{k <= min} C(n, k) / 2^n, at most 1."""
     count = wins + losses
     tail = sum(math.comb(count, k) for k in range(min(wins, losses) + 1))
     return min(1, 2 * tail / 2**count)
@@ -103,7 +102,7 @@ def read(path, entry):
 
 
 def read_items(run, number, seed):
-    """{item: (context, MLE's reply, EmpRL's)}: contexts whose replies differ, drawn by the seed.
+    """{item: (context, MLE's reply, EmpRL's)} where the two differ, drawn by the seed.
 
     An item is named by all that is shown: ratings of other replies are of other items.
     """

@@ -1,14 +1,14 @@
-"""What came out, over several seeds: the tables of tests/results/README.md, from finished runs.
+"""What came out over several seeds? The tables of tests/results/README.md.
 
-    python -m tests.lab.tables RUN [RUN ...] [--write FILE]     runs of one preset, several seeds
+    python -m tests.lab.tables RUN [RUN ...] [--write FILE]     finished runs of one preset
 
-1. Levels, by each classifier: MLE, best of n, EmpRL, floors, ceiling, how much of the way from MLE
-   to the ceiling EmpRL goes, and its gain. The interval of the mean gain is a 95 % percentile
+1. Levels, by each classifier: MLE, best of n, EmpRL, floors, ceiling, how much of the way from
+   MLE to the ceiling EmpRL goes, and its gain. The interval of the mean gain is a 95 % percentile
    bootstrap over seeds and contexts; contexts that the runs share are drawn jointly.
 2. The price: perplexity, variety, length, KL.
 3. F1 of each level.
-4. How much of Emp-F1 comes from how often a level is given, and how much from where: "shuffled"
-   gives the levels to the contexts at random.
+4. How much of Emp-F1 comes from how often a level is given, and how much from where:
+   "shuffled" gives the levels to the contexts at random.
 
 --write keeps the figures and the levels of all replies, without texts. Cost: seconds.
 """
@@ -16,16 +16,18 @@
 import itertools
 import json
 import sys
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
 
 from data import LEVELS, MECHANISMS
-from emprl import PREFIX, SYSTEMS, gain_in_words, say
+from emprl import PREFIX, SYSTEMS, say
 from identifiers import emp_f1, f1_scores
 from tests.lab.command import Parser, mean, means, read_runs, sheet, start, write_json
 
 MEASURES = {"weighted": "emp_f1", "macro": "emp_macro_f1", "bits": "mutual_information"}
+INTERVAL = "{relative:+.1%} ({low:+.1%} to {high:+.1%})"
 KINDS = {"weighted": "weighted_f1", "macro": "macro_f1"}
 
 
@@ -57,8 +59,8 @@ def resampled_emp_f1(levels, human, times, kind):
 def gain_over_seeds(runs, kind, shared, resamples=2000):
     """The relative gain of the mean over seeds, with its interval.
 
-    runs: (human, before, after) levels of each seed, (N, M) each. A resample draws as many seeds
-    and contexts, with replacement: with `shared` the same contexts for all seeds, so that an easy
+    runs: (human, before, after) levels of each seed, (N, M) each. A resample draws seeds and
+    contexts with replacement: with `shared` the same contexts for all seeds, so that an easy
     context is easy for all; without it others for each. Returns {"relative", "low", "high"}.
     """
     generator = torch.Generator().manual_seed(0)
@@ -100,9 +102,10 @@ def level_rows(runs, levels, shared):
                 way = f"{(row['EmpRL'] - row['MLE']) / to_go:.0%}" if to_go > 0 else ""
                 row["share of the way"] = way
             if measure in KINDS:
-                told = [[one[who][x] for x in ("human", "mle", "emprl")] for one in levels]
+                chosen = itemgetter("human", "mle", "emprl")
+                told = [chosen(one[who]) for one in levels]
                 gain = gain_over_seeds(told, KINDS[measure], shared)
-                total["gain"] = gain_in_words(gain)
+                total["gain, 95 % interval"] = INTERVAL.format(**gain)
             rows |= by_seed | {f"{who}, {measure}, mean": total}
     return rows
 

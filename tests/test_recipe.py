@@ -295,7 +295,7 @@ def test_classifiers_stay_as_they_were_trained(run):
 
 def test_kl_starts_at_zero_against_the_mle_policy(run):
     kl = [record["kl"] for record in run.log("ppo")]
-    assert kl[0] == pytest.approx(0, abs=1e-4) and abs(kl[-1]) > 1e-3
+    assert kl[0] == pytest.approx(0, abs=1e-4) and max(map(abs, kl)) > 1e-3
 
 
 def test_human_responses_pull_the_policy(run, tmp_path):

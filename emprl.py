@@ -625,11 +625,7 @@ class Run:
             self.seed(name, i)
             record = trainer.step(i)
             log.append({"stage": name, "step": i, **record})
-            signs = []
-            if record.get("skipped") != 1:
-                first = next(x for x in log if x.get("skipped") != 1)
-                signs = trainer.warnings(record, first)
-            progress.show(i, record, signs)
+            progress.show(i, record, signs_of_trouble(trainer, record, log))
             self.stop_if_nothing_is_learnt(name, log)
             due = time.time() - saved > self.save_every and not record.get("skipped")
             if due or self.interrupted:
@@ -722,6 +718,14 @@ class Run:
         """metrics.jsonl: a line for each step of all stages so far."""
         records = itertools.chain(*self.logs.values())
         self.write("metrics.jsonl", "".join(to_json(record) + "\n" for record in records))
+
+
+def signs_of_trouble(trainer, record, log):
+    """What a trainer warns of, compared with the first step that was not skipped."""
+    if record.get("skipped") == 1:  # nothing was measured
+        return []
+    first = next(earlier for earlier in log if earlier.get("skipped") != 1)
+    return trainer.warnings(record, first)
 
 
 class Progress:

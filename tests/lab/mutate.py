@@ -201,8 +201,8 @@ def first_failure(folder, tests, limit):
         cwd=folder,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         stdout=subprocess.PIPE,
+        encoding="utf-8",
         stderr=subprocess.STDOUT,
-        text=True,
         start_new_session=True,
     )
     try:

@@ -27,6 +27,7 @@ from data import LEVELS, MECHANISMS
 from t5_small import (
     PAD_ID,
     Attention,
+    Dropout,
     T5Encoder,
     TrainConfig,
     Trainer,
@@ -78,11 +79,11 @@ class BiEncoder(nn.Module):
         self.response_encoder = T5Encoder(config)
         self.attention = Attention(replace(config, num_heads=1, d_kv=width))
         nn.init.normal_(self.attention.q.weight, std=1 / width)  # as T5's: scaled at the start
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
         self.head = nn.Sequential(
             nn.Linear(width, width // 2),
             nn.Tanh(),
-            nn.Dropout(0.1),
+            Dropout(0.1),
             nn.Linear(width // 2, num_mechanisms * LEVELS),
         )
 

@@ -264,6 +264,29 @@ def test_tied_head_is_scaled():
     check("v1.0: states D^-1/2 times the embedding", model.logits(states), expected)
 
 
+def test_dropout():
+    torch.manual_seed(0)
+    drop = t5_small.Dropout(0.1)  # 26 of 256 dropped, the rest times 256 / 230
+    x = torch.ones(100, 1003, requires_grad=True)
+    y = drop(x)
+    kept = y != 0
+    check("kept elements are scaled so that the mean stays", y[kept].unique(), [256 / 230])
+    dropped = (~kept).float().mean().item()
+    deviation = math.sqrt(26 / 256 * 230 / 256 / x.numel())
+    assert abs(dropped - 26 / 256) < 5 * deviation, "share dropped"
+    assert (kept.float().mean(0) < 1).float().mean() > 0.99, "some columns are never dropped"
+    neighbours = (kept[:, 1:] & kept[:, :-1]).float().mean()
+    assert abs(neighbours - (230 / 256) ** 2) < 0.005, "neighbours are not independent"
+    y.sum().backward()
+    check("the gradient goes through the same mask", x.grad, y)
+    assert not torch.equal(drop(x), y), "the mask must be drawn anew each time"
+    drop.eval()
+    assert torch.equal(drop(x), x)
+    half = t5_small.Dropout(0.5)(torch.ones(10001)) != 0
+    assert abs(half.float().mean() - 0.5) < 0.03
+    assert torch.equal(t5_small.Dropout(0.0)(x), x)
+
+
 def test_dropout_is_everywhere_and_only_in_training():
     model, source, response = tiny_t5(dropout_rate=0.2), ragged([5, 4]), ragged([4, 3], seed=1)
     assert model.loss_sum(source, response)[0] == model.loss_sum(source, response)[0]

@@ -173,7 +173,14 @@ def toy():
     return Config(
         preset="toy",
         # 2 decoder layers: copying the topic of a context into the reply takes two steps
-        t5=T5Config(d_kv=16, d_ff=256, num_layers=1, num_heads=8, dropout_rate=0.0),
+        t5=T5Config(
+            d_kv=16,
+            d_ff=256,
+            num_layers=1,
+            num_decoder_layers=2,
+            num_heads=8,
+            dropout_rate=0.0,
+        ),
     )
 
 
@@ -284,14 +291,15 @@ PRESETS = {"toy": toy, "smoke": smoke, "real": real, "paper": paper}
 
 
 def run_all(run, ppo_trainer=PPOTrainer):
-    """EmpRL, from a corpus to a report. What the run folder already has is loaded, not redone.
+    """EmpRL, from a corpus to a report. A stage that the run folder has is loaded, not redone.
 
-    ppo_trainer: what aligns the policy; the rivals of PPO in tests/lab take its place.
+    ppo_trainer: what aligns the policy: PPOTrainer, or another one with the same interface.
     Returns the figures of metrics.json.
     """
     config = run.config
 
-    # 0. Dialogues to learn replies from, labelled pairs to learn levels from, and one tokenizer.
+    # 0. Dialogues to learn replies from, labelled pairs to learn levels from, one tokenizer, a
+    #    new T5. Responses are cut where they are learnt from, and whole where they are measured.
     corpus = load_corpus(config)
     tokenizer = make_tokenizer(config, corpus)
     mle = initial_t5(run, tokenizer)
@@ -302,13 +310,15 @@ def run_all(run, ppo_trainer=PPOTrainer):
         run, corpus.labelled, tokenizer, "identifier_source", "identifier_target"
     )
 
-    # 1. The initial policy: T5 learns to reply as people did (maximum likelihood).
+    # 1. The initial policy: the T5 learns to reply as people did (maximum likelihood, MLE).
+    #    `made_of` is for the checkpoint: a result of other settings is refused, not used.
     trainer = pretrainer(mle, pairs["turns"], tokenizer, config)
-    run.train("pretrain", trainer, config.data, config.t5, config.pretrain)
+    run.train("pretrain", trainer, made_of=[config.data, config.t5, config.pretrain])
     run.train("mle", mle_trainer(mle, pairs["train"], pairs["valid"], config))
 
-    # 2. Two classifiers of empathy levels. The identifiers give the reward. The judge, trained
-    #    on other data, never does: what both see is not an artefact of the reward.
+    # 2. Classifiers of empathy levels. The identifiers (one for each mechanism, in one model)
+    #    give the reward. The judge, trained on other data, never does: a gain that the judge
+    #    sees, too, is not an artefact of the reward.
     classifiers = {
         "identifiers": train_classifier(
             run, "identifiers", mle, labelled["train"], labelled["valid"]
@@ -318,16 +328,17 @@ def run_all(run, ppo_trainer=PPOTrainer):
         ),
     }
 
-    # 3. The levels to aim for.
+    # 3. The levels that a reply to each context should have.
     targets = find_targets(run, mle, classifiers["identifiers"], whole)
 
-    # 4. PPO towards these levels, close to the initial policy.
-    say("reward      0 to 1: how likely a reply has all three levels that it should have")
+    # 4. PPO trains a copy of the initial policy. The reward, 0 to 1, is how likely a response
+    #    has all three levels that it should have.
     reward = EmpathyReward(classifiers["identifiers"], config.reward)
     prompts = PromptBatches(pairs["train"], targets.train, config.ppo.batch_size, config.seed)
     validate = Evaluator(run, whole["probe"], tokenizer, classifiers, mle).validate
     trainer = ppo_trainer(mle, reward, prompts, config.exploring, config.ppo, validate)
-    run.train("ppo", trainer, config.reward, config.exploring, config.replying)
+    say("reward      0 to 1: how likely a reply has all three levels that it should have")
+    run.train("ppo", trainer, made_of=[config.reward, config.exploring, config.replying])
     save_pretrained(mle, run.folder / "mle")
     save_pretrained(trainer.model, run.folder / "emprl")
 
@@ -344,7 +355,11 @@ def run_all(run, ppo_trainer=PPOTrainer):
 
 
 def load_corpus(config):
-    """The corpus that config.data_path says; its test part is as long as wanted."""
+    """The corpus that config.data_path says: a generated world, the real corpora, or your own.
+
+    Two parts are added to its dialogues: "turns", which pre-training reads, and "probe", a few
+    of "valid" for the validation inside PPO. "test" is cut to eval.contexts.
+    """
     sizes = config.data
     if not config.data_path:
         corpus = data.embedded_corpus(
@@ -355,10 +370,10 @@ def load_corpus(config):
     else:
         corpus = data.own_corpus(config.data_path)
     dialogues = corpus.dialogues
-    dialogues.setdefault("turns", dialogues["train"])  # what pre-training reads
+    dialogues.setdefault("turns", dialogues["train"])
     if config.eval.contexts:
         dialogues["test"] = dialogues["test"][: config.eval.contexts]
-    dialogues["probe"] = dialogues["valid"][: config.ppo.valid_contexts]  # a look inside PPO
+    dialogues["probe"] = dialogues["valid"][: config.ppo.valid_contexts]
     return corpus
 
 
@@ -472,13 +487,13 @@ def classifier_settings(config, name):
 
 @dataclass
 class Targets:
-    """The levels that a reply should have."""
+    """The levels that replies should have: levels (N, M), or probabilities of them (N, M, L)."""
 
-    human: torch.Tensor  # (N, M) those of the human responses of the training pairs
-    train: torch.Tensor  # (N, M) or (N, M, L), what PPO's reward aims for
-    test: torch.Tensor  # (N, M, L), what best of n aims for
-    probs: torch.Tensor  # (N, M, L) P(level | context) of the test contexts
-    share: torch.Tensor  # (M, L) the mean of P over the training contexts
+    human: torch.Tensor  # (N, M) levels of the human responses of the training pairs
+    train: torch.Tensor  # (N, M) or (N, M, L): what PPO aims for, in the training contexts
+    test: torch.Tensor  # (N, M, L): what best of n aims for, in the test contexts
+    probs: torch.Tensor  # (N, M, L): P(level | context) of the test contexts, for the ceiling
+    share: torch.Tensor  # (M, L): the mean of P(level | context) over the training contexts
 
 
 def find_targets(run, mle, identifiers, pairs):
@@ -487,17 +502,18 @@ def find_targets(run, mle, identifiers, pairs):
     The levels of the one human response, which the paper aims for, are noisy: other people
     would have replied otherwise. The context classifier learns how likely each level is.
     """
-    config = run.config.reward
     levels = {part: predict_levels(identifiers, pairs[part]) for part in ("train", "valid")}
     contexts = {part: without_response(pairs[part], levels.get(part)) for part in pairs}
     context = train_classifier(run, "context", mle, contexts["train"], contexts["valid"])
-
-    train = predict(context, contexts["train"]).exp()
+    train = predict(context, contexts["train"]).exp()  # predict gives log-probabilities
     test = predict(context, contexts["test"]).exp()
     share = train.mean(0)
-    aims = expected_targets(config, train, share)
+
+    config = run.config.reward
     if config.target == "human":
         aims = levels["train"]
+    else:
+        aims = expected_targets(config, train, share)
     return Targets(
         human=levels["train"],
         train=aims,
@@ -583,14 +599,15 @@ class Run:
         """Seed torch from (seed, stage, step): a resumed step draws what any other would."""
         torch.manual_seed(zlib.crc32(f"{self.config.seed}/{stage}/{step}".encode()))
 
-    def train(self, name, trainer, *settings):
+    def train(self, name, trainer, made_of=()):
         """All steps of a trainer, resumed where they were cut; trainer.model has the result.
 
-        A stage is made of the data, of all earlier stages, of its trainer's settings, and of
-        the `settings` that are named here. What is there already must be made of the same.
+        A stage is made of the data, of all earlier stages, of its trainer's settings and of
+        those that `made_of` names. A checkpoint that is there must be made of the same, or it
+        is refused.
         """
         file = f"checkpoints/{name}.pt"
-        made_of = [asdict(part) for part in (trainer.config, *settings)]
+        made_of = [asdict(part) for part in (trainer.config, *made_of)]
         key = digest([self.config.seed, self.content, self.results, made_of])
         state = load_stage(self.folder / file)
         self.check_key(file, state.get("key"), key)
@@ -959,7 +976,7 @@ class Evaluator:
     def perplexities(self, t5):
         """Of the human responses, a token and a word; their ends are predicted, too.
 
-        Of one that is longer than max_scored the beginning counts, in both.
+        Responses that are longer are cut to max_scored, for both figures.
         """
         config, count = self.run.config, 0
         loss, tokens = total_loss(t5, self.pairs, config.eval.batch_size, positions=2**13)
@@ -971,7 +988,7 @@ class Evaluator:
         return {"perplexity": exp(loss / tokens), "perplexity_per_word": exp(loss / count)}
 
     def validate(self, t5):
-        """Inside PPO: a few figures, and a context to look at."""
+        """Inside PPO: a few figures."""
         figures = self.policy("valid", t5, self.run.config.replying)
         shown = ["emp_f1", "kl", "perplexity", "unique", "exact_match"]
         shown.append(PREFIX[self.truth] + "exact_match")
@@ -1026,9 +1043,10 @@ class Evaluator:
         }
 
     def ceilings(self, level_probs, targets):
-        """What can be had at best; of the embedded world exactly, else by the context classifier.
+        """What can be reached at best by a policy that knows P(level | context).
 
-        level_probs: id -> P(level | context), {} if nobody knows.
+        In the generated world P is known (level_probs: id -> P); everywhere the context
+        classifier estimates it. "context_balanced" raises rare levels by half: it scores more.
         """
         ceilings = {}
         if level_probs:
@@ -1498,28 +1516,34 @@ def draw_learnt_vs_truth(figure, run, metrics, test):
 
 
 def draw_losses(figure, run, metrics, test):
-    """MLE's loss, and what the classifiers were chosen by."""
+    """MLE: training and validation loss. Classifiers: what the best weights are chosen by."""
     figure.set_size_inches(7.8, 3.2)
-    panels = {"mle": "MLE: nats a token", "identifiers": "identifiers", "judge": "judge"}
-    panels = {stage: title for stage, title in panels.items() if run.logs[stage]}
-    axes = figure.subplots(1, len(panels), squeeze=False)
-    for axis, (stage, title) in zip(axes.flat, panels.items()):
-        curve(axis, run.logs[stage], "loss", color="0.7", label="training")
-        curve(axis, run.logs[stage], "valid", color="black", marker="o", label="validation")
-        axis.set_title(title, fontsize=10)
+    stages = [stage for stage in ("mle", "identifiers", "judge") if run.logs[stage]]
+    axes = figure.subplots(1, len(stages), squeeze=False)
+    for axis, stage in zip(axes.flat, stages):
+        curve(axis, run.logs[stage], "loss", color="0.7", label="training loss (nats)")
+        right = axis if stage == "mle" else axis.twinx()
+        label = "validation loss" if stage == "mle" else "validation, minus macro-F1"
+        curve(right, run.logs[stage], "valid", color="black", marker="o", label=label)
+        axis.set_title({"mle": "MLE, a token"}.get(stage, stage), fontsize=10)
         axis.set_xlabel("step")
-        axis.legend(fontsize=8)
+        for place, shown in (("upper right", axis), ("center right", right)):
+            shown.legend(fontsize=8, loc=place)
 
 
 PICTURES = {
-    draw_emp_f1: "How well the levels of the replies match the human's, by mechanism, with 95 % "
-    "intervals: dotted, always the commonest level; dashed, what the context lets foresee.",
-    draw_levels: "Where the human's level is as on the left, which level has the reply? Before "
-    "(MLE) and after (EmpRL): the more on the diagonal, the better. Told by the {truth}.",
-    draw_learnt_vs_truth: "Reward hacking would show here: the identifiers' line would rise and "
-    "the {truth}'s would not. Shaded: 95 % intervals.",
-    draw_ppo: "PPO, iteration by iteration: the reward rises, the policy moves away from MLE.",
-    draw_losses: "MLE and the classifiers learn: training and validation.",
+    draw_emp_f1: "By mechanism: how well the levels of the replies match the human's (1 is best), "
+    "with 95 % intervals. Dotted: always the commonest level. Dashed: an estimate of what can be "
+    "foreseen from the context.",
+    draw_levels: "Among the contexts whose human reply has the level on the left: how often the "
+    "generated reply has each level (rows add up to 100 %). Above MLE, below EmpRL. The more on "
+    "the diagonal, the better. Levels are told by the {truth}.",
+    draw_learnt_vs_truth: "Does PPO please the identifiers, or does it really get levels right? "
+    "With reward hacking the identifiers' line rises and the {truth}'s does not. Shaded: 95 % "
+    "intervals, on the few contexts that PPO is validated on.",
+    draw_ppo: "PPO, iteration by iteration. Look at the reward and the KL first. Grey bands are "
+    "healthy ranges; explained variance tells how much the value head knows.",
+    draw_losses: "Do MLE and the classifiers still learn? Validation should fall with training.",
 }
 
 

@@ -355,11 +355,20 @@ def rollout(policy, reference, reward, prompts, sampling):
     ids, support = sampled.ids, sampled.support
     mask = response_mask(ids)
 
+    # Reference and reward look at 64 responses of like length at a time: with all of them at
+    # once an iteration of the preset `toy` takes 1.3 times as long.
+    ref_log_probs = torch.zeros_like(sampled.log_probs)
+    rewards = ref_log_probs.new_zeros(len(ids))  # (B,)
+    lengths = mask.sum(1)
+    for rows in lengths.argsort().split(64):
+        width = int(lengths[rows].max())
+        part = source[rows], ids[rows, :width], mask[rows, :width], support[rows, :width]
+        log_probs, _, _ = response_log_probs(reference, *part, sampling.temperature)
+        ref_log_probs[rows, :width] = log_probs
+        rewards[rows] = reward(source[rows], ids[rows, :width], prompts.targets[rows]).float()
+
     # The policy's own log-probs come with the sampling, 0 on padding; asking it again by
     # teacher forcing would give the same up to rounding.
-    ref_log_probs, _, _ = response_log_probs(
-        reference, source, ids, mask, support, sampling.temperature
-    )
     return Rollout(
         source=source,
         human=prompts.human,
@@ -369,7 +378,7 @@ def rollout(policy, reference, reward, prompts, sampling):
         log_probs=sampled.log_probs,
         ref_log_probs=ref_log_probs,
         values=policy.values(sampled.states) * mask,
-        rewards=reward(source, ids, prompts.targets).float(),
+        rewards=rewards,
     )
 
 

@@ -633,13 +633,15 @@ def test_rewards_are_scaled_by_running_moments(centre, monkeypatch):
         handed.append(rewards.clone())
         return plain(rewards, *others)
 
-    def reward(source, ids, targets):
-        rewards = some_reward(source, ids, targets)
-        raw.append(rewards)
-        return rewards
+    def rollout(*arguments):
+        sampled = plain_rollout(*arguments)
+        raw.append(sampled.rewards.clone())
+        return sampled
 
+    plain_rollout = ppo.rollout
     monkeypatch.setattr(ppo, "token_rewards", spy)
-    run(trainer(reward, scale_rewards=True, centre_rewards=centre), range(2))
+    monkeypatch.setattr(ppo, "rollout", rollout)
+    run(trainer(scale_rewards=True, centre_rewards=centre), range(2))
     seen = torch.cat(raw)
     expected = raw[1] / seen.std()
     if centre:

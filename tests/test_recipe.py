@@ -57,9 +57,9 @@ class Watched:
     def watch_stages(self, patch):
         train, find_targets = emprl.Run.train, emprl.find_targets
 
-        def watched(run, name, *arguments):
+        def watched(run, name, *arguments, **named):
             self.stage = name
-            train(run, name, *arguments)
+            train(run, name, *arguments, **named)
             self.stage = f"after {name}"
 
         def watched_targets(*arguments):

@@ -17,9 +17,10 @@ An episode is one response, an action one token, a state the context and the tok
 
 Shapes: B batch, S source length, T response length, D model width, V vocabulary. Whatever
 belongs to tokens is (B, T), and a mask says which of them the response has. This file knows
-nothing of what the reward measures: it is handed in as a function of ids. Sources: PPO, Schulman et al.
-2017 (arXiv 1707.06347); GAE, Schulman et al. 2016 (arXiv 1506.02438); PPO on language models,
-Ziegler et al. 2019 (arXiv 1909.08593).
+nothing of what the reward measures: it is handed in as a function of ids.
+
+Sources: PPO, Schulman et al. 2017 (arXiv 1707.06347); GAE, Schulman et al. 2016 (arXiv
+1506.02438); PPO on language models, Ziegler et al. 2019 (arXiv 1909.08593).
 """
 
 import copy

@@ -1,15 +1,31 @@
 """Empathy: classifiers of its levels, the reward made of them, and the measures of both.
 
-    a classifier       (context ids, response ids) -> log-probabilities of the levels
-    its training       class-weighted cross-entropy
-    the reward         how close a response's levels are to those of the human response
-    measures of levels Emp-F1, mutual information, the bootstrap
-    measures of text   Dist-n, BLEU
-    n-grams            the other classifier, for when labels are few; skip it at first reading
+    a classifier        (context ids, response ids) -> log-probabilities of the levels
+    its training        class-weighted cross-entropy
+    the reward          how close a response's levels are to those of the human response
+    measures of levels  Emp-F1, mutual information, the bootstrap
+    measures of text    Dist-n, BLEU
+    n-grams             the other classifier, for when labels are few; skip it at first reading
+
+A response shows empathy by three mechanisms, each with a level: 0 none, 1 weak, 2 strong.
+
+    er  emotional reaction  "I am so sorry."
+    ip  interpretation      "You must feel lonely."
+    ex  exploration         "What happened exactly?"
+
+Emp-F1 compares the levels of replies with those of the human responses: the F1 of each
+mechanism, averaged over the three.
 
 The *identifiers* are the classifier that gives the reward. The *judge* is one that never does.
-The *context classifier* sees no response. Shapes: B batch, N all pairs, S context length,
-T response length, D model width, M = 3 mechanisms, L = 3 levels. Nothing here knows of PPO.
+The *context classifier* sees no response. All learn from `Pairs` (data.py), which have
+
+    batch(rows)     padded ids of some pairs: contexts (B, S) and responses (B, T)
+    chunks(size)    all rows, in lists of at most `size`
+    levels          (N, M), those of the responses
+    but(responses)  the same contexts with other responses
+
+Shapes: B batch, N all pairs, S context length, T response length, D model width, M = 3
+mechanisms, L = 3 levels. PPO calls EmpathyReward; nothing here depends on how it learns.
 Sources: EmpRL (arXiv 2408.02976), and EPITOME, whose bi-encoder the network is (Sharma et al.
 2020, arXiv 2009.08441).
 """
@@ -46,12 +62,12 @@ class ClassifierConfig(TrainConfig):
     lr: float = option(2e-2, "learning rate, relative if rms_scaled", high=10)
     eval_every: int = option(50, "steps between validations; the best weights are kept", low=1)
     kind: str = option("network", "what tells levels", choices=("network", "ngrams"))
-    shared: bool = option(True, "one network with three heads; off: the original's three")
+    shared: bool = option(True, "one network with an output for each mechanism; off: three")
     class_weight: float = option(0.5, "exponent of 1 / share of a level in the loss", high=2)
     penalty: float = option(2e-4, "n-grams: weight of the squared norm", high=1)
     size: int = option(65536, "n-grams: weights for each level", 1, 10**8)
-    start: str = "mle"  # the T5 whose encoder it copies; "t5": the one before any training
-    keep: str = "macro_f1"  # best weights by it; or by "loss", where probabilities count
+    start: str = "mle"  # whose encoder a network copies: "mle", or "t5", before any training
+    keep: str = "macro_f1"  # what tells a network's best weights: "macro_f1" or "loss"
 
 
 # ---- a classifier ---------------------------------------------------------------------------
@@ -78,12 +94,13 @@ class BiEncoder(nn.Module):
         self.context_encoder = T5Encoder(config)
         self.response_encoder = T5Encoder(config)
         self.attention = Attention(replace(config, num_heads=1, d_kv=width))
-        nn.init.normal_(self.attention.q.weight, std=1 / width)  # as T5's: scaled at the start
+        # T5's formula for q, (d_model d_kv)^(-1/2), in which d_kv = d_model here.
+        nn.init.normal_(self.attention.q.weight, std=1 / width)
         self.dropout = Dropout(config.dropout_rate)
         self.head = nn.Sequential(
             nn.Linear(width, width // 2),
             nn.Tanh(),
-            Dropout(0.1),
+            Dropout(0.1),  # as in EPITOME's head, whatever dropout_rate is
             nn.Linear(width // 2, num_mechanisms * LEVELS),
         )
 
@@ -98,7 +115,7 @@ class BiEncoder(nn.Module):
 
 
 class NetworkClassifier(nn.Module):
-    """Levels of all three mechanisms: one bi-encoder with three heads (shared), or three."""
+    """One bi-encoder with an output for each mechanism (shared), or a bi-encoder for each."""
 
     def __init__(self, t5, config):
         """Every encoder starts as a copy of t5's, a trained T5."""
@@ -107,7 +124,7 @@ class NetworkClassifier(nn.Module):
             encoders = [BiEncoder(t5.config, len(MECHANISMS))]
         else:
             encoders = [BiEncoder(t5.config, 1) for _ in MECHANISMS]
-        for encoder in encoders:
+        for encoder in encoders:  # strict=False: t5's decoder has no place here
             encoder.context_encoder.load_state_dict(t5.state_dict(), strict=False)
             encoder.response_encoder.load_state_dict(t5.state_dict(), strict=False)
         self.encoders = nn.ModuleList(encoders)
@@ -133,6 +150,13 @@ class NetworkClassifier(nn.Module):
         return Trainer(self, loss_sum, rows_at, validate, config)
 
 
+def make_classifier(t5, config):
+    """The classifier that config.kind names; n-grams stand last in this file."""
+    if config.kind == "ngrams":
+        return NGramClassifier(config)
+    return NetworkClassifier(t5, config)
+
+
 # ---- its training ---------------------------------------------------------------------------
 
 
@@ -153,7 +177,10 @@ def classification_loss(log_probs, levels, weights):
 
 
 def validation_loss(classifier, valid, keep):
-    """Lower is better: the plain cross-entropy ("loss"), or minus macro-F1 ("macro_f1")."""
+    """Lower is better: minus macro-F1 (keep = "macro_f1") or the plain cross-entropy ("loss").
+
+    Macro-F1, because in it a rare level counts as much as a common one.
+    """
     log_probs = predict(classifier, valid)
     if keep == "macro_f1":
         return -emp_f1(log_probs.argmax(-1), valid.levels, "macro_f1")
@@ -163,7 +190,10 @@ def validation_loss(classifier, valid, keep):
 
 @torch.no_grad()
 def predict(classifier, pairs, size=128):
-    """A classifier's log-probabilities on all pairs: (N, M, L), on the CPU."""
+    """A classifier's log-probabilities on all pairs: (N, M, L), on the CPU.
+
+    Call classifier.eval() first: in training mode there would be dropout.
+    """
     log_probs = torch.zeros(len(pairs), len(MECHANISMS), LEVELS)
     for rows in pairs.chunks(size):
         log_probs[rows] = classifier(*pairs.batch(rows)).cpu()
@@ -198,11 +228,18 @@ class RewardConfig:
 
 
 def empathy_reward(log_probs, target, difference="cross_entropy", mechanisms=MECHANISMS):
-    """r = prod_m sum_l P_m(l) exp(-d_m(l)), in (0, 1]; the paper's is exp(-sum_m d_m).
+    """How close a response's levels are to those aimed for, in (0, 1].
+
+    One mechanism, level l of the human response known:  r = exp(-d(l)); d = -log p: r = p(l)
+    Several mechanisms, the paper's:                     r = exp(-sum_m d_m) = prod_m exp(-d_m)
+    Level uncertain, l with probability P(l):            r = prod_m sum_l P_m(l) exp(-d_m(l))
+
+    The last is the expected reward of the line above, with less noise than one human's levels.
+    It multiplies the means of the mechanisms. That is the mean of their product only if
+    their levels are independent given the context, which is assumed.
 
     log_probs:  (B, M, L), log p of the levels of the generated response, by the identifiers.
-    target:     (B, M), the levels of the human response; then both formulas are the same.
-                Or (B, M, L), a probability P for each: r is the mean over P, with less noise.
+    target:     (B, M), the levels of the human response; or (B, M, L), their probabilities P.
     difference: d_m(l) is "cross_entropy", -log p_m(l), the paper's; or "ordinal",
                 E_p |level - l|, in which two levels off cost more than one.
     mechanisms: the names of those that count.
@@ -211,7 +248,7 @@ def empathy_reward(log_probs, target, difference="cross_entropy", mechanisms=MEC
     probs = log_probs.exp()  # (B, M, L)
 
     # exp(-d_m(l)): what the response earns if l is the level of the human one.
-    if difference == "cross_entropy":
+    if difference == "cross_entropy":  # exp(-d) = exp(log p) = p
         earned = probs
     elif difference == "ordinal":
         levels = torch.arange(LEVELS, device=probs.device)
@@ -232,12 +269,16 @@ def balanced(probs, share, exponent):
     """P(l) / share(l)^exponent, normalised: above 0, rare levels count for more.
 
     probs: (N, M, L). share: (M, L), how often each level occurs. Returns (N, M, L).
+    A share of 0 would give infinity; the context classifier never gives exactly 0.
     """
-    return F.normalize(probs / share**exponent, p=1, dim=-1)
+    return F.normalize(probs / share**exponent, p=1, dim=-1)  # p=1: divided by their sum
 
 
 def expected_targets(config, probs, share):
-    """The levels to aim for, as far as the context tells: (N, M, L) from probs (N, M, L)."""
+    """The levels to aim for, as far as the context tells: (N, M, L) from probs (N, M, L).
+
+    With config.target "human" PPO aims for the human's levels instead, best of n for these.
+    """
     probs = balanced(probs, share, config.balance)
     if config.target == "likeliest":
         return F.one_hot(probs.argmax(-1), LEVELS).float()
@@ -245,7 +286,10 @@ def expected_targets(config, probs, share):
 
 
 class EmpathyReward:
-    """The reward that ppo.py asks for. It reads the sampled ids themselves, not text."""
+    """(context ids, response ids, targets) -> rewards, as ppo.py calls it.
+
+    It reads the sampled ids themselves, not text. The identifiers must be in eval mode.
+    """
 
     def __init__(self, identifiers, config):
         self.identifiers = identifiers
@@ -253,9 +297,9 @@ class EmpathyReward:
         self.mechanisms = config.mechanisms.split(",")
 
     @torch.no_grad()
-    def __call__(self, source, response, targets):
+    def __call__(self, context, response, targets):
         """(B, S) and (B, T) ids, targets (B, M) or (B, M, L) -> (B,)."""
-        log_probs = self.identifiers(source, response)
+        log_probs = self.identifiers(context, response)
         return self.of(log_probs, targets)
 
     def of(self, log_probs, targets):
@@ -263,10 +307,10 @@ class EmpathyReward:
         return empathy_reward(log_probs, targets, self.difference, self.mechanisms)
 
     def best_of(self, tries, targets):
-        """Of several responses to each context the one with the highest reward.
+        """Best of n, a baseline without training: for each context the best of n responses.
 
-        This is the rival of RL that trains nothing. tries: a list of Pairs, with the same
-        contexts and different responses. Returns Pairs.
+        tries: n Pairs with the same contexts and different responses. Returns Pairs, with the
+        responses of highest reward.
         """
         rewards = [self.of(predict(self.identifiers, one), targets) for one in tries]
         chosen = torch.stack(rewards).argmax(0).tolist()  # (N,) the number of a try
@@ -280,7 +324,7 @@ class EmpathyReward:
 def confusions(predicted, gold):
     """(N, M), (N, M) levels -> (M, L, L) counts; rows are gold, columns predicted.
 
-    They are of the whole corpus: its F1 is not the mean of its batches' F1s.
+    Give it the whole corpus: the corpus's F1 is not the mean of its batches' F1s.
     """
     cells = F.one_hot(gold * LEVELS + predicted, LEVELS**2)  # (N, M, L * L)
     return cells.sum(0).unflatten(-1, (LEVELS, LEVELS))
@@ -289,9 +333,10 @@ def confusions(predicted, gold):
 def f1_scores(counts):
     """Accuracy, macro-F1 and weighted F1 of counts (..., L, L), rows gold; each (...).
 
-    F1_k = 2 TP_k / (predicted_k + gold_k), and 0 where level k is neither.
-    macro_f1: the mean over the levels that occur in gold or prediction.
-    weighted_f1: the mean weighted by the gold's shares. Both as scikit-learn's; 0 of nothing.
+    F1_k = 2 TP_k / (predicted_k + gold_k); 0 for a level that is never predicted nor in gold.
+    macro_f1:    the mean of F1_k over the levels that occur in gold or prediction.
+    weighted_f1: the mean of F1_k over all levels, weighted by their shares of the gold.
+    Both as scikit-learn's. If all counts are 0, so is every figure.
     """
     counts = counts.double()
     hits = counts.diagonal(dim1=-2, dim2=-1)  # (..., L)
@@ -308,7 +353,10 @@ def f1_scores(counts):
 
 
 def emp_f1(predicted, gold, kind="weighted_f1"):
-    """Emp-F1: the mean over mechanisms of the F1 between two tables of levels, (N, M) each."""
+    """Emp-F1: the F1 of each mechanism, averaged; predicted and gold levels, (N, M) each.
+
+    kind: "weighted_f1", "macro_f1" or "accuracy"; see f1_scores.
+    """
     return f1_scores(confusions(predicted, gold))[kind].mean().item()
 
 
@@ -344,14 +392,15 @@ def classifier_figures(classifier, pairs):
 
 
 def ceiling(probs, gold, draws=50):
-    """The Emp-F1 that can be had if P(level | context), (N, M, L), is known.
+    """The Emp-F1 that knowing P(level | context) gives. probs (N, M, L), gold (N, M).
 
-    best: of always giving the likeliest levels. mle_ideal: of sampling them, as a perfect MLE
-    model does.
+    best:      always giving the likeliest level; not an upper bound of F1.
+    mle_ideal: sampling from P, as a perfect MLE model does; a mean over `draws` samples.
     """
     generator = torch.Generator().manual_seed(0)
-    flat = probs.view(-1, LEVELS)
+    flat = probs.view(-1, LEVELS)  # (N * M, L)
     sampled = torch.multinomial(flat, draws, replacement=True, generator=generator)
+    # (N * M, draws): a column is a table of levels
     scores = [emp_f1(levels.view(gold.shape), gold) for levels in sampled.T]
     return {"best": emp_f1(probs.argmax(-1), gold), "mle_ideal": sum(scores) / draws}
 
@@ -359,8 +408,9 @@ def ceiling(probs, gold, draws=50):
 def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, seed=0):
     """The relative gain in Emp-F1 of one system over another, with a 95 % percentile interval.
 
-    Every argument is a table of levels, (N, M), on the same N contexts. A resample draws N
-    contexts with replacement, the same for both systems.
+    Every table of levels is (N, M), on the same N contexts. Each system is compared with a
+    gold of its own; usually both are the same table. A resample draws N contexts with
+    replacement, the same for both systems.
     Returns {"relative", "low", "high"} of (after - before) / max(before, 1e-9).
     Source: Efron & Tibshirani 1993, chapter 13.
     """
@@ -373,11 +423,11 @@ def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, see
     contexts = len(before)
     generator = torch.Generator().manual_seed(seed)
     gains = []
-    size = max(1, 2**18 // contexts)  # resamples at once: memory
+    size = max(1, 2**18 // contexts)  # so many resamples at once: this bounds the memory
     for start in range(0, resamples, size):
         count = min(size, resamples - start)
         drawn = torch.randint(contexts, (count, contexts), generator=generator)
-        times = torch.zeros(count, contexts)
+        times = torch.zeros(count, contexts)  # how often each resample drew each context
         times.scatter_add_(1, drawn, torch.ones(count, contexts))
         gains.append(gain(times))
     bounds = torch.tensor([0.025, 0.975], dtype=torch.double)
@@ -387,7 +437,10 @@ def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, see
 
 
 def weighted_emp_f1(predicted, gold, times):
-    """Emp-F1 where context n counts times[r, n] times: (N, M), (N, M), (R, N) -> (R,)."""
+    """Emp-F1 in each of R resamples, the weighted F1: (N, M), (N, M), (R, N) -> (R,).
+
+    Context n counts times[r, n] times in resample r, in its gold's shares too.
+    """
     cells = F.one_hot(gold * LEVELS + predicted, LEVELS**2).float()  # (N, M, L * L)
     counts = torch.einsum("rn,nmc->rmc", times, cells)
     counts = counts.unflatten(-1, (LEVELS, LEVELS))  # (R, M, L, L), rows gold
@@ -398,7 +451,7 @@ def weighted_emp_f1(predicted, gold, times):
 
 
 def words(text):
-    """Lower-cased words and punctuation marks: what figures a word count."""
+    """What counts as a word in all figures: words and punctuation marks, in lower case."""
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
@@ -444,7 +497,7 @@ def bleu(responses, references):
 
 
 def text_figures(texts, references):
-    """Figures of replies as text. length is in words."""
+    """Figures of replies as text. length is the mean number of words, punctuation included."""
     split = [words(text) for text in texts]
     total = sum(map(len, split))
     return {
@@ -458,15 +511,18 @@ def text_figures(texts, references):
 
 # ---- n-grams: the other classifier ----------------------------------------------------------
 
-SIDES = (0.3, 1.0)  # how much a gram of the context counts, and one of the response
+# How much the context's grams count, and the response's; chosen on validation data.
+SIDE_SCALES = (0.3, 1.0)
 
 
 class NGramClassifier(nn.Module):
-    """Logistic regression on the 1- and 2-grams of both sides' ids, hashed (fastText's way):
+    """Logistic regression on the tokens and bigrams of context and response (the two sides):
 
     logits = b + sum over the sides of scale * sum_g w[side, g] / sqrt(number of g)
 
-    A gram counts once however often it occurs, so that no response is stronger for being long.
+    A gram g counts once however often it occurs: 7 8 7 8 has the grams 7, 8, (7, 8), (8, 7).
+    So no response is stronger for being long. Grams are hashed, fastText's way: w is a table
+    of `size` rows, and grams that share a row (a collision) share its weights.
     Better than a network where labels are few. Source: Joulin et al. 2017, arXiv 1607.01759.
     """
 
@@ -474,27 +530,39 @@ class NGramClassifier(nn.Module):
         super().__init__()
         outputs = len(MECHANISMS) * LEVELS
         self.size = config.size
-        self.weight = nn.Parameter(torch.zeros(1 + config.size, outputs))
+        self.weight = nn.Parameter(torch.zeros(1 + config.size, outputs))  # row 0: no gram
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def grams(self, ids, side):
-        """(B, T) ids -> (B, 2 T - 1) hashes from 1 on; 0 for padding and repetitions."""
-        pairs = (ids[:, :-1] + 1) * 1_000_003 + ids[:, 1:]
-        pairs = pairs.masked_fill(ids[:, 1:] == PAD_ID, 0)
-        grams = torch.cat([ids, pairs], 1)
+        """(B, T) ids -> (B, 2 T - 1) rows of the table; 0 for padding and repetitions.
+
+        side: 0 context, 1 response.
+        """
+        # A number for each token, its id, and for each bigram, above all ids (hence + 1).
+        bigrams = (ids[:, :-1] + 1) * 1_000_003 + ids[:, 1:]
+        bigrams = bigrams.masked_fill(ids[:, 1:] == PAD_ID, 0)
+        grams = torch.cat([ids, bigrams], 1)
+
+        # Both sides share one table; `side` only shifts the hash by a row. The factor spreads
+        # ids, or token i of the response would share its row with token i + 1 of the context.
+        # It does not lessen collisions within a side: for a size of 2^k the low k bits of the
+        # product, which % keeps, depend on the low k bits of the gram alone.
         hashed = 1 + (grams * 2_654_435_761 + side) % self.size
-        hashed = torch.where(grams == 0, 0, hashed).sort(1).values
+        hashed = torch.where(grams == 0, 0, hashed)
+
+        # Sorted, equal rows stand side by side: all but the first are repetitions.
+        hashed = hashed.sort(1).values
         repeated = hashed[:, 1:] == hashed[:, :-1]
         return torch.cat([hashed[:, :1], hashed[:, 1:].masked_fill(repeated, 0)], 1)
 
     def log_probs(self, grams_of_sides):
-        """Hashes of the context's and the response's grams -> (B, M, L) log-probabilities."""
+        """What `grams` gives for context and response -> (B, M, L) log-probabilities."""
         logits = self.bias
-        for grams, scale in zip(grams_of_sides, SIDES):
-            present = grams != 0
+        for grams, scale in zip(grams_of_sides, SIDE_SCALES):
+            present = grams != 0  # row 0 stands for nothing
             count = present.sum(1)  # (B,)
             first = count.cumsum(0) - count  # where each row begins in grams[present]
-            total = F.embedding_bag(grams[present], self.weight, first, mode="sum")
+            total = F.embedding_bag(grams[present], self.weight, offsets=first, mode="sum")
             logits = logits + scale * total / count.clamp(min=1).sqrt()[:, None]
         return logits.unflatten(-1, (-1, LEVELS)).log_softmax(-1)
 
@@ -508,7 +576,7 @@ class NGramClassifier(nn.Module):
 
 
 class NGramTrainer:
-    """What t5_small.Trainer is for a network; its one step finds the minimum."""
+    """Has the interface of t5_small.Trainer. Its one step finds the minimum."""
 
     shown = ("loss",)
 
@@ -520,7 +588,9 @@ class NGramTrainer:
     def step(self, i):
         """Minimise the weighted cross-entropy + penalty |w|^2 on all of train, by L-BFGS.
 
-        It ends when an iteration no longer changes the objective in fp32.
+        It stops when an iteration changes the objective, or every weight, by less than 1e-9;
+        when the slope along its direction is less than 1e-9, or every gradient 1e-7; at the
+        latest after 500 iterations or 625 evaluations of the objective.
         """
         model, train = self.model, self.train
         optimizer = torch.optim.LBFGS(
@@ -545,6 +615,7 @@ class NGramTrainer:
         return {"loss": objective().item()}
 
     def finish(self):
+        """There are no best weights to go back to and no dropout to end: it is frozen."""
         self.model.requires_grad_(False)
 
     def warnings(self, record, first):
@@ -555,10 +626,3 @@ class NGramTrainer:
 
     def load_state_dict(self, state):
         """Nothing is saved between steps: there is one."""
-
-
-def make_classifier(t5, config):
-    """The classifier that config.kind names; see NetworkClassifier and NGramClassifier."""
-    if config.kind == "ngrams":
-        return NGramClassifier(config)
-    return NetworkClassifier(t5, config)

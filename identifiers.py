@@ -511,7 +511,7 @@ def text_figures(texts, references):
 
 # ---- n-grams: the other classifier ----------------------------------------------------------
 
-# How much the context's grams count, and the response's; chosen on validation data.
+# How much the context's grams count, and the response's: levels are mostly in the response.
 SIDE_SCALES = (0.3, 1.0)
 
 

@@ -3,7 +3,7 @@
     the model        norm, position buckets, attention, feed-forward, block, stack, T5, the loss
     sampling         one token at a time, with a cache; top-k, top-p, minimum length
     training         learning rates, the optimizer, a trainer that keeps its best weights
-    checkpoints      our own, and folders of official T5 weights; skip it at first reading
+    checkpoints      this program's files, official T5 folders; skip it at first reading
     only for speed   dropout from bytes; skip it, too
 
 Sources: T5, Raffel et al. 2020 (arXiv 1910.10683); v1.1 (gated GELU, untied head), Shazeer
@@ -28,11 +28,16 @@ import torch.nn.functional as F
 PAD_ID = 0  # fills up the rows of a batch, and starts the decoder
 EOS_ID = 1  # </s>: ends an utterance, and a response
 UNK_ID = 2  # a piece that the tokenizer does not know; never sampled
-HIDDEN = -1e9  # what a masked attention score or logit becomes; exp of it is 0
+# Added to attention scores that are to be hidden; put in place of logits that are excluded
+# (ppo.py). After a softmax nothing is left of either.
+HIDDEN = -1e9
 
 
 def option(default, help, low=0, high=1e9, choices=None):
-    """A dataclass field that users may set, with its sentence of help and its legal values."""
+    """A dataclass field that users may set, with its sentence of help and its legal values.
+
+    Two numbers after the help are low and high, the legal range, both included.
+    """
     metadata = {"help": help, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=metadata)
 
@@ -97,6 +102,9 @@ def relative_position_bucket(
     bidirectional (encoder): n is halved first; the upper half is for keys after the query.
     Otherwise (decoder): a key after the query gets bucket 0; a mask hides it anyway.
 
+    Example: 32 buckets, bidirectional, max_distance 128; so n = 16, and 0 to 7 are exact.
+        -3 -> 3 and +3 -> 16 + 3 = 19, -50 -> 8 + floor(8 * log(50/8) / log(128/8)) = 13.
+
     relative_position: position of the key - position of the query, integers of any shape.
     Returns buckets of the same shape. Source: T5's paper, section 2.1, and its code.
     """
@@ -131,6 +139,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.d_model, inner, bias=False)
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
+        # nn.Dropout, faster on a CPU: see the end
         self.dropout = Dropout(config.dropout_rate)
 
     def split(self, x):
@@ -198,8 +207,8 @@ class Block(nn.Module):
     def forward(self, x, self_bias, memory=None, memory_bias=None, cache=None):
         """x (B, T, D) -> (B, T, D). A decoder block reads memory (B, S, D) by cross-attention.
 
-        With a cache, x is the newest token only (T = 1); the cache holds the keys and values
-        of the tokens before it and of the memory.
+        With a cache, x is the newest token only (T = 1), and memory is not read: the cache has
+        the keys and values of the earlier tokens and of the memory.
         """
         h = self.self_norm(x)
         keys_values = self.self_attn.keys_values(h)
@@ -210,10 +219,10 @@ class Block(nn.Module):
         if self.is_decoder:
             h = self.cross_norm(x)
             if cache is not None:
-                keys_values = cache.memory
+                memory_keys_values = cache.memory
             else:
-                keys_values = self.cross_attn.keys_values(memory)
-            x = x + self.dropout(self.cross_attn(h, keys_values, memory_bias))
+                memory_keys_values = self.cross_attn.keys_values(memory)
+            x = x + self.dropout(self.cross_attn(h, memory_keys_values, memory_bias))
 
         h = self.ff_norm(x)
         return x + self.dropout(self.ff(h))
@@ -250,7 +259,11 @@ class Stack(nn.Module):
         return bias
 
     def forward(self, x, self_bias, memory=None, memory_bias=None, caches=None):
-        """x (B, T, D) -> (B, T, D). See Block; caches: one for each block."""
+        """x (B, T, D) -> (B, T, D). See Block; caches: one for each block.
+
+        self_bias is position_bias, as the caller needs it: the encoder adds padding_bias, and
+        sampling takes the row of the newest token.
+        """
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
@@ -276,7 +289,8 @@ class T5Encoder(nn.Module):
     def initialise(self):
         """T5's initialisation: normal, with std 1 for embeddings and fan-in^-1/2 for matrices.
 
-        For q it is (d_model * d_kv)^-1/2, in place of attention's division by sqrt(d_kv).
+        For q it is (d_model * d_kv)^-1/2, in place of attention's division by sqrt(d_kv). The
+        position biases are an nn.Embedding too, but start with std d_model^-1/2.
         """
         config = self.config
         std = {
@@ -287,7 +301,7 @@ class T5Encoder(nn.Module):
             "wo": config.d_ff**-0.5,
         }
         for name, parameter in self.named_parameters():
-            layer = name.split(".")[-2]
+            layer = name.split(".")[-2]  # encoder.blocks.0.self_attn.q.weight -> q
             if parameter.dim() == 2:
                 scale = std.get(layer, config.d_model**-0.5)
                 nn.init.normal_(parameter, std=config.initializer_factor * scale)
@@ -309,7 +323,10 @@ class T5(T5Encoder):
         self.initialise()
 
     def decode(self, inputs, memory, source):
-        """Decoder inputs (B, T), the encoder's states (B, S, D) -> the decoder's (B, T, D)."""
+        """Decoder inputs (B, T), the encoder's states (B, S, D) -> the decoder's (B, T, D).
+
+        source (B, S) is needed only to hide its padding.
+        """
         bias = self.decoder.position_bias(inputs.shape[1])
         return self.decoder(self.shared(inputs), bias, memory, padding_bias(source))
 
@@ -333,7 +350,7 @@ class T5(T5Encoder):
         """The sum over tokens of -log p(response | source), and the number of tokens."""
         tokens = response != PAD_ID
         with autocast(source.device):
-            # Without padding in the product with the vocabulary, real's step is 1.16x faster.
+            # No logits for padding: a training step of the preset `real` is 1.16x faster.
             states = self.response_states(source, response)[tokens]  # (tokens, D)
             logits = self.logits(states)  # (tokens, V)
         loss = F.cross_entropy(logits.float(), response[tokens], reduction="sum")
@@ -352,13 +369,13 @@ def autocast(device):
 
 @dataclass
 class Sampling:
-    """The distribution that responses are sampled from. PPO scores with the very same one."""
+    """The distribution that responses are sampled from. PPO's log-probs are under it, too."""
 
     temperature: float = option(1.0, "logits are divided by it", 0.01, 100)
     top_k: int = option(0, "sample from the k likeliest tokens only; 0: from all", 0, 10**6)
     top_p: float = option(1.0, "and from the smallest set of this probability", 0.01, 1)
-    min_length: int = option(1, "tokens before </s> is allowed", 1, 1000)
-    max_length: int = option(64, "tokens, </s> included", 1, 1000)
+    min_length: int = option(1, "number, from 1, of the first token that may be </s>", 1, 1000)
+    max_length: int = option(64, "most tokens of a response, </s> included", 1, 1000)
     greedy: bool = False  # always the likeliest token
 
 
@@ -393,20 +410,23 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 def draw(logits, sampling):
     """Sample from softmax(filter_logits(logits / temperature)).
 
-    logits: (B, V). Returns tokens (B,), their log-probs (B,), and the support (B, V) bool.
+    logits: (B, V). Returns tokens (B,), their log-probs (B,), and the support (B, V) bool: the
+    tokens that could have been sampled.
     """
     logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
     log_probs = logits.log_softmax(-1)  # (B, V)
     if sampling.greedy:
         chosen = log_probs.argmax(-1, keepdim=True)  # (B, 1)
     else:
-        # The token at which the cumulative probability passes a uniform number.
+        # The token at which the cumulative probability passes a uniform number: 1.27 to 1.41
+        # times faster than torch.multinomial. In double, or rounding would skip rare tokens.
+        # right=True: a token of probability 0 is not chosen, even if the number is 0.
         cumulative = log_probs.exp().cumsum(-1, dtype=torch.double)
         uniform = torch.rand(len(logits), 1, dtype=torch.double, device=logits.device)
         chosen = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-        chosen = chosen.clamp(max=logits.shape[-1] - 1)  # a diverged model has no number
-    log_prob = log_probs.gather(1, chosen)[:, 0]
-    return chosen[:, 0], log_prob, log_probs > -torch.inf
+        chosen = chosen.clamp(max=logits.shape[-1] - 1)  # with NaN logits it would be V
+    chosen_log_probs = log_probs.gather(1, chosen)[:, 0]  # (B,)
+    return chosen[:, 0], chosen_log_probs, log_probs > -torch.inf
 
 
 class BlockCache:
@@ -414,9 +434,11 @@ class BlockCache:
 
     def __init__(self, block, memory):
         keys, values = block.cross_attn.keys_values(memory)  # (B, H, S, d_kv)
-        # Laid out once, not at each step: sampling is 1.41x faster at toy's sizes.
+        # The memory's keys and values, laid out once and not at each step: with the preset
+        # `toy` sampling is 1.41x faster.
         self.memory = keys.contiguous(), values.contiguous()
-        self.keys = keys[:, :, :0]  # no token yet: (B, H, 0, d_kv)
+        # The tokens' keys and values: none yet. The memory's are used only for their shape.
+        self.keys = keys[:, :, :0]  # (B, H, 0, d_kv)
         self.values = values[:, :, :0]
 
     def append(self, keys, values):
@@ -430,9 +452,11 @@ class BlockCache:
 def generate(model, source, sampling, banned=(PAD_ID, UNK_ID)):
     """Sample a response for each row of source (B, S), by torch's global generator.
 
-    banned: ids that are never sampled. Returns a Generation, as long as the longest response.
+    model: a T5 in eval mode. banned: ids that are never sampled.
+    Returns a Generation, as long as the longest response.
     """
-    # In pieces that fit a CPU's cache: sampling is 1.33x faster at toy's sizes.
+    # In pieces that fit into the processor's own cache (not the caches below): with the preset
+    # `toy` sampling is 1.33x faster.
     memory = torch.cat([model.encode(part) for part in source.split(32)])  # (B, S, D)
     memory_bias = padding_bias(source)
     self_bias = model.decoder.position_bias(sampling.max_length)  # (1, H, T, T)
@@ -440,31 +464,35 @@ def generate(model, source, sampling, banned=(PAD_ID, UNK_ID)):
 
     token = source.new_full((len(source),), PAD_ID)  # (B,)
     ended = torch.zeros_like(token, dtype=torch.bool)
-    steps = []
+    steps = []  # a Generation's four tensors, of one token each
     for t in range(sampling.max_length):
         # The state that predicts token t, from the token before it and the caches.
-        x = model.shared(token[:, None])  # (B, 1, D)
-        bias = self_bias[:, :, t : t + 1, : t + 1]  # (1, H, 1, t + 1)
-        x = model.decoder(x, bias, memory, memory_bias, caches)[:, 0]  # (B, D)
+        state = model.decoder(
+            model.shared(token[:, None]),  # (B, 1, D)
+            self_bias[:, :, t : t + 1, : t + 1],  # (1, H, 1, t + 1)
+            None,  # memory: the caches have its keys and values
+            memory_bias,
+            caches,
+        )[:, 0]  # (B, D)
 
         # Never what is banned, and no </s> too early.
-        logits = model.logits(x).float()  # (B, V)
+        logits = model.logits(state).float()  # (B, V)
         logits[:, banned] = -torch.inf
         if t + 1 < sampling.min_length:
             logits[:, EOS_ID] = -torch.inf
-        token, log_probs, support = draw(logits, sampling)
-        steps.append((token, log_probs, x, support))
+        token, log_prob, support = draw(logits, sampling)
+        steps.append((token, log_prob, state, support))
         ended = ended | (token == EOS_ID)
         if ended.all():
             break
-    ids, log_probs, states, support = (torch.stack(x, 1) for x in zip(*steps))
+    sampled = Generation(*(torch.stack(column, 1) for column in zip(*steps)))
 
     # Rows that ended early went on until the last one did: that part is dropped.
-    is_eos = (ids == EOS_ID).long()
+    is_eos = (sampled.ids == EOS_ID).long()
     after_eos = is_eos.cumsum(1) - is_eos > 0  # (B, T)
-    for x in (ids, log_probs, states, support):
-        x[after_eos] = 0
-    return Generation(ids, log_probs, states, support)
+    for tensor in (sampled.ids, sampled.log_probs, sampled.states, sampled.support):
+        tensor[after_eos] = 0
+    return sampled
 
 
 # ---- training -------------------------------------------------------------------------------
@@ -475,10 +503,11 @@ MAX_GRAD_NORM = 1.0
 class Optimizer:
     """AdamW with a learning rate for each tensor; or Muon for the matrices inside the layers.
 
-    unscaled: words in the names of tensors whose rate is never relative (see set_lr). They
-              start near 0, but what they add (to attention's scores, to a value) is around 1.
-    muon:     makes all singular values of a matrix's step equal; from scratch as good after
-              half the steps (Jordan et al. 2024).
+    unscaled: a tensor with one of these words in its name has a rate that is never relative
+              (see set_lr). Such tensors start near 0, but what they add is around 1: to an
+              attention score, or to an estimated value (PPO's value head).
+    muon:     Muon makes all singular values of a matrix's step equal; from scratch, it gets as
+              far in half the steps (Jordan et al. 2024).
     """
 
     def __init__(self, model, unscaled=("relative_bias",), muon=False):
@@ -492,7 +521,7 @@ class Optimizer:
             else:
                 adam.append(group)
 
-        # fused: a step of AdamW is 1.9x faster, one of training 1.03x
+        # fused makes AdamW's own step 1.9x faster, and a whole training step 1.03x.
         self.parts = [torch.optim.AdamW(adam, lr=0.0, weight_decay=0.0, fused=True)]
         if matrices:
             part = torch.optim.Muon(
@@ -563,13 +592,14 @@ class TrainConfig:
 class Trainer:
     """Gradient descent on the mean of a loss, keeping the weights of the best validation.
 
+    rows:     numbers of examples, such as [7, 2]; only loss_sum knows the examples.
     loss_sum: rows -> (sum of their losses, number of items that the mean is over).
-    rows_at:  step -> the rows of its examples.
-    validate: () -> number, lower is better. None: the last weights are kept.
+    rows_at:  step -> the rows of its batch.
+    validate: () -> validation loss, lower is better. None: the last weights are kept.
     A step depends on its number, the state and torch's generator only.
     """
 
-    shown = ("loss", "valid")
+    shown = ("loss", "valid")  # of a record, on emprl.py's line of progress
 
     def __init__(self, model, loss_sum, rows_at, validate, config):
         self.model = model
@@ -583,7 +613,8 @@ class Trainer:
 
     def step(self, i):
         """Step i, counted from 0. Returns what it measured, as plain numbers."""
-        config, model = self.config, self.model.train()
+        config = self.config
+        self.model.train()
         lr = self.learning_rate(i)
         self.optimizer.set_lr(lr, config.rms_scaled)
 
@@ -596,7 +627,7 @@ class Trainer:
             loss.backward()
             total += loss.item()
             count += items
-        for parameter in model.parameters():
+        for parameter in self.model.parameters():
             if parameter.grad is not None:
                 parameter.grad /= count
 
@@ -607,7 +638,7 @@ class Trainer:
         # Now and then, and at the end: is this the best so far?
         last = i + 1 == config.steps
         if self.validate is not None and ((i + 1) % config.eval_every == 0 or last):
-            record["valid"] = self.validation()
+            record["valid"] = self.keep_if_best()
         return record
 
     def learning_rate(self, i):
@@ -618,8 +649,8 @@ class Trainer:
         return config.lr * min(rise, fall, 1)
 
     @torch.no_grad()
-    def validation(self):
-        """The validation loss; weights that are better than all before are kept."""
+    def keep_if_best(self):
+        """Validates, keeps a copy of weights that are the best so far; returns the loss."""
         self.model.eval()
         loss = self.validate()
         if loss < self.best_loss:
@@ -628,7 +659,7 @@ class Trainer:
         return loss
 
     def finish(self):
-        """The best weights are the result; without a validation, the last."""
+        """Leaves the best weights in the model; without validate, the last stay."""
         self.model.eval()
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
@@ -661,7 +692,10 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def reading(path):
-    """Whatever goes wrong in here becomes a CheckpointError that begins with the path."""
+    """Whatever goes wrong in here becomes a CheckpointError that begins with the path.
+
+    So the functions that are called in here may raise what they like.
+    """
     try:
         yield
     except CheckpointError as error:  # says what to do
@@ -673,12 +707,15 @@ def reading(path):
 
 
 def save_atomically(state, path):
-    """torch.save beside path, then rename: nobody sees half a file; the old one is safe."""
+    """torch.save beside path, then rename: nobody sees half a file; the old one is safe.
+
+    Raises OSError if it cannot be written.
+    """
     temporary = Path(f"{path}.tmp")
     try:
         torch.save(state, temporary)
         os.replace(temporary, path)
-    except RuntimeError as error:  # what torch makes of a write that failed
+    except RuntimeError as error:  # torch raises this one, not OSError, if a write fails
         reason = "could not be written, is the disk full?"
         raise OSError(errno.ENOSPC, reason, str(path)) from error
     finally:
@@ -688,7 +725,7 @@ def save_atomically(state, path):
 def load_state(path):
     """What save_atomically wrote: tensors and plain values only. No code of the file is run.
 
-    Raises CheckpointError, as all of the following do for what is no good checkpoint.
+    Raises CheckpointError.
     """
     with reading(path):
         if zipfile.is_zipfile(path):
@@ -697,13 +734,13 @@ def load_state(path):
 
 
 def check_archive(path):
-    """Raises ValueError for a zip file that torch did not write, or that has been damaged."""
+    """Raises an error for a zip file that torch did not write, or that has been damaged."""
     with zipfile.ZipFile(path) as archive:
-        # The sizes first: torch compresses nothing, a file made to harm unpacks to terabytes.
+        # The sizes first: torch compresses nothing; a harmful file may unpack to terabytes.
         unpacked = sum(part.file_size for part in archive.infolist())
         if unpacked > os.path.getsize(path):
             raise ValueError(f"compressed, {unpacked / 1e9:.3g} GB when unpacked")
-        damaged = archive.testzip()  # torch itself checks no sums
+        damaged = archive.testzip()  # torch itself compares no checksums
         if damaged:
             raise ValueError(f"{damaged} has another checksum")
 
@@ -717,7 +754,10 @@ FLOATS = {
 
 
 def load_safetensors(path):
-    """A .safetensors file: the length of a JSON header in 8 bytes, the header, the numbers."""
+    """A .safetensors file: the length of a JSON header in 8 bytes, the header, the numbers.
+
+    Raises CheckpointError.
+    """
     with reading(path):
         content = bytearray(Path(path).read_bytes())
         begin = 8 + int.from_bytes(content[:8], "little")
@@ -762,7 +802,7 @@ def official_file(folder, *names):
 
 
 def weights_file(folder):
-    """The path of the weights in an official checkpoint's folder."""
+    """The path of the weights in an official checkpoint's folder. Raises CheckpointError."""
     return official_file(folder, "model.safetensors", "pytorch_model.bin")
 
 
@@ -770,7 +810,7 @@ IDS = {"pad_token_id": PAD_ID, "eos_token_id": EOS_ID, "decoder_start_token_id":
 
 
 def read_config(path):
-    """An official config.json -> T5Config, and the file's own dict. Raises ValueError."""
+    """An official config.json -> T5Config, and the file's own dict. Call it in `reading`."""
     raw = json.loads(path.read_text(encoding="utf-8"))
     raw = {name: value for name, value in raw.items() if value is not None}
     for name, wanted in IDS.items():
@@ -787,7 +827,7 @@ def read_config(path):
 
 
 def check_config(config):
-    """Raises ValueError for what no T5 has, before 10^12 layers are built."""
+    """Raises ValueError for sizes that no T5 has, before 10^12 layers are built."""
     for f in fields(config):
         value = getattr(config, f.name)
         low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
@@ -802,7 +842,9 @@ def check_config(config):
         raise ValueError("relative_attention_max_distance is not above half of num_buckets")
 
 
-OFFICIAL = {  # the parts of our names that are called otherwise there
+# The parts of our names that are called otherwise in official files. {ff} is the number of the
+# feed-forward layer: 1, or after cross-attention 2; official_name puts it in.
+OFFICIAL = {
     "blocks": "block",
     "self_attn": "layer.0.SelfAttention",
     "self_norm": "layer.0.layer_norm",
@@ -823,14 +865,25 @@ LEFTOVER = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weig
 def official_name(name):
     """Our parameter's name -> its name in an official checkpoint."""
     official = ".".join(OFFICIAL.get(part, part) for part in name.split("."))
-    feed_forward = 1 if name.startswith("encoder") else 2  # 1 is the decoder's cross-attention
+    feed_forward = 1 if name.startswith("encoder") else 2
     return official.format(ff=feed_forward)
 
 
 def settle_embedding(state, config, raw):
-    """Leaves the embedding once in state, and a head only if it is another matrix.
+    """Changes state and config: the embedding is in state once, a head only if it is needed.
 
-    Official files have the embedding up to four times: of encoder, decoder and head, too.
+    Official files have the embedding up to four times: shared, encoder's, decoder's, and head.
+    tied is config.tie_word_embeddings, before and after; scaled: are logits scaled by D^-1/2?
+
+                     tied    scaled   head in the file       tied now   head now
+    v1.0             true    yes      the embedding          True       none
+    v1.1, mT5        false   no       another                False      the file's
+    mT5              true    no       the embedding          False      the embedding
+    Transformers 5   true    no       another                False      the file's
+    Transformers 5   true    yes      another                False      the file's * D^-1/2
+
+    A tied head may be left out of the file: it is the embedding. Transformers 5 always says
+    tied; whether logits are scaled is its scale_decoder_outputs.
     """
     state.pop(LEFTOVER, None)
     for name in COPIES:
@@ -838,20 +891,22 @@ def settle_embedding(state, config, raw):
         if copied is not None and torch.equal(copied, state.setdefault(EMBEDDING, copied)):
             del state[name]
     if EMBEDDING not in state:
-        return  # it will be named, with what else is missing
+        return  # check_shapes will name it
 
-    # Are logits scaled by D^-1/2? v1.0's are, mT5's never. Transformers 5 says so by a name of
-    # its own, and that the head is tied even where it is not: the tensors tell.
     tied = config.tie_word_embeddings
     scaled = raw.get("scale_decoder_outputs", tied and raw.get("model_type") != "mt5")
     config.tie_word_embeddings = False
     if tied:
-        state.setdefault(HEAD, state[EMBEDDING])  # a tied head may be left out
-    if scaled and HEAD in state:
-        head = state.pop(HEAD)
-        config.tie_word_embeddings = torch.equal(head, state[EMBEDDING])
-        if not config.tie_word_embeddings:
-            state[HEAD] = head * config.d_model**-0.5
+        state.setdefault(HEAD, state[EMBEDDING])
+    if not scaled or HEAD not in state:
+        return
+
+    # The tensors decide, whatever config.json says.
+    if torch.equal(state[HEAD], state[EMBEDDING]):
+        config.tie_word_embeddings = True
+        del state[HEAD]
+    else:
+        state[HEAD] = state[HEAD] * config.d_model**-0.5
 
 
 def check_tensors(state):
@@ -859,8 +914,8 @@ def check_tensors(state):
     if not isinstance(state, dict) or not all(torch.is_tensor(x) for x in state.values()):
         raise CheckpointError("not tensors by name; save the T5's state_dict() itself")
     for name, tensor in state.items():
-        prefix = name.removesuffix(EMBEDDING)
-        if prefix not in ("", name):
+        if name.endswith(EMBEDDING) and name != EMBEDDING:
+            prefix = name.removesuffix(EMBEDDING)
             raise CheckpointError(
                 f"its names begin with {prefix[:40]!r}, a wrapper's; save the T5 inside it"
             )
@@ -889,7 +944,7 @@ def from_pretrained(folder, vocab_size=0):
     """A T5 from an official folder: config.json, and model.safetensors or pytorch_model.bin.
 
     vocab_size: how many embeddings its tokenizer needs. Every tensor of the file is used, or
-    known to be a copy, or named in the CheckpointError.
+    known to be a copy, or named in the error. Raises CheckpointError.
     """
     path = official_file(folder, "config.json")
     with reading(path):
@@ -912,7 +967,7 @@ def from_pretrained(folder, vocab_size=0):
 
 
 def save_pretrained(model, folder):
-    """config.json and pytorch_model.bin, as transformers' T5 reads them."""
+    """Writes config.json and pytorch_model.bin, as transformers' T5 reads them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     description = {
@@ -934,12 +989,12 @@ def save_pretrained(model, folder):
 class ByteDropout(torch.autograd.Function):
     """Dropout that draws one byte an element, and keeps it for the backward pass.
 
-    torch draws and keeps floats on a CPU.
+    On a CPU, torch's dropout draws a float an element, and keeps floats.
     """
 
     @staticmethod
     def forward(ctx, x, keep):
-        # 8 bytes a draw
+        # Each random 64-bit integer gives eight bytes.
         words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
         random_bytes = words.view(torch.uint8)[: x.numel()].view(x.shape)
         ctx.save_for_backward(random_bytes)
@@ -953,13 +1008,18 @@ class ByteDropout(torch.autograd.Function):
 
 
 def scaled_mask(random_bytes, keep, like):
-    """256 / keep where a byte is below keep, else 0, as floats at once, not by way of bools."""
+    """256 / keep where a byte is below keep, else 0. (B, T, D), in the type of `like`."""
+    # Written as floats at once: a mask of bools would have to be converted.
     mask = torch.lt(random_bytes, keep, out=torch.empty_like(like))
     return mask.mul_(256 / keep)
 
 
 class Dropout(nn.Dropout):
-    """torch's on a GPU; on a CPU ByteDropout: p is rounded to 1/256, the mean stays exact."""
+    """nn.Dropout on a GPU, ByteDropout on a CPU.
+
+    There p is rounded to a multiple of 1/256. The mean stays exact: what is kept is scaled by
+    the rounded p.
+    """
 
     def forward(self, x):
         keep = 256 - round(256 * self.p)

@@ -1,78 +1,87 @@
-"""EmpRL, end to end: the recipe from top to bottom, and the command line.
+"""EmpRL, end to end: settings and presets, the recipe, run folder, evaluation, commands.
 
-    python emprl.py [--preset toy|real|paper|smoke] [--data DIR] [--t5 DIR] [--run DIR] [--seed N] [--device cpu|cuda] [--set key=value ...]
-    python emprl.py evaluate --run DIR --data DIALOGUES     measure a finished run on other dialogues
-    python emprl.py chat --run DIR                          talk to a finished run
-    python emprl.py rate RUN [YOUR NAME]                    compare its two policies blindly, reply by reply
-    python emprl.py ablate NAME RUN [RUN ...]               repeat PPO on finished runs with a part left out or changed
-Stages: pretrain -> sft -> identifiers -> judge -> label -> context -> ppo -> evaluate -> report. The same command goes on where it was cut.
+    python emprl.py                            train and evaluate the preset `toy`: minutes
+    python emprl.py --preset real --data DIR   the real corpora, from scratch
+    python emprl.py evaluate --run RUN --data FILE
+    python emprl.py chat --run RUN
+    python emprl.py download DIR
+    python emprl.py options                    every setting, its range and its meaning
+
+Read `run_all` first: it is the whole method on a page. The commands at the end may be skipped.
 """
 
-import os, signal
+import os
+import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the imports below take a second, which Ctrl-C may end
 
-    def leave(*_):
-        """Ctrl-C while torch is still being imported, or again after main has said how to go on: no traceback."""
+    def stop(*_):
         os.write(2, b"\nstopped\n")
         os._exit(130)
 
-    signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGINT, stop)
 
-import argparse, atexit, contextlib, copy, ctypes, errno, functools, hashlib, itertools, json, math, re, subprocess, sys
-import shutil, tempfile, threading, time, traceback, warnings, zlib
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+import argparse
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import timeit
+import traceback
+import unicodedata
+import warnings
+import zlib
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-try:
-    import msvcrt
-except ImportError:  # elsewhere
-    msvcrt = None
 
 import data
 from data import (
     DataError,
+    Dialogue,
     Pairs,
     Tokenizer,
     batches,
-    oracle_levels,
     pad,
+    printable,
     random_spans,
     span_corrupt,
 )
 from identifiers import (
-    LEVELS,
     MECHANISMS,
-    IdentifierConfig,
-    Identifiers,
-    before_after,
-    best_of,
+    ClassifierConfig,
+    EmpathyReward,
+    RewardConfig,
+    balanced,
     ceiling,
-    confusion,
-    empathy_reward,
-    even,
-    identifier_scores,
-    identifier_trainer,
-    level_scores,
-    make_reward,
+    classifier_figures,
+    compare_levels,
+    confusions,
+    f1_scores,
+    expected_targets,
+    make_classifier,
     paired_bootstrap,
     predict,
     predict_levels,
-    table,
-    text_scores,
+    text_figures,
     words,
 )
-from ppo import PPOConfig, PPOTrainer, respond, sampled_kl, signs_of_collapse
+from ppo import PPOConfig, PPOTrainer, Prompts, respond, respond_and_compare
 from t5_small import (
+    EOS_ID,
     T5,
-    T5_RANGES,
     CheckpointError,
     Sampling,
     T5Config,
@@ -81,1438 +90,1939 @@ from t5_small import (
     from_pretrained,
     load_state,
     official_file,
+    option,
     save_atomically,
     save_pretrained,
-    some_of,
     weights_file,
 )
 
+# ---- settings -------------------------------------------------------------------------------
 
-# ---- configuration --------------------------------------------------------------------------------------------------
+
 @dataclass
 class DataConfig:
-    corpus: str = "embedded"  # "embedded", "real", or a .jsonl / .csv file of yours
-    num_train: int = 12000  # embedded corpus: how many dialogues
-    num_valid: int = 300
-    num_test: int = 600
-    num_labelled: int = (
-        8000  # embedded corpus: labelled pairs for the identifiers, and as many for the judge
-    )
-    vocab_size: int = 1200  # pieces and 100 sentinels; a pretrained T5 brings its own
-    max_source: int = 72  # tokens of context; the newest are kept
-    max_target: int = 64  # tokens of response, </s> included, that MLE learns from
-    max_scored: int = (
-        512  # the same where a human response is measured: its levels, its perplexity
-    )
-    identifier_source: int = 72  # the same for the identifiers' labelled posts
-    identifier_target: int = 64
+    num_train: int = option(12000, "embedded world: dialogues", 1, 10**7)
+    num_valid: int = option(300, "embedded world: dialogues to validate on", 1, 10**7)
+    num_test: int = option(600, "embedded world: dialogues to test on", 1, 10**7)
+    num_labelled: int = option(8000, "embedded world: labelled pairs, twice", 1, 10**7)
+    vocab_size: int = option(1200, "pieces and 100 sentinels of a new tokenizer", 110, 10**6)
+    max_source: int = option(72, "tokens of a context; the newest are kept", 1, 10**5)
+    max_target: int = option(64, "tokens of a response, </s> included", 1, 10**5)
+    identifier_source: int = option(72, "the same for labelled posts", 1, 10**5)
+    identifier_target: int = option(64, "the same for labelled responses", 1, 10**5)
+    max_scored: int = 512  # tokens of a human response when it is measured, not learnt from
 
 
 @dataclass
-class SFTConfig(TrainConfig):
-    epochs: int = 0  # passes over the pairs, instead of a number of steps
-
-
-@dataclass
-class PretrainConfig(TrainConfig):
-    task: str = (
-        "spans"  # "spans": T5's span corruption; "turns": the next turn, whoever speaks
+class PretrainConfig:
+    steps: int = option(0, "optimizer steps before MLE, with MLE's other settings", 0, 10**9)
+    task: str = option(
+        "spans", "T5's span corruption, or the next turn", choices=("spans", "turns")
     )
 
 
 @dataclass
-class RewardConfig:
-    difference: str = "cross_entropy"  # or "ordinal"
-    mechanisms: str = "er,ip,ex"  # which of them count
-    target: str = "expected"  # levels by what the context tells: "expected", or only the "likeliest"; or the one "human"'s
-    balance: float = 0.0  # exponent of 1 / (share of the level) in what the context tells: above 0 rare levels count for more
+class MLEConfig(TrainConfig):
+    steps: int = option(1000, "optimizer steps", 0, 10**9)
+    batch_size: int = option(16, "pairs a step", 1, 10**6)
+    lr: float = option(4e-2, "peak learning rate; see t5_small.Optimizer", 0, 1e9)
+    eval_every: int = option(250, "steps between validations; the best weights stay", 1, 10**9)
+    muon: bool = option(False, "Muon for the layers' matrices; see t5_small.Optimizer")
+    epochs: int = option(0, "passes over the pairs; above 0 they set the steps", 0, 1000)
 
-    def options(self):
-        return {"difference": self.difference, "mechanisms": self.mechanisms}
+
+@dataclass
+class ContextConfig:
+    """The context classifier is trained as the identifiers are, but for these."""
+
+    steps: int = option(400, "optimizer steps of the network", 0, 10**9)
+    lr: float = option(5e-2, "peak learning rate", 0, 1e9)
+    penalty: float = option(2e-4, "n-grams: weight of the squared norm", 0, 1e6)
 
 
 @dataclass
 class EvalConfig:
-    contexts: int = 0  # test contexts to generate for; 0: all
-    batch_size: int = 128
-    valid_contexts: int = 128  # for the validation inside PPO
-    best_of: int = 4  # n of the rival without RL: the best, by expected reward, of n samples of the MLE policy; 1: its samples
+    contexts: int = option(0, "test contexts to reply to; 0: all", 0, 10**9)
+    batch_size: int = option(128, "replies sampled at once", 1, 10**6)
+    best_of: int = option(4, "n of best of n, the rival that trains nothing", 1, 10**4)
 
 
 @dataclass
 class Config:
+    """All settings of a run."""
+
     preset: str = "toy"
     seed: int = 0
-    data_dir: str = ""
-    t5_dir: str = ""
+    data_path: str = ""  # "": the embedded world; a folder: the real corpora; a file: your own
+    t5_dir: str = ""  # the folder of an official T5; "": a new one
     data: DataConfig = field(default_factory=DataConfig)
-    t5: T5Config = field(
-        default_factory=lambda: T5Config(
-            d_kv=16, d_ff=256, num_layers=1, num_heads=8, dropout_rate=0.0
-        )
-    )
-    pretrain: PretrainConfig = field(
-        default_factory=lambda: PretrainConfig(steps=0)
-    )  # 0: MLE learns sooner without
-    sft: SFTConfig = field(
-        default_factory=lambda: SFTConfig(steps=1000, batch_size=16, lr=4e-2, eval_every=250)
-    )
-    identifiers: IdentifierConfig = field(default_factory=IdentifierConfig)
-    context: IdentifierConfig = field(
-        default_factory=lambda: IdentifierConfig(
-            steps=400, lr=5e-2, class_weight=0.0, keep="loss"
-        )
-    )
+    t5: T5Config = field(default_factory=T5Config)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    mle: MLEConfig = field(default_factory=MLEConfig)
+    identifiers: ClassifierConfig = field(default_factory=ClassifierConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    # what PPO explores with and scores, and what replies are given with
-    sampling: Sampling = field(default_factory=lambda: Sampling(max_length=64))
-    replying: Sampling = field(default_factory=lambda: Sampling(max_length=64))
+    exploring: Sampling = field(default_factory=Sampling)  # what PPO samples and scores with
+    replying: Sampling = field(default_factory=Sampling)  # what replies are given with
     ppo: PPOConfig = field(default_factory=PPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
-PRESETS = {  # what differs from the defaults above, which are `toy`
-    "toy": "",
-    "smoke": """data.num_train=200 data.num_valid=40 data.num_test=40 data.num_labelled=200 data.vocab_size=500 t5.d_model=32
-        t5.d_kv=16 t5.d_ff=64 t5.num_heads=2 t5.num_layers=1 t5.num_decoder_layers=1 pretrain.steps=4 sft.steps=12 sft.eval_every=6
-        identifiers.steps=8 identifiers.eval_every=4 identifiers.batch_size=16 context.steps=4 context.batch_size=16 ppo.steps=4
-        ppo.batch_size=8 ppo.minibatch_size=4 ppo.eval_every=2 eval.valid_contexts=8 sampling.max_length=12
-        replying.max_length=12""",
-    "real": """data.corpus=real data.vocab_size=5000 data.max_source=96 data.max_target=40 data.identifier_source=96 data.identifier_target=256
-        t5.d_model=160 t5.d_kv=32 t5.d_ff=640 t5.num_layers=2 t5.num_heads=5 t5.dropout_rate=0.1 pretrain.task=turns pretrain.steps=600
-        pretrain.batch_size=96 pretrain.muon=on sft.steps=1200 sft.eval_every=300 sft.batch_size=96 sft.lr=3e-2 sft.muon=on
-        identifiers.ngrams=65536 identifiers.class_weight=1 context.ngrams=65536 context.penalty=3e-6 reward.balance=0.6
-        sampling.min_length=5 sampling.max_length=40 replying.min_length=5 replying.max_length=40 ppo.steps=150 ppo.batch_size=256 ppo.lr=6e-3 ppo.kl_coef=0.1 ppo.ptx_coef=0.5
-        ppo.average=0.99 eval.contexts=1024 eval.best_of=8""",
-    "paper": """data.corpus=real data.max_source=200 data.max_target=50 data.identifier_source=250 data.identifier_target=250
-        pretrain.steps=0 sft.epochs=3 sft.batch_size=8 sft.lr=1e-4 sft.rms_scaled=off sft.warmup=0 sft.eval_every=2000
-        identifiers.start=t5 identifiers.shared=off identifiers.steps=600 identifiers.lr=2e-5 identifiers.rms_scaled=off
-        identifiers.warmup=0 identifiers.batch_size=32 identifiers.micro_batch=8 context.start=t5 context.steps=2000 context.lr=2e-5
-        context.rms_scaled=off context.warmup=0 context.batch_size=32 context.micro_batch=8 reward.target=human
-        sampling.temperature=0.9 sampling.top_k=20 sampling.min_length=5 sampling.max_length=30
-        replying.temperature=0.9 replying.top_k=20 replying.max_length=30 ppo.batch_size=32 ppo.minibatch_size=32 ppo.micro_batch=8
-        ppo.ppo_epochs=4 ppo.steps=1000 ppo.lr=1e-5 ppo.rms_scaled=off ppo.warmup=0 ppo.lam=0.95 ppo.kl_coef=0.2 ppo.adaptive_kl=on
-        ppo.kl_horizon=10000 ppo.whiten_rewards=on ppo.normalise_scores=on eval.batch_size=32""",
-}
-RANGES = {
-    **T5_RANGES,
-    "temperature": (0.01, 100),
-    "top_p": (0.01, 1),
-    "gamma": (0, 1),
-    "lam": (0, 1),
-    "average": (0, 0.9999),
-    **dict.fromkeys(("steps", "warmup", "top_k", "micro_batch", "contexts"), (0, 1e9)),
-    "kl_target": (1e-3, 1e9),
-    "kl_horizon": (1, 1e9),
-    # what memory or patience has to be made for: larger ones are slips of the pen
-    **dict.fromkeys(("min_length", "max_length"), (1, 4096)),
-    **dict.fromkeys(
-        ("max_source", "max_target", "identifier_source", "identifier_target"), (1, 100_000)
-    ),
-    **dict.fromkeys(("num_train", "num_valid", "num_test", "num_labelled"), (1, 10_000_000)),
-    **dict.fromkeys(("batch_size", "minibatch_size"), (1, 1_000_000)),
-    "ngrams": (0, 2**26),
-    "ppo_epochs": (1, 1000),
-    "epochs": (0, 1000),
-    "best_of": (1, 10_000),
-    # exponents of 1 / share, and what weights shrink by: larger ones overflow
-    **dict.fromkeys(("class_weight", "balance"), (0, 4)),
-    "weight_decay": (0, 100),
-    "penalty": (0, 1e6),
-}  # any other: from 0, integers from 1
-CHOICES = {
-    "difference": ("cross_entropy", "ordinal"),
-    "keep": ("macro_f1", "loss"),
-    "start": ("sft", "t5"),
-    "task": ("spans", "turns"),
-    "feed_forward_proj": ("relu", "gated-gelu"),
-    "mechanisms": ("er,ip,ex", "er,ip", "er,ex", "ip,ex", "er", "ip", "ex"),
-    "target": ("expected", "likeliest", "human"),
-    "corpus": ("embedded", "real"),  # a file of yours: by --data
-}
-ORDER = [
-    "t5",
-    "pretrain",
-    "sft",
-    "identifiers",
-    "context",
-    "reward",
-    "sampling",
-    "replying",
-    "ppo",
-]  # a stage depends on its section and all before
-say = functools.partial(print, flush=True)
-
-
-def make_config(preset="toy", seed=0, data_dir="", t5_dir="", settings=()):
-    """The preset's configuration with `settings` ("section.field=value") applied. Raises DataError."""
-    config, flags = (
-        Config(preset, seed, str(data_dir), str(t5_dir)),
-        {"on": True, "off": False},
-    )
-    if os.path.isfile(config.data_dir):
-        config.data.corpus = config.data_dir
-    for setting in [*PRESETS[preset].split(), *settings]:
-        key, _, value = setting.partition("=")
-        section, _, name = key.partition(".")
-        sections = {k: x for k, x in vars(config).items() if is_dataclass(x)}
-        target = sections.get(section)
-        if target is None or name not in asdict(target):
-            known = sections if target is None else asdict(target)
-            raise DataError(
-                f"--set {setting}: no such option; write section.field=value with one of {', '.join(known)}"
-            )
-        kind = type(getattr(target, name))
-        try:
-            setattr(target, name, flags[value] if kind is bool else kind(value))
-        except (ValueError, KeyError):
-            raise DataError(
-                f"--set {setting}: not {'on or off' if kind is bool else f'a valid {kind.__name__}'}"
-            ) from None
-        low, high = RANGES.get(name, (1 if kind is int else 0, 1e9))
-        if (
-            value not in CHOICES.get(name, [value])
-            or kind in (int, float)
-            and not low <= getattr(target, name) <= high
-        ):
-            raise DataError(
-                f"--set {setting}: {' or '.join(CHOICES.get(name, [f'from {low} to {high:g}']))}"
-            )
-    s, p, t = config.sampling, config.ppo, config.t5
-    replying = config.replying
-    for wrong, words in (
-        (seed < 0, "--seed is below 0; change it"),
-        (
-            s.min_length > s.max_length,
-            "sampling.min_length is above sampling.max_length; change it by --set",
+def toy():
+    """The embedded world, 0.7 M parameters: minutes on a laptop."""
+    return Config(
+        preset="toy",
+        # 2 decoder layers: copying the topic of a context into the reply takes two steps
+        t5=T5Config(
+            d_kv=16,
+            d_ff=256,
+            num_layers=1,
+            num_decoder_layers=2,
+            num_heads=8,
+            dropout_rate=0.0,
         ),
-        (
-            replying.min_length > replying.max_length,
-            "replying.min_length is above replying.max_length; change it by --set",
+    )
+
+
+def smoke():
+    """A sliver of it, for tests: seconds, and no result."""
+    return Config(
+        preset="smoke",
+        data=DataConfig(
+            num_train=200, num_valid=40, num_test=40, num_labelled=200, vocab_size=500
         ),
-        (
-            config.data.max_scored < config.data.max_target,
-            "data.max_scored is below data.max_target; change it by --set",
+        t5=T5Config(
+            d_model=32,
+            d_kv=16,
+            d_ff=64,
+            num_layers=1,
+            num_decoder_layers=1,
+            num_heads=2,
+            dropout_rate=0.0,
         ),
-        (
-            p.minibatch_size > p.batch_size,
-            "ppo.minibatch_size is above ppo.batch_size; change it by --set",
+        pretrain=PretrainConfig(steps=4),
+        mle=MLEConfig(steps=12, eval_every=6),
+        identifiers=ClassifierConfig(steps=8, eval_every=4, batch_size=16),
+        context=ContextConfig(steps=4),
+        exploring=Sampling(max_length=12),
+        replying=Sampling(max_length=12),
+        ppo=PPOConfig(steps=4, batch_size=8, minibatch_size=4, eval_every=2, valid_contexts=8),
+    )
+
+
+def real():
+    """EmpatheticDialogues and EPITOME, from scratch: 2 M parameters, half an hour on a laptop."""
+    return Config(
+        preset="real",
+        data=DataConfig(
+            vocab_size=5000,
+            max_source=96,
+            max_target=40,
+            identifier_source=96,
+            identifier_target=256,
         ),
-        (
-            2 * t.relative_attention_max_distance <= t.relative_attention_num_buckets,
-            "t5: max_distance must be above num_buckets / 2; change it by --set",
+        t5=T5Config(d_model=160, d_kv=32, d_ff=640, num_heads=5),
+        # both speakers' turns and EPITOME's posts: more English than the responses alone
+        pretrain=PretrainConfig(steps=600, task="turns"),
+        mle=MLEConfig(steps=1200, batch_size=96, lr=3e-2, eval_every=300, muon=True),
+        # about 1,100 labelled pairs: n-grams do better than a network
+        identifiers=ClassifierConfig(kind="ngrams", class_weight=1.0),
+        context=ContextConfig(penalty=3e-6),
+        # most levels are 0 here: without balance the safest aim is always "none"
+        reward=RewardConfig(balance=0.6),
+        exploring=Sampling(min_length=5, max_length=40),
+        replying=Sampling(min_length=5, max_length=40),
+        # a step is noisy: average the weights; the human responses keep the language
+        ppo=PPOConfig(steps=150, batch_size=256, kl_coef=0.1, ptx_coef=0.5, average=0.99),
+        eval=EvalConfig(contexts=1024, best_of=8),
+    )
+
+
+def paper():
+    """The authors' settings, for an official T5 and a GPU. README lists what differs."""
+    return Config(
+        preset="paper",
+        data=DataConfig(
+            max_source=200, max_target=50, identifier_source=250, identifier_target=250
         ),
-        (
-            config.data.corpus != (config.data_dir or "embedded")
-            and not (config.data.corpus == "real" and os.path.isdir(config.data_dir)),
-            f"--data {config.data_dir or 'DIR'}: --preset real and paper need the folder that `python data.py download DIR` fills; "
-            "toy and smoke need none, or a .jsonl or .csv file of yours",
+        # plain AdamW with linear decay and no warm-up, everywhere
+        mle=MLEConfig(
+            epochs=3, batch_size=8, lr=1e-4, rms_scaled=False, warmup=0, eval_every=2000
         ),
-        (
-            preset == "paper" and not t5_dir,
-            "--preset paper needs --t5 DIR: an official checkpoint's config.json, weights and spiece.model",
+        # three separate networks that start from the T5 as it came; 8 rows at a time fit 12 GB
+        identifiers=ClassifierConfig(
+            steps=600,
+            batch_size=32,
+            micro_batch=8,
+            lr=2e-5,
+            rms_scaled=False,
+            warmup=0,
+            shared=False,
+            start="t5",
         ),
-    ):
-        if wrong:
-            raise DataError(words)
-    return config
-
-
-# ---- figures in files -----------------------------------------------------------------------------------------------
-def to_json(figures, indent=None):
-    """JSON that every program reads. It has no infinity and no NaN, so they are the strings "inf", "-inf" and "nan"."""
-
-    def plain(x):
-        if isinstance(x, float) and not math.isfinite(x):
-            return str(x)
-        if isinstance(x, dict):
-            return {key: plain(value) for key, value in x.items()}
-        return [plain(value) for value in x] if isinstance(x, (list, tuple)) else x
-
-    return json.dumps(plain(figures), indent=indent, allow_nan=False)
-
-
-def from_json(text):
-    """What to_json wrote, with numbers for "inf", "-inf" and "nan"."""
-
-    def numbers(x):
-        if x in ("inf", "-inf", "nan"):
-            return float(x)
-        if isinstance(x, dict):
-            return {key: numbers(value) for key, value in x.items()}
-        return [numbers(value) for value in x] if isinstance(x, list) else x
-
-    return numbers(json.loads(text))
-
-
-def perplexity(nats):
-    """e^nats, of the mean negative log-likelihood; infinite where a float ends, at 710 nats."""
-    try:
-        return math.exp(nats)
-    except OverflowError:
-        return math.inf
-
-
-def refuse_without_effect(config, settings):
-    """Raises DataError for a setting of a part that is not used, since another one takes its place."""
-    replaced = {"t5.vocab_size": "data.vocab_size takes its place"}
-    if config.t5_dir:
-        replaced["t5."] = replaced["data.vocab_size"] = "the checkpoint of --t5 has its own"
-    if config.data_dir:
-        for name in ("num_train", "num_valid", "num_test", "num_labelled"):
-            replaced[f"data.{name}"] = "all of --data is used"
-    if not config.pretrain.steps:
-        for name in asdict(config.pretrain).keys() - {"steps"}:
-            replaced[f"pretrain.{name}"] = "pretrain.steps is 0"
-    if config.sft.epochs:
-        replaced["sft.steps"] = "sft.epochs takes its place"
-    for section in ("identifiers", "context"):
-        reader = getattr(config, section)
-        network = asdict(reader).keys() - {"ngrams", "penalty", "class_weight"}
-        for name in network if reader.ngrams else {"penalty"}:
-            takes_its_place = "n-grams take the network's place" if reader.ngrams else "is 0"
-            replaced[f"{section}.{name}"] = f"{section}.ngrams: {takes_its_place}"
-    replaced["context.shared"] = "identifiers.shared counts for all"
-    for setting in settings:
-        key = setting.partition("=")[0]
-        why = replaced.get(key) or replaced.get(key.partition(".")[0] + ".")
-        if why:
-            raise DataError(f"--set {setting}: has no effect here ({why}); leave it out")
-
-
-# ---- what a result is a result of -----------------------------------------------------------------------------------
-STAGES = ["pretrain", "sft", "identifiers", "judge", "label", "context", "ppo"]
-RESULTS = ("metrics.json", "responses.jsonl", "report.md", "samples.md")  # of all stages
-EVALUATE = "evaluate"  # comes after all stages; its result is metrics.json
-
-
-def digest(content):
-    """The SHA-256 of tensors and plain values in dicts and lists, however deep."""
-    found = hashlib.sha256()
-
-    def add(x):
-        if torch.is_tensor(x):
-            found.update(f"{x.dtype} {tuple(x.shape)}".encode())
-            found.update(x.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        elif isinstance(x, dict):
-            found.update(f"dict of {len(x)}".encode())
-            for name in sorted(x):
-                add(name)
-                add(x[name])
-        elif isinstance(x, (list, tuple)):
-            found.update(f"list of {len(x)}".encode())
-            for one in x:
-                add(one)
-        else:
-            found.update(f"{type(x).__name__} {x!r};".encode())
-
-    add(content)
-    return found.hexdigest()
-
-
-def code_version(folder=Path(__file__).parent):
-    """The code in a folder: its commit, a digest of what was changed since (None: nothing), and one of all its modules."""
-    folder = Path(folder).resolve()
-    outside = {name: x for name, x in os.environ.items() if not name.startswith("GIT_")}
-    outside["GIT_CEILING_DIRECTORIES"] = str(folder.parent)  # a repository around is another's
-
-    def git(*arguments):
-        try:
-            asked = subprocess.run(
-                ["git", "-C", str(folder), *arguments], capture_output=True, env=outside
-            )
-        except OSError:  # no git
-            return None
-        return asked.stdout if asked.returncode == 0 else None
-
-    commit, changes = git("rev-parse", "HEAD"), git("diff", "--binary", "HEAD")
-    modules = {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in (*folder.glob("*.py"), *folder.glob("tests/*.py"))
-    }
-    return {
-        "commit": commit and commit.decode().strip(),
-        "changed": hashlib.sha256(changes).hexdigest() if changes else None,
-        "modules": digest(modules),
-    }
-
-
-def gflops(threads, size=1024):
-    """GFLOP/s of a float32 matrix product on some threads, the best of a few: how fast this machine is."""
-    before, matrix = torch.get_num_threads(), torch.ones(size, size)
-    torch.set_num_threads(threads)
-    try:
-        seconds = []
-        for _ in range(3):  # the first is slow
-            started = time.perf_counter()
-            matrix @ matrix
-            seconds.append(time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(before)
-    return 2 * size**3 / min(seconds) / 1e9
-
-
-def digest_of(dialogues):
-    """The SHA-256 of all that dialogues have: texts, levels, emotions, ids."""
-    return digest(json.dumps([[*vars(d).values()] for d in dialogues]))
-
-
-def content_of(corpus, tokenizer, t5, config):
-    """What training starts from, as it was read: the digest of each part of the data, of the tokenizer and of a T5 from --t5."""
-    content = {"tokenizer": hashlib.sha256(tokenizer.model).hexdigest()}
-    for kind, parts in (("dialogues", corpus.dialogues), ("labelled", corpus.labelled)):
-        for part, dialogues in parts.items():
-            content[f"{kind}/{part}"] = digest_of(dialogues)
-    if config.t5_dir:
-        content["t5"] = digest([asdict(t5.config), t5.state_dict()])
-    return content
-
-
-def comparable(raw):
-    """A configuration (as config.json has it) without paths, and without what the content tells: a folder may be moved."""
-    settings = {
-        name: x
-        for name, x in raw.items()
-        if name not in ("data_dir", "t5_dir", "preset", "content")
-    }
-    settings["data"] = dict(raw["data"])
-    if raw["data"]["corpus"] not in ("embedded", "real"):
-        settings["data"]["corpus"] = "your own"
-    settings["t5"] = {name: x for name, x in raw["t5"].items() if name != "vocab_size"}
-    if raw["t5_dir"]:
-        del settings["t5"], settings["data"]["vocab_size"]
-    return settings
-
-
-def relevant(stage, settings, content):
-    """{name: value} of all that a stage's result depends on: its own section and those before it, and what it is trained on."""
-    sections, left_out = set(settings), set()
-    if stage != EVALUATE:
-        last = ORDER.index(
-            stage if stage in ORDER else "identifiers"
-        )  # of "judge" and "label", too
-        sections = {"seed", "data", *ORDER[: last + 1]}
-        left_out = {"dialogues/test", "labelled/test"}
-    found = {
-        f"{section}.{name}": value
-        for section in sections & set(settings)
-        if isinstance(settings[section], dict)
-        for name, value in settings[section].items()
-    }
-    found["seed"] = settings["seed"]
-    if stage == "ppo":  # validates, by sampling, while it trains
-        for name in ("valid_contexts", "batch_size"):
-            found[f"eval.{name}"] = settings["eval"][name]
-    found |= {
-        f"the content of {part}": x for part, x in content.items() if part not in left_out
-    }
-    return found
-
-
-def differing(one, two):
-    """The names of what differs between two dicts."""
-    return sorted(name for name in {*one, *two} if one.get(name) != two.get(name))
-
-
-@contextlib.contextmanager
-def alone(folder):
-    """Nobody else in a folder meanwhile. Raises DataError if somebody is. The system frees it when the process ends, however it ends."""
-    with open(Path(folder) / ".lock", "a", encoding="utf-8") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            elif msvcrt:
-                file.seek(0)
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                raise DataError(
-                    f"{folder}: another command is at work there; wait for its end or take another folder"
-                ) from None  # another error: a file system without locks
-        yield
-
-
-@functools.cache
-def find_device(wanted=""):
-    """ "cuda" or "cpu": the wanted one, or a GPU if one can be used. Says, once, why one that is there is not used."""
-    if wanted == "cpu":
-        return "cpu"
-    why = ""
-    with warnings.catch_warnings(
-        record=True
-    ) as warned:  # torch warns of a driver that is too old
-        warnings.simplefilter("always")
-        try:
-            if torch.cuda.is_available():
-                torch.ones(2, 2, device="cuda").mm(
-                    torch.ones(2, 2, device="cuda")
-                ).sum().item()
-                return "cuda"
-        except (
-            RuntimeError,
-            AssertionError,
-        ) as error:  # no code for this GPU, or it is in use
-            why = str(error)
-    why = why or "".join(str(warning.message) for warning in warned[:1])
-    why = " ".join(why.split())[:150]
-    if not why and shutil.which("nvidia-smi"):
-        why = f"torch {torch.__version__} is built without it or finds no driver for it"
-    if wanted == "cuda":
-        raise DataError(
-            f"--device cuda: no GPU that torch can use ({why or 'none is seen'}); "
-            "leave --device out, or install the build of torch that fits its driver"
-        )
-    if why:
-        say(f"device      a GPU is seen but can not be used, the CPU is ({why})")
-    elif torch.backends.mps.is_available():
-        say("device      Apple's GPU is not used, the CPU is")
-    return "cpu"
-
-
-# ---- the run folder -------------------------------------------------------------------------------------------------
-class Run:
-    """A folder with config.json, metrics.jsonl and checkpoints/, and the loop that every training stage shares."""
-
-    save_every = 30.0  # seconds between checkpoints
-    command = None  # the arguments of the command line, if it was one
-    given = ()  # stages that must be there: they are never trained anew
-
-    def __init__(self, folder, config, device=""):
-        self.code = (
-            code_version()
-        )  # noted beside results; another one is no reason to refuse them
-        self.content = {}  # of what training starts from: see content_of
-        self.made = {}  # stage -> the digest of its result
-        self.folder, self.config, self.seconds, self.log = (
-            Path(folder),
-            config,
-            {},
-            {},
-        )  # log: stage -> a record a step
-        self.device, self.in_loop, self.interrupted = (
-            find_device(device),
-            False,
-            False,
-        )
-        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-
-    def key(self, stage):
-        """What a stage's result is a result of: the settings and the data it depends on, and the checkpoints it is made from."""
-        settings = comparable(asdict(self.config))
-        earlier = STAGES if stage == EVALUATE else STAGES[: STAGES.index(stage)]
-        before = [self.made.get(name) for name in earlier]
-        return digest(
-            [2, relevant(stage, settings, self.content), before]
-        )  # 2: format version
-
-    def refuse_another(self, content=None):
-        """Raises DataError if a result in the folder depends on a setting, or on data (once `content` is known), that is now another."""
-        path, results = self.folder / "config.json", []
-        for stage in STAGES:
-            if (self.folder / "checkpoints" / f"{stage}.pt").exists():
-                results.append(stage)
-        if (self.folder / "metrics.json").exists():
-            results.append(EVALUATE)
-        if not results or not path.exists():
-            return
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            there, old = comparable(raw), raw.get("content", {})
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise DataError(f"{path}: damaged; {self.elsewhere()}") from None
-        now = comparable(asdict(self.config))
-        content = old if content is None else content
-        for stage in results:
-            changed = differing(relevant(stage, there, old), relevant(stage, now, content))
-            if changed:
-                words = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
-                raise DataError(
-                    f"{self.folder}: has results of another configuration ({words}), which stay; {self.elsewhere()}"
-                )
-
-    def note_environment(self):
-        """Append to environment.json, a list with an entry for each start of the run, what this one runs on."""
-        try:
-            known = json.loads((self.folder / "environment.json").read_text(encoding="utf-8"))
-            known = known if isinstance(known, list) else [known]
-        except (OSError, ValueError):
-            known = []
-        last = known[-1] if known and isinstance(known[-1], dict) else self.code
-        if last.get("modules") != self.code["modules"]:
-            say(
-                "warning: the code is not that of the last start; what is finished is kept "
-                "(to train a stage anew, delete its file in checkpoints)"
-            )
-        threads = torch.get_num_threads()
-        environment = {
-            "command": data.command_line(sys.argv),
-            **self.code,
-            "python": sys.version,
-            **{name: version(name) for name in ("torch", "sentencepiece", "numpy")},
-            "device": self.device,
-            "threads": threads,
-            "gflops": {str(n): round(gflops(n), 1) for n in sorted({1, threads})},
-        }
-        self.write("environment.json", json.dumps([*known, environment], indent=2) + "\n")
-
-    def elsewhere(self):
-        """The same command with a folder that is not there yet."""
-        folder = next(
-            f for i in itertools.count(2) if not (f := Path(f"{self.folder}-{i}")).exists()
-        )
-        if self.command is None:
-            return f"take another folder: {folder}"
-        command = list(self.command)
-        if "--run" in command:
-            at = command.index("--run")
-            del command[at : at + 2]
-        return f"take another folder: {data.command_line(['python', 'emprl.py', *command, '--run', str(folder)])}"
-
-    def write(self, name, text):  # a file of the run folder, atomically
-        (self.folder / f"{name}.tmp").write_bytes(
-            text if isinstance(text, bytes) else text.encode()
-        )
-        os.replace(self.folder / f"{name}.tmp", self.folder / name)
-
-    def write_log(self, stage, records):
-        self.log[stage] = records
-        self.write(
-            "metrics.jsonl",
-            "".join(to_json(record) + "\n" for log in self.log.values() for record in log),
-        )
-
-    def seed(self, stage, step=0):
-        """Seed torch from (seed, stage, step): a resumed step draws what an uninterrupted one would."""
-        torch.manual_seed(zlib.crc32(f"{self.config.seed}/{stage}/{step}".encode()))
-
-    def on_interrupt(
-        self, *_
-    ):  # Ctrl-C: a training loop finishes its step and saves; anything else stops at once
-        self.interrupted = True
-        if not self.in_loop:
-            raise KeyboardInterrupt
-
-    def stage(self, name, compute):
-        """compute(state, save) -> the stage's final state, unless that is there for the same configuration.
-        `state` is what an interrupted call left by save(**state), or {}."""
-        path, key = self.folder / "checkpoints" / f"{name}.pt", self.key(name)
-        state = load_state(path) if path.exists() else {"key": None}
-        if not isinstance(state, dict) or "key" not in state:
-            raise CheckpointError(f"{path}: not a checkpoint of this program; delete it")
-        state = state if state["key"] == key else {}
-        before, started = state.get("seconds", 0.0), time.time()
-
-        def save(**new):
-            self.write_log(
-                name, new.get("log", [])
-            )  # first: what a kill leaves too much in it, a resumed run rewrites
-            save_atomically(
-                {
-                    "key": key,
-                    "code": self.code,
-                    "seconds": before + time.time() - started,
-                    **new,
-                },
-                path,
-            )
-
-        if not state.get("done"):
-            if name in self.given:
-                raise DataError(
-                    f"{path}: of other data or other settings than the run's, or not finished; make the run again"
-                )
-            for stale in RESULTS:
-                (self.folder / stale).unlink(missing_ok=True)
-            self.seed(name)
-            new = compute(state, save)
-            result = {part: x for part, x in new.items() if part != "log"}
-            save(done=True, made=digest(result), **new)
-            state = load_state(path)
-        self.write_log(name, state.get("log", []))
-        self.seconds[name] = round(state["seconds"], 1)
-        self.made[name] = state["made"]
-        return state
-
-    def train(self, name, make_trainer, steps, model):
-        """All steps of make_trainer()'s trainer, resumed where it was cut; leaves the result in `model`."""
-
-        lower = f"lower {'identifiers' if name == 'judge' else name}.lr"  # they share their options
-
-        def compute(state, save):
-            trainer, log = make_trainer(), state.get("log", [])
-            if log:
-                trainer.load_state_dict(state["trainer"])
-            first, started, self.in_loop = len(log), time.time(), True
-            saved = shown = started
-            for i in range(first, steps):
-                self.seed(name, i)
-                record, now = trainer.step(i), time.time()
-                log.append({"stage": name, "step": i, **record})
-                signs = (
-                    signs_of_collapse(record, log[0], self.config.sampling.max_length)
-                    if "entropy" in record
-                    else []
-                )
-                if signs or now - shown > 5 or i in (first, steps - 1):
-                    shown, speed = now, (i + 1 - first) / max(now - started, 1e-9)
-                    minutes, seconds = divmod(int((steps - i - 1) / speed), 60)
-                    shown_keys = (
-                        "loss",
-                        "valid",
-                        "reward",
-                        "kl",
-                        "length",
-                        "entropy",
-                        *(k for k in ("skipped", "stopped_early") if record.get(k)),
-                    )
-                    say(
-                        f"{name:<12}{i + 1:>5}/{steps}  {speed:5.2f} steps/s  {minutes}:{seconds:02d} left",
-                        *(f" {k} {record[k]:.4g}" for k in shown_keys if k in record),
-                        *(f"\n    warning: {words}" for words in signs),
-                    )
-                if len(log) > 9 and all(r.get("skipped") == 1 for r in log[-10:]):
-                    raise DataError(
-                        f"{name}, step {i + 1}: 10 steps in a row had no finite loss and gradient and were skipped; "
-                        f"{lower}. What was saved before them is in {self.folder}/checkpoints"
-                    )
-                stop = self.config.ppo.stop_on_collapse and signs
-                if (
-                    now - saved > self.save_every
-                    and not record.get("skipped")
-                    or self.interrupted
-                    or stop
-                ):
-                    save(trainer=trainer.state_dict(), log=log)
-                    saved = now
-                if stop:
-                    raise DataError(
-                        f"{name}, step {i + 1}: {'; '.join(signs)}. It is saved; the same command goes on from there"
-                    )
-                if self.interrupted:
-                    raise KeyboardInterrupt
-            self.in_loop = False
-            trainer.finish()
-            broken = [key for key, p in model.named_parameters() if not p.isfinite().all()]
-            if broken:
-                raise DataError(
-                    f"{name}: training diverged, not finite are {some_of(broken)}; {lower}"
-                )
-            return {"weights": model.state_dict(), "log": log}
-
-        model.load_state_dict(self.stage(name, compute)["weights"])
-
-
-# ---- the recipe -----------------------------------------------------------------------------------------------------
-def run_all(run):
-    """Every stage, in order. Returns the final metrics (also in metrics.json)."""
-    with alone(run.folder):
-        return recipe(run)
-
-
-def recipe(run):
-    """What run_all does, alone in the folder."""
-    run.refuse_another()  # before much is read
-    config, c, started = run.config, run.config.data, time.time()
-    say(
-        f"EmpRL, preset {config.preset}, seed {config.seed}, on {run.device}; results go to {run.folder}"
-    )
-    corpus = (
-        data.embedded_corpus(config.seed, c.num_train, c.num_valid, c.num_test, c.num_labelled)
-        if c.corpus == "embedded"
-        else data.real_corpus(config.data_dir)
-        if c.corpus == "real"
-        else data.own_corpus(c.corpus)
-    )
-    tokenizer, t5 = start(run, corpus)
-    run.content = content_of(corpus, tokenizer, t5, config)
-    run.refuse_another(run.content)
-    run.note_environment()
-    run.write("tokenizer.model", tokenizer.model)
-    corpus.dialogues["test"] = corpus.dialogues["test"][: config.eval.contexts or None]
-    corpus.dialogues["probe"] = corpus.dialogues["valid"][
-        : config.eval.valid_contexts
-    ]  # for a look inside PPO
-    pairs = {
-        part: Pairs(ds, tokenizer, c.max_source, c.max_target, run.device)
-        for part, ds in corpus.dialogues.items()
-        if part in ("turns", "train", "valid")
-    }
-    whole = {  # for what is read in human responses, and measured on them: uncut
-        part: Pairs(corpus.dialogues[part], tokenizer, c.max_source, c.max_scored, run.device)
-        for part in ("train", "valid", "test", "probe")
-    }
-    labelled = {
-        part: Pairs(ds, tokenizer, c.identifier_source, c.identifier_target, run.device)
-        for part, ds in corpus.labelled.items()
-    }
-    run.write(
-        "config.json", json.dumps({**asdict(config), "content": run.content}, indent=2) + "\n"
-    )
-    size = f"{tokenizer.vocab_size} tokens, {sum(p.numel() for p in t5.parameters()) / 1e6:.2f} M parameters"
-    say("\n".join(f"data        {note}" for note in (*corpus.notes, size)))
-    run.seconds["data"] = round(time.time() - started, 1)
-    untrained = copy.deepcopy(t5)
-    # 1. The initial policy: pre-training on the training texts, then maximum likelihood on the pairs.
-    run.train(
-        "pretrain",
-        lambda: pretrain_trainer(config, t5, tokenizer, pairs.get("turns", pairs["train"])),
-        config.pretrain.steps,
-        t5,
-    )
-    sft = config.sft
-    if sft.epochs:
-        sft = replace(sft, steps=sft.epochs * math.ceil(len(pairs["train"]) / sft.batch_size))
-    rows_at = batches(pairs["train"].lengths(), sft.batch_size, config.seed)
-    run.train(
-        "sft",
-        lambda: mle_trainer(t5, pairs["train"], pairs["valid"], rows_at, sft),
-        sft.steps,
-        t5,
-    )
-    save_pretrained(t5, run.folder / "sft")
-
-    # 2. The identifiers that give the reward, and the judge: another seed on other data, never used as reward.
-    def reader(stage, train, valid, settings):
-        run.seed(stage)
-        model = Identifiers(t5.config, config.identifiers.shared, settings.ngrams).to(
-            run.device
-        )
-        model.start_from(untrained if settings.start == "t5" else t5)
-        rows_at = batches(
-            train.lengths(), settings.batch_size, zlib.crc32(stage.encode()) + config.seed
-        )
-        run.train(
-            stage,
-            lambda: identifier_trainer(model, train, valid, rows_at, settings),
-            0 if settings.ngrams else settings.steps,
-            model,
-        )
-        return model.eval().requires_grad_(False)
-
-    readers = [
-        reader("identifiers", labelled["train"], labelled["valid"], config.identifiers),
-        reader("judge", labelled["judge_train"], labelled["judge_valid"], config.identifiers),
-    ]
-    # 3. Targets: what the identifiers read in every human response; and what the context alone tells of that, to a reader of
-    #    empty responses. No policy can know more: it estimates a ceiling, and makes the expected reward.
-    levels = run.stage(
-        "label",
-        lambda *_: {
-            part: predict_levels(readers[0], whole[part]) for part in ("train", "valid")
-        },
-    )
-    empty = {
-        part: whole[part].but([[1]] * len(whole[part]), levels.get(part))
-        for part in ("train", "valid", "test")
-    }
-    foresight = reader("context", empty["train"], empty["valid"], config.context)
-    expected = {part: predict(foresight, empty[part]).exp() for part in ("train", "test")}
-    share, target = expected["train"].mean(0), config.reward.target
-    promised = {
-        part: even(probs, share, config.reward.balance) for part, probs in expected.items()
-    }
-    promised = (
-        {part: probs.argmax(-1) for part, probs in promised.items()}
-        if target == "likeliest"
-        else promised
-    )
-    # 4. PPO towards the target levels, held near the MLE policy.
-    policy, train = copy.deepcopy(t5), pairs["train"]
-    rows_at = batches(
-        [0] * len(train), config.ppo.batch_size, config.seed
-    )  # long and short ones mixed
-    test, probe = (
-        Evaluation(run, tokenizer, readers, t5, whole[part], corpus.level_probs)
-        for part in ("test", "probe")
-    )
-    targets = levels["train"] if target == "human" else promised["train"]
-    reward, batch_at = (
-        make_reward(readers[0], targets, **config.reward.options()),
-        lambda i: (train.batch(rows_at(i))[0], torch.tensor(rows_at(i))),
-    )
-    human_loss = lambda index: policy.loss_sum(*train.batch(index.tolist()))
-    run.train(
-        "ppo",
-        lambda: PPOTrainer(
-            policy, reward, batch_at, probe.validate, config.sampling, config.ppo, human_loss
+        context=ContextConfig(steps=2000, lr=2e-5),
+        reward=RewardConfig(target="human"),
+        exploring=Sampling(temperature=0.9, top_k=20, min_length=5, max_length=30),
+        replying=Sampling(temperature=0.9, top_k=20, max_length=30),
+        ppo=PPOConfig(
+            steps=1000,
+            batch_size=32,
+            minibatch_size=32,  # 4 times 8 accumulated
+            micro_batch=8,
+            ppo_epochs=4,
+            lr=1e-5,
+            rms_scaled=False,
+            warmup=0,
+            lam=0.95,
+            whiten_rewards=True,
+            centre_rewards=True,
+            kl_coef=0.2,
+            adaptive_kl=True,
+            kl_horizon=10_000,
         ),
-        config.ppo.steps,
-        policy,
+        eval=EvalConfig(batch_size=32),
     )
-    save_pretrained(policy, run.folder / "emprl")
-    # 5. Before and after, on the same test contexts; then tables, plots and samples.
-    started = time.time()
-    metrics = {
-        name: identifier_scores(reader, labelled["test"])
-        for name, reader in zip(("identifiers", "judge"), readers)
+
+
+PRESETS = {"toy": toy, "smoke": smoke, "real": real, "paper": paper}
+
+
+# ---- the recipe -----------------------------------------------------------------------------
+
+
+def run_all(run, ppo_trainer=PPOTrainer):
+    """EmpRL, from a corpus to a report. A stage that the run folder has is loaded, not redone.
+
+    ppo_trainer: what aligns the policy: PPOTrainer, or another one with the same interface.
+    Returns the figures of metrics.json.
+    """
+    config = run.config
+
+    # 0. Dialogues to learn replies from, labelled pairs to learn levels from, one tokenizer, a
+    #    new T5. Responses are cut where they are learnt from, and whole where they are measured.
+    corpus = load_corpus(config)
+    tokenizer = make_tokenizer(config, corpus)
+    mle = initial_t5(run, tokenizer)
+    run.begin(corpus, tokenizer, mle)
+    pairs = encode(run, corpus.dialogues, tokenizer, "max_source", "max_target")
+    whole = encode(run, corpus.dialogues, tokenizer, "max_source", "max_scored")
+    labelled = encode(
+        run, corpus.labelled, tokenizer, "identifier_source", "identifier_target"
+    )
+
+    # 1. The initial policy: the T5 learns to reply as people did (maximum likelihood, MLE).
+    #    `made_of` is for the checkpoint: a result of other settings is refused, not used.
+    trainer = pretrainer(mle, pairs["turns"], tokenizer, config)
+    run.train("pretrain", trainer, made_of=[config.data, config.t5, config.pretrain])
+    run.train("mle", mle_trainer(mle, pairs["train"], pairs["valid"], config))
+
+    # 2. Classifiers of empathy levels. The identifiers (one for each mechanism, in one model)
+    #    give the reward. The judge, trained on other data, never does: a gain that the judge
+    #    sees, too, is not an artefact of the reward.
+    classifiers = {
+        "identifiers": train_classifier(
+            run, "identifiers", mle, labelled["train"], labelled["valid"]
+        ),
+        "judge": train_classifier(
+            run, "judge", mle, labelled["judge_train"], labelled["judge_valid"]
+        ),
     }
-    metrics |= test.compare(
-        {"sft": t5, "emprl": policy},
-        whole["train"],
-        levels["train"],
-        {"context": expected["test"], "context_balanced": even(expected["test"], share, 0.5)},
-        promised["test"],
-    )
-    run.seconds["evaluate"] = round(time.time() - started, 1)
-    metrics |= {"config": asdict(config), "seed": config.seed, "seconds": run.seconds}
-    metrics |= {"key": run.key(EVALUATE), "code": run.code}
-    run.write("metrics.json", to_json(metrics, indent=2) + "\n")
+
+    # 3. The levels that a reply to each context should have.
+    targets = find_targets(run, mle, classifiers["identifiers"], whole)
+
+    # 4. PPO trains a copy of the initial policy. The reward, 0 to 1, is how likely a response
+    #    has all three levels that it should have.
+    reward = EmpathyReward(classifiers["identifiers"], config.reward)
+    prompts = PromptBatches(pairs["train"], targets.train, config.ppo.batch_size, config.seed)
+    validate = Evaluator(run, whole["probe"], tokenizer, classifiers, mle).validate
+    trainer = ppo_trainer(mle, reward, prompts, config.exploring, config.ppo, validate)
+    say("reward      0 to 1: how likely a reply has all three levels that it should have")
+    run.train("ppo", trainer, made_of=[config.reward, config.exploring, config.replying])
+    save_pretrained(mle, run.folder / "mle")
+    save_pretrained(trainer.model, run.folder / "emprl")
+
+    # 5. Before and after: replies to the same test contexts, seen by the same classifiers.
+    test = Evaluator(run, whole["test"], tokenizer, classifiers, mle)
+    metrics = {who: classifier_figures(c, labelled["test"]) for who, c in classifiers.items()}
+    metrics |= test.before_and_after(mle, trainer.model)
+    metrics["best_of_n"] = test.best_of_n(mle, reward, targets.test)
+    metrics["floors"] = test.floors(whole["train"], targets.human)
+    metrics["ceiling"] = test.ceilings(corpus.level_probs, targets)
+    run.finish(metrics)
     report(run, metrics, test)
     return metrics
 
 
-def start(run, corpus):
-    """Tokenizer and T5: those of the official folder, or a tokenizer trained on the training texts and a new T5."""
-    config, folder = run.config, run.config.t5_dir
-    if folder:
-        tokenizer = Tokenizer(official_file(folder, "spiece.model"))
-        t5 = from_pretrained(folder, tokenizer.vocab_size)
+def load_corpus(config):
+    """The corpus that config.data_path says: a generated world, the real corpora, or your own.
+
+    Two parts are added to its dialogues: "turns", which pre-training reads, and "probe", a few
+    of "valid" for the validation inside PPO. "test" is cut to eval.contexts.
+    """
+    sizes = config.data
+    if not config.data_path:
+        corpus = data.embedded_corpus(
+            config.seed, sizes.num_train, sizes.num_valid, sizes.num_test, sizes.num_labelled
+        )
+    elif os.path.isdir(config.data_path):
+        corpus = data.real_corpus(config.data_path)
+    else:
+        corpus = data.own_corpus(config.data_path)
+    dialogues = corpus.dialogues
+    dialogues.setdefault("turns", dialogues["train"])
+    if config.eval.contexts:
+        dialogues["test"] = dialogues["test"][: config.eval.contexts]
+    dialogues["probe"] = dialogues["valid"][: config.ppo.valid_contexts]
+    return corpus
+
+
+def make_tokenizer(config, corpus):
+    """That of the official folder, or a new one, trained on the training texts."""
+    if config.t5_dir:
+        return Tokenizer(official_file(config.t5_dir, "spiece.model"))
+    labelled = corpus.labelled["train"] + corpus.labelled["judge_train"]
+    texts = []
+    for dialogue in corpus.dialogues["train"] + labelled:
+        texts += [*dialogue.context[-2:], dialogue.response]
+    return Tokenizer.train(texts, config.data.vocab_size)
+
+
+def initial_t5(run, tokenizer):
+    """The T5 before any training here: the official folder's, or one with random weights."""
+    config = run.config
+    if config.t5_dir:
+        t5 = from_pretrained(config.t5_dir, tokenizer.vocab_size)
         config.t5 = t5.config  # so that config.json says what is used
     else:
-        dialogues = (
-            corpus.dialogues["train"]
-            + corpus.labelled["train"]
-            + corpus.labelled["judge_train"]
-        )
-        tokenizer = Tokenizer.train(
-            [u for d in dialogues for u in (*d.context[-2:], d.response)],
-            config.data.vocab_size,
-        )
         config.t5.vocab_size = tokenizer.vocab_size
         run.seed("t5")
         t5 = T5(config.t5)
-    return tokenizer, t5.to(run.device).eval()
+    return t5.to(run.device).eval()
 
 
-def pretrain_trainer(config, t5, tokenizer, pairs):
-    """Span corruption on context and response of every pair, or the pairs as they are; nothing to validate, the last weights stay."""
-    texts = [(c + r)[-128:] for c, r in zip(pairs.contexts, pairs.responses)]
+def encode(run, parts, tokenizer, max_source, max_target):
+    """{part: dialogues} -> {part: Pairs}, cut to two lengths that are fields of DataConfig."""
+    source = getattr(run.config.data, max_source)
+    target = getattr(run.config.data, max_target)
+    return {
+        part: Pairs(dialogues, tokenizer, source, target, run.device)
+        for part, dialogues in parts.items()
+    }
+
+
+def pretrainer(t5, pairs, tokenizer, config):
+    """Span corruption on context and response together, or the next turn as it is."""
+    settings = replace(config.mle, steps=config.pretrain.steps)
+
+    def corrupted_loss(rows):
+        sources, targets = [], []
+        for row in rows:
+            text = (pairs.contexts[row] + pairs.responses[row])[-128:]
+            spans = random_spans(len(text))
+            source, target = span_corrupt(text, spans, tokenizer.sentinels)
+            sources.append(source)
+            targets.append(target)
+        return t5.loss_sum(pad(sources).to(pairs.device), pad(targets).to(pairs.device))
+
+    def turn_loss(rows):
+        return t5.loss_sum(*pairs.batch(rows))
+
+    loss_sum = corrupted_loss if config.pretrain.task == "spans" else turn_loss
+    rows_at = batches(pairs.lengths(), settings.batch_size, config.seed)
+    return Trainer(t5, loss_sum, rows_at, None, settings)
+
+
+def mle_trainer(t5, train, valid, config):
+    """Maximum likelihood on pairs, validated by the loss a token."""
+    settings = config.mle
+    if settings.epochs:
+        steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
+        settings = replace(settings, steps=steps)
 
     def loss_sum(rows):
-        if config.pretrain.task == "turns":
-            return t5.loss_sum(*pairs.batch(rows))
-        corrupted = [
-            span_corrupt(texts[i], random_spans(len(texts[i])), tokenizer.sentinels)
-            for i in rows
-        ]
-        return t5.loss_sum(*(pad(side).to(pairs.device) for side in zip(*corrupted)))
-
-    return Trainer(
-        t5,
-        loss_sum,
-        batches(pairs.lengths(), config.pretrain.batch_size, config.seed),
-        None,
-        config.pretrain,
-    )
-
-
-def mle_trainer(t5, train, valid, rows_at, config):
-    """Maximum likelihood on pairs (with `.batch(rows)` and `.chunks(size)`, as data.Pairs); validated by the loss per token."""
+        return t5.loss_sum(*train.batch(rows))
 
     def validate():
-        losses, counts = zip(*(t5.loss_sum(*valid.batch(rows)) for rows in valid.chunks(64)))
-        return (sum(losses) / sum(counts)).item()
+        loss, tokens = total_loss(t5, valid)
+        return loss / tokens
 
-    return Trainer(t5, lambda rows: t5.loss_sum(*train.batch(rows)), rows_at, validate, config)
+    rows_at = batches(train.lengths(), settings.batch_size, config.seed)
+    return Trainer(t5, loss_sum, rows_at, validate, settings)
 
 
-# ---- evaluation -----------------------------------------------------------------------------------------------------
-class Evaluation:
-    """Measures policies on `pairs`, human responses uncut, by the reward's identifiers, by the judge and, in the embedded world, by the oracle."""
+@torch.no_grad()
+def total_loss(t5, pairs, size=64, positions=2**15):
+    """The negative log-likelihood of all responses in nats, and the number of their tokens."""
+    total, tokens = 0.0, 0
+    for rows in pairs.chunks(size, positions):
+        loss, count = t5.loss_sum(*pairs.batch(rows))
+        total += loss.item()
+        tokens += count
+    return total, tokens
 
-    def __init__(self, run, tokenizer, readers, reference, pairs, level_probs):
-        self.run, self.tokenizer, self.readers, self.reference = (
-            run,
-            tokenizer,
-            readers,
-            reference,
+
+def train_classifier(run, name, mle, train, valid):
+    """A classifier of levels, trained on labelled pairs and frozen."""
+    config = classifier_settings(run.config, name)
+    start = mle  # the T5 whose encoder a network copies
+    if config.start == "t5":
+        start = initial_t5(run, run.tokenizer)
+    run.seed(name)
+    classifier = make_classifier(start, config).to(run.device)
+    seed = zlib.crc32(name.encode()) + run.config.seed
+    rows_at = batches(train.lengths(), config.batch_size, seed)
+    run.train(name, classifier.trainer(train, valid, rows_at, config))
+    return classifier.eval().requires_grad_(False)
+
+
+def classifier_settings(config, name):
+    """The identifiers', and the judge has the same; the context classifier's differ a little."""
+    if name != "context":
+        return config.identifiers
+    own = asdict(config.context)
+    # of this classifier plain probabilities are wanted
+    return replace(config.identifiers, class_weight=0.0, keep="loss", **own)
+
+
+@dataclass
+class Targets:
+    """The levels that replies should have: levels (N, M), or probabilities of them (N, M, L)."""
+
+    human: torch.Tensor  # (N, M) levels of the human responses of the training pairs
+    train: torch.Tensor  # (N, M) or (N, M, L): what PPO aims for, in the training contexts
+    test: torch.Tensor  # (N, M, L): what best of n aims for, in the test contexts
+    probs: torch.Tensor  # (N, M, L): P(level | context) of the test contexts, for the ceiling
+    share: torch.Tensor  # (M, L): the mean of P(level | context) over the training contexts
+
+
+def find_targets(run, mle, identifiers, pairs):
+    """The levels to aim for, from the identifiers and a classifier that sees contexts only.
+
+    The levels of the one human response, which the paper aims for, are noisy: other people
+    would have replied otherwise. The context classifier learns how likely each level is.
+    """
+    levels = {part: predict_levels(identifiers, pairs[part]) for part in ("train", "valid")}
+    contexts = {part: without_response(pairs[part], levels.get(part)) for part in pairs}
+    context = train_classifier(run, "context", mle, contexts["train"], contexts["valid"])
+    train = predict(context, contexts["train"]).exp()  # predict gives log-probabilities
+    test = predict(context, contexts["test"]).exp()
+    share = train.mean(0)
+
+    config = run.config.reward
+    if config.target == "human":
+        aims = levels["train"]
+    else:
+        aims = expected_targets(config, train, share)
+    return Targets(
+        human=levels["train"],
+        train=aims,
+        test=expected_targets(config, test, share),
+        probs=test,
+        share=share,
+    )
+
+
+def without_response(pairs, levels):
+    """The same contexts with empty responses: what a classifier tells then is by the context."""
+    return pairs.but([[EOS_ID]] * len(pairs), levels)
+
+
+class PromptBatches:
+    """Iteration -> Prompts: contexts with the levels to aim for and the human responses."""
+
+    def __init__(self, pairs, targets, batch_size, seed):
+        self.pairs = pairs
+        self.targets = targets
+        self.rows_at = batches([0] * len(pairs), batch_size, seed)  # long and short ones mixed
+
+    def __call__(self, i):
+        rows = self.rows_at(i)
+        source, human = self.pairs.batch(rows)
+        return Prompts(source, self.targets[rows].to(source.device), human)
+
+
+# ---- the run folder -------------------------------------------------------------------------
+
+
+class Run:
+    """A folder with config.json, environment.json, metrics.jsonl and checkpoints/, and the loop
+    that all training shares. What is there is checked against what it should be made of."""
+
+    save_every = 30.0  # seconds between checkpoints
+
+    def __init__(self, folder, config, device="cpu", command=()):
+        self.folder = Path(folder)
+        self.config = config
+        self.device = device
+        self.command = command  # the command line, for messages
+        self.code = code_version()
+        self.content = ""  # digest of what training starts from
+        self.evaluation = ""  # digest of what else the figures depend on
+        self.results = {}  # stage -> digest of its weights
+        self.logs = {}  # stage -> a record for each step
+        self.seconds = {}  # stage -> how long it took
+        self.tokenizer = None
+        self.noted = False
+        self.in_loop = False
+        self.interrupted = False
+        self.clock = time.time()
+        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+    def begin(self, corpus, tokenizer, t5):
+        """Say what there is to learn from, and what results in this folder have to be made of."""
+        self.tokenizer = tokenizer
+        learnt, measured = [], []
+        for parts in (corpus.dialogues, corpus.labelled):
+            for name, dialogues in sorted(parts.items()):
+                seen_by = measured if name in ("test", "probe") else learnt
+                seen_by.append([vars(dialogue) for dialogue in dialogues])
+        self.content = digest([learnt, digest_weights(t5.state_dict())])
+        settings = [asdict(self.config.replying), asdict(self.config.eval)]
+        self.evaluation = digest([measured, settings])
+        made_of = self.read_json("metrics.json", {}).get("made_of", {})
+        self.check_key("metrics.json", made_of.get("evaluation"), self.evaluation)
+
+        parameters = sum(p.numel() for p in t5.parameters()) / 1e6
+        size = f"{tokenizer.vocab_size} tokens, {parameters:.2f} M parameters"
+        for note in (*corpus.notes, size):
+            say(f"data        {printable(note)}")
+        self.seconds["data"] = round(time.time() - self.clock, 1)
+
+    def check_key(self, name, found, wanted):
+        """Raises DataError if a result is there (found: its key), and is of something else."""
+        if found not in (None, wanted):
+            here = self.folder / name
+            raise DataError(f"{here}: of other settings or other data; {self.elsewhere()}")
+
+    def seed(self, stage, step=0):
+        """Seed torch from (seed, stage, step): a resumed step draws what any other would."""
+        torch.manual_seed(zlib.crc32(f"{self.config.seed}/{stage}/{step}".encode()))
+
+    def train(self, name, trainer, made_of=()):
+        """All steps of a trainer, resumed where they were cut; trainer.model has the result.
+
+        A stage is made of the data, of all earlier stages, of its trainer's settings and of
+        those that `made_of` names. A checkpoint that is there must be made of the same, or it
+        is refused.
+        """
+        file = f"checkpoints/{name}.pt"
+        made_of = [asdict(part) for part in (trainer.config, *made_of)]
+        key = digest([self.config.seed, self.content, self.results, made_of])
+        state = load_stage(self.folder / file)
+        self.check_key(file, state.get("key"), key)
+        if not state.get("done"):
+            self.note_start()
+            state = self.loop(name, trainer, self.folder / file, {**state, "key": key})
+        trainer.model.load_state_dict(state["weights"])
+        trainer.model.eval()
+        self.results[name] = digest_weights(state["weights"])
+        self.seconds[name] = round(state["seconds"], 1)
+        self.logs[name] = state["log"]
+        self.clock = time.time()
+
+    def loop(self, name, trainer, path, state):
+        """Train to the end; what is needed to go on is saved now and then. Returns the state."""
+        started = time.time() - state.get("seconds", 0.0)
+        log = state.get("log", [])
+        self.logs[name] = log
+        if log:
+            trainer.load_state_dict(state["trainer"])
+
+        def save(**result):
+            self.write_log()  # first: a resumed run writes over what is too much in it
+            seconds = time.time() - started
+            new = {"key": state["key"], "seconds": seconds, "log": log, **result}
+            save_atomically(new, path)
+
+        progress = Progress(name, trainer, len(log))
+        saved = time.time()
+        self.in_loop = True
+        for i in range(len(log), trainer.config.steps):
+            self.seed(name, i)
+            record = trainer.step(i)
+            log.append({"stage": name, "step": i, **record})
+            progress.show(i, record, signs_of_trouble(trainer, record, log))
+            self.stop_if_nothing_is_learnt(name, log)
+            due = time.time() - saved > self.save_every and not record.get("skipped")
+            if due or self.interrupted:
+                save(trainer=trainer.state_dict())
+                saved = time.time()
+            if self.interrupted:
+                raise KeyboardInterrupt
+        self.in_loop = False
+        trainer.finish()
+        weights = trainer.model.state_dict()
+        broken = [tensor for tensor, x in weights.items() if not x.isfinite().all()]
+        if broken:
+            raise DataError(f"{name}: training diverged ({broken[0]}); {remedy(name)}")
+        save(done=True, weights=weights)
+        return load_stage(path)
+
+    def stop_if_nothing_is_learnt(self, name, log):
+        last = log[-10:]
+        if len(last) == 10 and all(record.get("skipped") == 1 for record in last):
+            raise DataError(
+                f"{name}, step {len(log)}: 10 steps in a row had no finite loss and gradient; "
+                f"{remedy(name)}. What was saved before is in {self.folder}"
+            )
+
+    def on_interrupt(self, *_):
+        """Ctrl-C: a training loop ends its step and saves; anything else stops at once."""
+        self.interrupted = True
+        if not self.in_loop:
+            raise KeyboardInterrupt
+
+    def elsewhere(self):
+        """The same command with a folder that is not there yet."""
+        number = 2
+        while Path(f"{self.folder}-{number}").exists():
+            number += 1
+        words = list(self.command)
+        if "--run" in words:
+            at = words.index("--run")
+            del words[at : at + 2]
+        other = program(*words, "--run", f"{self.folder}-{number}")
+        return f"take another folder: {other}"
+
+    def note_start(self):
+        """Before anything is trained: what this run is, for people and for later commands."""
+        if self.noted:
+            return
+        self.noted = True
+        for stale in ("metrics.json", "report.md", "samples.md", "responses.jsonl"):
+            (self.folder / stale).unlink(missing_ok=True)
+        self.write("tokenizer.model", self.tokenizer.model)
+        self.write_json("config.json", asdict(self.config))
+        starts = self.read_json("environment.json", [])
+        if starts and starts[-1]["code"] != self.code:
+            say("warning: other code than at the last start; finished stages are kept")
+        self.write_json("environment.json", [*starts, environment(self)])
+
+    def finish(self, metrics):
+        """metrics.json: the figures, and what they are figures of."""
+        self.note_start()
+        self.write_log()
+        self.seconds["evaluate"] = round(time.time() - self.clock, 1)
+        metrics["config"] = asdict(self.config)
+        metrics["seconds"] = self.seconds
+        metrics["made_of"] = {
+            **self.results,
+            "tokenizer": digest_bytes(self.tokenizer.model),
+            "evaluation": self.evaluation,
+        }
+        metrics["code"] = self.code
+        self.write_json("metrics.json", metrics)
+
+    def write(self, name, content):
+        """A file of the folder, atomically: nobody ever sees half of it."""
+        content = content if isinstance(content, bytes) else content.encode()
+        temporary = self.folder / f"{name}.tmp"
+        temporary.write_bytes(content)
+        os.replace(temporary, self.folder / name)
+
+    def write_json(self, name, content):
+        self.write(name, to_json(content, indent=2) + "\n")
+
+    def read_json(self, name, default):
+        """A JSON file of the folder; the default if there is none, or no whole one."""
+        try:
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return default
+
+    def write_log(self):
+        """metrics.jsonl: a line for each step of all stages so far."""
+        records = itertools.chain(*self.logs.values())
+        self.write("metrics.jsonl", "".join(to_json(record) + "\n" for record in records))
+
+
+def signs_of_trouble(trainer, record, log):
+    """What a trainer warns of, compared with the first step that was not skipped."""
+    if record.get("skipped") == 1:  # nothing was measured
+        return []
+    first = next(earlier for earlier in log if earlier.get("skipped") != 1)
+    return trainer.warnings(record, first)
+
+
+class Progress:
+    """A line every few seconds: how far a stage is, how fast, how long it still takes."""
+
+    def __init__(self, name, trainer, first, every=5.0):
+        self.name = name
+        self.steps = trainer.config.steps
+        self.shown = trainer.shown
+        self.first = first
+        self.every = every
+        self.started = time.time()
+        self.last = 0.0
+
+    def show(self, i, record, warnings):
+        now = time.time()
+        regular = now - self.last > self.every or i in (self.first, self.steps - 1)
+        if not (regular or warnings):
+            return
+        self.last = now
+        speed = (i + 1 - self.first) / max(now - self.started, 1e-9)
+        minutes, seconds = divmod(int((self.steps - i - 1) / speed), 60)
+        keys = [*self.shown, *(key for key in ("skipped", "stopped_early") if record.get(key))]
+        figures = [f"{key} {record[key]:.4g}" for key in keys if key in record]
+        say(
+            f"{self.name:<12}{i + 1:>5}/{self.steps}  {speed:5.2f} steps/s",
+            f"{minutes}:{seconds:02d} left",
+            *figures,
+            sep="  ",
         )
-        self.pairs, self.level_probs, self.results = pairs, level_probs, {}
-        self.gold = self.levels(pairs.responses)
-        truth = "oracle_" if level_probs else "judge_"
-        self.matches = {"exact_match": "identifiers", f"{truth}exact_match": truth.rstrip("_")}
+        for warning in warnings:
+            say(f"    warning: {warning}")
+
+
+def load_stage(path):
+    """A stage's checkpoint, {} if there is none. Raises CheckpointError."""
+    if not path.exists():
+        return {}
+    state = load_state(path)
+    if not isinstance(state, dict) or "key" not in state:
+        raise CheckpointError(f"{path}: not a checkpoint of this program; delete it")
+    return state
+
+
+def remedy(stage):
+    """The judge is trained with the identifiers' settings."""
+    section = {"judge": "identifiers", "pretrain": "mle"}.get(stage, stage)
+    return f"lower {section}.lr"
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Nobody else works in a folder meanwhile. Raises DataError if somebody does.
+
+    The system takes the lock away when the process ends, however it ends.
+    """
+    with open(Path(folder) / ".lock", "a", encoding="utf-8") as file:
+        try:
+            lock(file)
+        except (BlockingIOError, PermissionError):
+            raise DataError(
+                f"{folder}: another command is at work there; wait, or take another folder"
+            ) from None
+        except (ImportError, OSError):  # this system has no locks, or this disk
+            pass
+        yield
+
+
+def lock(file):
+    """Raises BlockingIOError or PermissionError if another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def digest_bytes(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def digest(plain):
+    """The SHA-256 of plain values in dicts and lists."""
+    return digest_bytes(json.dumps(plain, sort_keys=True).encode())
+
+
+def digest_weights(state):
+    """The SHA-256 of a state dict."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def code_version():
+    """The commit of this folder, and the digest of what has changed since (None: nothing)."""
+    folder = Path(__file__).resolve().parent
+    environ = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}  # no other's
+
+    def git(*arguments):
+        command = ["git", "-C", str(folder), *arguments]
+        try:
+            asked = subprocess.run(command, capture_output=True, env=environ)
+        except OSError:  # no git here
+            return b""
+        return asked.stdout if asked.returncode == 0 else b""
+
+    commit = git("rev-parse", "HEAD").decode().strip()
+    changes = git("diff", "--binary", "HEAD") + git("status", "--porcelain", ":(glob)*.py")
+    return {"commit": commit or None, "changed": digest_bytes(changes) if changes else None}
+
+
+def environment(run):
+    """What a run was started with, and how fast the machine is."""
+    threads = torch.get_num_threads()
+    speeds = {str(n): round(gflops(n), 1) for n in sorted({1, threads})}
+    packages = {name: version(name) for name in ("torch", "sentencepiece", "numpy")}
+    return {
+        "command": command_line(sys.argv),
+        "code": run.code,
+        "python": sys.version,
+        "packages": packages,
+        "device": run.device,
+        "threads": threads,
+        "gflops": speeds,
+    }
+
+
+def gflops(threads, size=1024):
+    """GFLOP/s of a float32 matrix product on some threads: the best of three."""
+    before = torch.get_num_threads()
+    matrix = torch.ones(size, size)
+    torch.set_num_threads(threads)
+    seconds = min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=3))
+    torch.set_num_threads(before)
+    return 2 * size**3 / seconds / 1e9
+
+
+def to_json(content, indent=None):
+    """JSON that every program reads: it knows no infinity, so "inf", "-inf", "nan" are texts."""
+    plain = json.loads(json.dumps(content), parse_constant=lambda word: str(float(word)))
+    return json.dumps(plain, indent=indent, allow_nan=False)
+
+
+def command_line(words):
+    """The words as they are typed in a shell, with quotes where they are needed."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def program(*words):
+    """The command that a reader can type to go on."""
+    return command_line(["python", "emprl.py", *words])
+
+
+def say(*texts, sep=" "):
+    print(*texts, sep=sep, flush=True)
+
+
+# ---- the evaluation -------------------------------------------------------------------------
+
+PREFIX = {"identifiers": "", "judge": "judge_", "oracle": "oracle_"}  # of figures of levels
+
+
+@dataclass
+class Replies:
+    """What a system replied to all contexts, and what the classifiers tell of it."""
+
+    texts: list
+    levels: dict  # classifier -> (N, M)
+
+
+class Evaluator:
+    """Measures replies to the contexts of `pairs`, whose human responses are whole.
+
+    classifiers: {"identifiers", "judge"}; in the embedded world the oracle is asked, too.
+    reference: the MLE policy, from which the KL is measured.
+    """
+
+    def __init__(self, run, pairs, tokenizer, classifiers, reference):
+        self.run = run
+        self.pairs = pairs
+        self.tokenizer = tokenizer
+        self.classifiers = classifiers
+        self.reference = reference
+        self.has_oracle = not run.config.data_path and pairs.dialogues[0].levels is not None
+        self.replies = {}  # system -> Replies
+        self.human = self.levels(pairs.responses)  # classifier -> (N, M)
+        self.truth = "oracle" if self.has_oracle else "judge"
 
     def levels(self, responses):
-        """{prefix of the reader's figures: (N, M) levels} of a response (ids) to each context."""
-        tables = {
-            who: predict_levels(reader, self.pairs.but(responses))
-            for who, reader in zip(("", "judge_"), self.readers)
-        }
-        if self.level_probs:
-            tables["oracle_"] = torch.tensor(
-                [
-                    oracle_levels(d.context, self.tokenizer.decode(r))
-                    for d, r in zip(self.pairs.dialogues, responses)
-                ]
-            )
-        return tables
+        """classifier -> (N, M) levels of a response (ids) to each context."""
+        answered = self.pairs.but(responses)
+        levels = {who: predict_levels(c, answered) for who, c in self.classifiers.items()}
+        if self.has_oracle:
+            read = []
+            for dialogue, ids in zip(self.pairs.dialogues, responses):
+                read.append(data.oracle_levels(dialogue.context, self.tokenizer.decode(ids)))
+            levels["oracle"] = torch.tensor(read)
+        return levels
 
-    def scores(self, tables):
-        return {
-            who + key: x
-            for who in tables
-            for key, x in level_scores(tables[who], self.gold[who]).items()
-        }
+    def compare(self, levels):
+        """All figures that compare levels with those of the human responses."""
+        figures = {}
+        for who, table in levels.items():
+            for name, number in compare_levels(table, self.human[who]).items():
+                figures[PREFIX[who] + name] = number
+        return figures
+
+    def measure(self, system, responses):
+        """The figures of a system's responses (ids); its Replies are kept for the report."""
+        texts = [self.tokenizer.decode(ids) for ids in responses]
+        levels = self.levels(responses)
+        self.replies[system] = Replies(texts, levels)
+        human = [dialogue.response for dialogue in self.pairs.dialogues]
+        return {**self.compare(levels), **text_figures(texts, human)}
+
+    def policy(self, system, t5, sampling):
+        """The figures of a policy that samples, its KL in nats a response and its perplexities."""
+        self.run.seed(f"evaluate {system}")
+        size = self.run.config.eval.batch_size
+        responses, kl = respond_and_compare(t5, self.reference, self.pairs, sampling, size)
+        figures = self.measure(system, responses)
+        figures["kl"] = None if sampling.greedy else kl
+        return {**figures, **self.perplexities(t5)}
 
     def perplexities(self, t5):
-        """Of the whole human responses, a token and a word. Of one that is longer than data.max_scored its beginning counts, in
-        the likelihood and in the number of words. The end is predicted, too: + 1."""
-        pairs, nll, tokens, count = self.pairs, 0.0, 0, 0
-        for rows in pairs.chunks(self.run.config.eval.batch_size, 2**13):
-            loss, n = t5.loss_sum(*pairs.batch(rows))
-            nll, tokens = nll + loss.item(), tokens + n
-        for d, ids in zip(pairs.dialogues, pairs.responses):
-            cut = len(ids) >= self.run.config.data.max_scored
-            count += len(words(self.tokenizer.decode(ids) if cut else d.response)) + 1
-        return {
-            "perplexity": perplexity(nll / tokens),
-            "perplexity_per_word": perplexity(nll / count),
-        }
+        """Of the human responses, a token and a word; their ends are predicted, too.
 
-    @torch.no_grad()
-    def measure(self, name, t5, sampling, expected=None):
-        """All figures of one policy, or with `expected` (see best_of) of its best of eval.best_of samples, the first of which is its only one
-        without. Perplexities, always the policy's, ignore top-k and temperature; kl is that of what is sampled from, null for greedy
-        replies and for the best of several. Texts, levels and rewards: self.results[name]."""
-        seed = "evaluate " + ("sft" if name == "best_of_n" else name)
-        self.run.seed(seed)
-        config, pairs, options = self.run.config, self.pairs, self.run.config.reward.options()
-        tries = [
-            pairs.but(respond(t5, pairs, sampling, config.eval.batch_size))
-            for _ in range(config.eval.best_of if expected is not None else 1)
-        ]
-        answered = (
-            tries[0]
-            if expected is None
-            else best_of(self.readers[0], tries, expected, **options)
-        )
-        texts, tables = (
-            [self.tokenizer.decode(r) for r in answered.responses],
-            self.levels(answered.responses),
-        )
-        rewards = empathy_reward(predict(self.readers[0], answered), self.gold[""], **options)
-        kl = None
-        if expected is None:
-            self.run.seed(seed)  # the same replies again
-            kl = sampled_kl(t5, self.reference, pairs, sampling, config.eval.batch_size)
-        self.results[name] = {"texts": texts, "levels": tables, "rewards": rewards.tolist()}
-        return {
-            **self.scores(tables),
-            "reward": rewards.mean().item(),
-            **self.perplexities(t5),
-            "kl": kl,
-            **text_scores(texts, [d.response for d in pairs.dialogues]),
-        }
-
-    def describe(self, name, i):
-        r = self.results[name]
-        return f"{r['texts'][i]}   {r['levels'][''][i].tolist()} for {self.gold[''][i].tolist()}, reward {r['rewards'][i]:.2f}"
+        Responses that are longer are cut to max_scored, for both figures.
+        """
+        config, count = self.run.config, 0
+        loss, tokens = total_loss(t5, self.pairs, config.eval.batch_size, positions=2**13)
+        for dialogue, ids in zip(self.pairs.dialogues, self.pairs.responses):
+            text = dialogue.response
+            if len(ids) >= config.data.max_scored:
+                text = self.tokenizer.decode(ids)
+            count += len(words(text)) + 1
+        return {"perplexity": exp(loss / tokens), "perplexity_per_word": exp(loss / count)}
 
     def validate(self, t5):
-        """Inside PPO: three samples for the eye, and a few figures: among them the share of replies with all three levels right
-        as the identifiers see it, beside the truth: of one kind, so that a gap tells of a reward that is hacked."""
-        scores = self.measure("valid", t5, self.run.config.replying)
-        for i, d in enumerate(self.pairs.dialogues[:3]):
-            say(f"    {d.context[-1]}\n    -> {self.describe('valid', i)}")
-        return {
-            f"valid_{key}": scores[key]
-            for key in ("reward", "emp_f1", "kl", "perplexity", "unique", *self.matches)
-        }
+        """Inside PPO: a few figures."""
+        figures = self.policy("valid", t5, self.run.config.replying)
+        shown = ["emp_f1", "kl", "perplexity", "unique", "exact_match"]
+        shown.append(PREFIX[self.truth] + "exact_match")
+        return {f"valid_{name}": figures[name] for name in shown}
 
-    def compare(self, policies, train=None, train_levels=None, foreseen=None, promised=None):
-        """metrics.json's figures: floors, ceilings, both policies sampled and greedy, gains with intervals."""
-        s, n, human = (
-            self.run.config.replying,
-            len(self.pairs),
-            [d.response for d in self.pairs.dialogues],
-        )
-        metrics = {"ceiling": {}, "target": text_scores(human, human)}
-        if self.level_probs:
-            metrics["ceiling"] = ceiling(
-                [self.level_probs[d.id] for d in self.pairs.dialogues], self.gold["oracle_"]
-            )
-        if train is not None:
-            metrics["ceiling"] |= {
-                name: self.scores({who: probs.argmax(-1) for who in self.gold})
-                for name, probs in foreseen.items()
-            }
-            rows = torch.randint(
-                len(train), (n,), generator=torch.Generator().manual_seed(0)
-            ).tolist()
-            majority = train_levels.mode(0).values.expand(n, -1)
-            metrics["floors"] = {
-                "majority": self.scores({who: majority for who in self.gold}),
-                "random_copy": self.scores(self.levels([train.responses[i] for i in rows])),
-            }
-        greedy = Sampling(min_length=s.min_length, max_length=s.max_length, greedy=True)
-        for name, t5 in policies.items():
-            metrics[name] = self.measure(name, t5, s)
-            metrics[name + "_greedy"] = self.measure(name + "_greedy", t5, greedy)
-        if promised is not None:
-            k = (
-                self.run.config.eval.best_of
-            )  # its KL is at most log k - (k - 1) / k (Beirami et al. 2024)
-            metrics["best_of_n"] = self.measure("best_of_n", policies["sft"], s, promised) | {
-                "kl": math.log(k) - (k - 1) / k
-            }
-        metrics["gain"] = {
-            who + "emp_f1": paired_bootstrap(
-                *(self.results[p]["levels"][who] for p in policies), gold, gold
-            )
-            for who, gold in self.gold.items()
+    def before_and_after(self, mle, emprl):
+        """Both policies, sampled and greedy; the humans' texts; the gain with its interval."""
+        sampling = self.run.config.replying
+        greedy = replace(sampling, greedy=True)
+        metrics = {
+            "mle": self.policy("mle", mle, sampling),
+            "emprl": self.policy("emprl", emprl, sampling),
+            "mle_greedy": self.policy("mle_greedy", mle, greedy),
+            "emprl_greedy": self.policy("emprl_greedy", emprl, greedy),
+            "gain": {},
         }
+        human = [dialogue.response for dialogue in self.pairs.dialogues]
+        metrics["human"] = text_figures(human, human)
+        for who, gold in self.human.items():
+            before = self.replies["mle"].levels[who]
+            after = self.replies["emprl"].levels[who]
+            gain = paired_bootstrap(before, after, gold, gold)
+            metrics["gain"][PREFIX[who] + "emp_f1"] = gain
         return metrics
 
+    def best_of_n(self, mle, reward, targets):
+        """The rival of RL that trains nothing: the best of n samples of MLE by expected reward."""
+        config = self.run.config
+        self.run.seed("evaluate mle")  # so that the first of them are MLE's own replies
+        tries = []
+        for _ in range(config.eval.best_of):
+            responses = respond(mle, self.pairs, config.replying, config.eval.batch_size)
+            tries.append(self.pairs.but(responses))
+        figures = self.measure("best_of_n", reward.best_of(tries, targets).responses)
+        n = config.eval.best_of
+        figures["kl"] = math.log(n) - (n - 1) / n  # at most this (Beirami et al. 2024)
+        return {**figures, **self.perplexities(mle)}
 
-PLOTS = ("losses", "ppo", "emp_f1", "levels", "learnt_vs_truth")
+    def floors(self, train, levels):
+        """What an answer is worth that knows nothing of the context.
 
-
-# ---- report ---------------------------------------------------------------------------------------------------------
-def replies(evaluation):
-    """responses.jsonl: all texts, and the levels that each reader sees in them."""
-    records, results = [], evaluation.results
-    for i, d in enumerate(evaluation.pairs.dialogues):
-        levels = {
-            who.strip("_") or "identifiers": {"target": gold[i].tolist()}
-            | {name: r["levels"][who][i].tolist() for name, r in results.items()}
-            for who, gold in evaluation.gold.items()
+        majority: always the commonest levels of train. random_copy: responses of train.
+        """
+        count = len(self.pairs)
+        majority = levels.mode(0).values.expand(count, -1)
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randint(len(train), (count,), generator=generator).tolist()
+        copies = [train.responses[row] for row in rows]
+        return {
+            "majority": self.compare(dict.fromkeys(self.human, majority)),
+            "random_copy": self.compare(self.levels(copies)),
         }
-        records.append(
-            {
-                "id": d.id,
-                "context": d.context,
-                "target": d.response,
-                "responses": {name: r["texts"][i] for name, r in results.items()},
-                "levels": levels,
-            }
-        )
-    return "".join(json.dumps(record) + "\n" for record in records)
+
+    def ceilings(self, level_probs, targets):
+        """What can be reached at best by a policy that knows P(level | context).
+
+        In the generated world P is known (level_probs: id -> P); everywhere the context
+        classifier estimates it. "context_balanced" raises rare levels by half: it scores more.
+        """
+        ceilings = {}
+        if level_probs:
+            known = torch.tensor([level_probs[d.id] for d in self.pairs.dialogues])
+            for name, value in ceiling(known, self.human["oracle"]).items():
+                ceilings[name] = {"oracle_emp_f1": value}
+        for name, exponent in (("context", 0.0), ("context_balanced", 0.5)):
+            levels = balanced(targets.probs, targets.share, exponent).argmax(-1)
+            ceilings[name] = self.compare(dict.fromkeys(self.human, levels))
+        return ceilings
 
 
-def report(run, metrics, evaluation):
-    """report.md, samples.md, responses.jsonl (all texts, and the levels that each reader sees in them) and plots/*.png."""
-    try:
-        draw_plots(run, metrics, evaluation)
-    except Exception as error:  # a picture less is no reason to lose the report
-        if not isinstance(error, (ImportError, OSError)):
-            traceback.print_exc()
-        say(f"no more plots: {type(error).__name__}: {error}; everything else is there")
-    scores = [(m, s) for m in MECHANISMS for s in ("accuracy", "macro_f1", "weighted_f1")]
-    identifiers = table(
-        ["identifiers, test part", *map(" ".join, scores)],
-        [[who, *(metrics[who][m][s] for m, s in scores)] for who in ("identifiers", "judge")],
+def exp(nats):
+    """e^nats; infinite where a float ends, at 710 nats."""
+    return math.inf if nats > 700 else math.exp(nats)
+
+
+# ---- the report -----------------------------------------------------------------------------
+
+SYSTEMS = {"mle": "MLE", "best_of_n": "best of n", "emprl": "EmpRL"}
+COLOURS = {"mle": "#0072B2", "best_of_n": "#009E73", "emprl": "#D55E00", "human": "#555555"}
+MECHANISM_NAMES = {"er": "emotional reaction", "ip": "interpretation", "ex": "exploration"}
+LEVEL_NAMES = ("none", "weak", "strong")
+
+
+def report(run, metrics, test):
+    """responses.jsonl, plots/, samples.md, report.md, and the last screen."""
+    run.write("responses.jsonl", responses_jsonl(test))
+    pictures = draw_plots(run, metrics, test)
+    run.write("samples.md", samples_page(test))
+    run.write("report.md", report_page(run, metrics, test, pictures))
+    say("\n" + last_screen(run, metrics, test))
+
+
+def responses_jsonl(test):
+    """A line for each context: all replies to it, and the levels that each classifier tells."""
+    lines = []
+    for i, dialogue in enumerate(test.pairs.dialogues):
+        levels = {who: {"human": table[i].tolist()} for who, table in test.human.items()}
+        texts = {}
+        for system, replies in test.replies.items():
+            texts[system] = replies.texts[i]
+            for who, table in replies.levels.items():
+                levels[who][system] = table[i].tolist()
+        record = {"id": dialogue.id, "context": dialogue.context, "human": dialogue.response}
+        lines.append(json.dumps({**record, "replies": texts, "levels": levels}) + "\n")
+    return "".join(lines)
+
+
+def in_words(levels):
+    """[2, 0, 1] -> "ER strong, IP none, EX weak"."""
+    parts = [f"{m.upper()} {LEVEL_NAMES[level]}" for m, level in zip(MECHANISMS, levels)]
+    return ", ".join(parts)
+
+
+def number(x):
+    """Three decimals; nothing where nothing was measured."""
+    if x is None:
+        return ""
+    return f"{x:.3f}" if abs(x) < 1e5 else f"{x:.2g}"
+
+
+def percent(share):
+    return ">+9999%" if share > 100 else f"{share:+.1%}"
+
+
+def in_percent(gain):
+    """+37.0% (95 % interval +31.6% to +43.1%)."""
+    relative, low, high = (percent(gain[key]) for key in ("relative", "low", "high"))
+    return f"{relative} (95 % interval {low} to {high})"
+
+
+def last_screen(run, metrics, test):
+    """What was trained, whether it worked, by how much, how sure; one context; what is next.
+
+    At most 20 lines of 80 columns.
+    """
+    systems = {
+        "human replies": {"judge_emp_f1": 1.0, "oracle_emp_f1": 1.0, **metrics["human"]},
+        "always the commonest levels": metrics["floors"]["majority"],
+        "MLE": metrics["mle"],
+        f"best of {run.config.eval.best_of} replies of MLE": metrics["best_of_n"],
+        "EmpRL": metrics["emprl"],
+    }
+    columns = {"judge_emp_f1": "judge", PREFIX[test.truth] + "emp_f1": test.truth}
+    columns |= {"perplexity": "perplex.", "unique": "distinct"}
+    lines = [
+        "A T5 learned to reply as people did (MLE). PPO then moved its replies towards",
+        f"the empathy levels of human replies (EmpRL). On {len(test.pairs)} test contexts:",
+        f"{'do the levels match? (Emp-F1: 0 to 1)':<38}{in_columns(columns.values())}",
+    ]
+    for name, figures in systems.items():
+        cells = in_columns(number(figures.get(key)) for key in columns)
+        lines.append(f"{name:<38}{cells}".rstrip())
+    gain = in_percent(metrics["gain"][PREFIX[test.truth] + "emp_f1"])
+    lines.append(f"EmpRL over MLE: {gain}, by the {test.truth}.")
+    told_by = "Judge: a classifier that never gave the reward"
+    if test.truth == "oracle":
+        told_by += "; oracle: the rule of this world"
+    lines.append(f"{told_by}.")
+    lines += example_lines(test)
+
+    command = program("chat", "--run", str(run.folder))
+    if len(command) > 76 or command != printable(command):
+        command = program("chat", "--run", "RUN") + "   (RUN: the folder in the first line)"
+    lines.append(
+        "Read report.md in the run's folder, open train.ipynb, or talk to both models:"
     )
-    plots = "\n\n".join(
-        f"![{name}](plots/{name}.png)"
-        for name in PLOTS
-        if (run.folder / "plots" / f"{name}.png").exists()
+    lines.append(f"    {command}")
+    return "\n".join(lines)
+
+
+def in_columns(cells):
+    return "".join(f"{cell:>10}" for cell in cells)
+
+
+def example_lines(test):
+    """A context whose levels EmpRL met and MLE did not, if there is one."""
+    change = changes(test)
+    closer, further = change.count(1) / len(change), change.count(-1) / len(change)
+    share = f"In {closer:.0%} of the contexts EmpRL is closer than MLE, in {further:.0%}"
+    i = change.index(max(change))
+    lines = [
+        f"{share} less close." + (" As here:" if closer else ""),
+        f"context  {shorten(' / '.join(test.pairs.dialogues[i].context))}",
+    ]
+    replies = replies_to(test, i)
+    for name in ("human", "MLE", "EmpRL"):
+        text, levels = replies[name]
+        lines += [f"{name:<9}[{levels}]", f"{'':<9}{shorten(text)}"]
+    return lines
+
+
+def replies_to(test, i):
+    """Who -> (text, levels in words): the human's and the systems' replies to a context."""
+    replies = {
+        "human": (test.pairs.dialogues[i].response, in_words(test.human[test.truth][i]))
+    }
+    for system, name in SYSTEMS.items():
+        found = test.replies[system]
+        replies[name] = (found.texts[i], in_words(found.levels[test.truth][i]))
+    return replies
+
+
+def shorten(text, width=71):
+    """One line of a terminal: the end is kept, since the newest turn is there."""
+    text = printable(text)
+    return text if len(text) <= width else "..." + text[-width + 3 :]
+
+
+def changes(test):
+    """For each context: 1 where EmpRL meets more of the human's levels than MLE, 0, or -1."""
+    human = test.human[test.truth]
+    hits = {}
+    for system in ("mle", "emprl"):
+        hits[system] = (test.replies[system].levels[test.truth] == human).sum(1)
+    return (hits["emprl"] - hits["mle"]).sign().tolist()
+
+
+def answer(metrics, truth):
+    """Did it work? Three sentences from the figures, whatever they say.
+
+    truth: "oracle", or "judge" where there is none.
+    """
+    before, after, best = (metrics[system] for system in ("mle", "emprl", "best_of_n"))
+    own, judge = metrics["gain"]["emp_f1"], metrics["gain"]["judge_emp_f1"]
+    key = PREFIX[truth] + "emp_f1"
+    gain = metrics["gain"][key]
+    how = "no better than MLE's, as far as can be told"
+    if gain["low"] > 0:
+        how = "better than MLE's"
+    if gain["high"] < 0:
+        how = "worse than MLE's"
+    agrees = "no sign that the reward was gamed"
+    if own["low"] > 0 and judge["low"] <= 0:
+        agrees = "no sure gain, so the reward may have been gamed"
+    first = (
+        f"EmpRL's replies match the human's levels {how}: Emp-F1 {number(after[key])} against "
+        f"{number(before[key])} by the {truth}, {in_percent(gain)}."
     )
-    run.write(
-        "report.md",
-        f"# EmpRL, preset {run.config.preset}, seed {run.config.seed}\n\n{before_after(metrics)}\n\n"
-        f"{identifiers}\n\n{plots}\n\nSeconds: {run.seconds}. Responses to read: [samples.md](samples.md).\n",
+    second = (
+        f"The identifiers, which gave the reward, see {percent(own['relative'])}; the judge, "
+        f"which never did, sees {percent(judge['relative'])}: {agrees}."
     )
+    third = (
+        f"The perplexity of the human replies goes from {number(before['perplexity'])} to "
+        f"{number(after['perplexity'])}, and the best of several replies of MLE, for which "
+        f"nothing is trained, has Emp-F1 {number(best[key])}."
+    )
+    return f"{first} {second} {third}"
+
+
+COLUMNS = ("mle", "best_of_n", "emprl", "mle_greedy", "emprl_greedy")
+LEVEL_ROWS = {
+    "emp_f1": "Emp-F1, weighted: the paper's measure",
+    "emp_macro_f1": "Emp-F1, macro: every level counts the same, however rare",
+    "mutual_information": "bits that a reply's level tells of the human's; 0 for a constant",
+    "exact_match": "share of replies with all three levels right",
+}
+TEXT_ROWS = {
+    "perplexity": "perplexity a token of whole human responses",
+    "perplexity_per_word": "the same a word",
+    "kl": "nats a reply between the policy and MLE",
+    "bleu": "BLEU-4 with the human response, 0 to 100",
+    "dist1": "different words, % of all",
+    "dist2": "different pairs of words, % of all",
+    "unique": "share of replies that occur once",
+    "length": "words a reply",
+}
+BOUND_ROWS = {
+    "floors.majority": "always the commonest level of each mechanism",
+    "floors.random_copy": "a response of the training part, drawn at random",
+    "ceiling.best": "always the likeliest levels, by the rule of the embedded world",
+    "ceiling.mle_ideal": "levels drawn by that rule, as a perfect MLE model does",
+    "ceiling.context": "the likeliest levels by the context classifier",
+    "ceiling.context_balanced": "the same, rare levels raised",
+}
+
+
+def report_page(run, metrics, test, pictures):
+    """A page to be read: the question, the answer, the pictures, the tables by topic."""
+    parts = [
+        f"# EmpRL, preset {run.config.preset}, seed {run.config.seed}",
+        "**Does PPO bring the empathy levels of the replies closer to those of human replies?**",
+        answer(metrics, test.truth),
+        "Each reply has a level (none, weak, strong) of emotional reaction, interpretation and "
+        f"exploration. There are {len(test.pairs)} test contexts. Replies to read are in "
+        "[samples.md](samples.md). In brackets: the key in metrics.json.",
+    ]
+    for name, caption in pictures.items():
+        parts += [f"![{caption}](plots/{name}.png)", f"*{caption}*"]
+    parts += ["## Levels", level_table(metrics, test)]
+    parts += ["## By mechanism", mechanism_table(metrics, test)]
+    parts += ["## Floors and ceilings", bounds_table(metrics, test)]
+    texts = {system: metrics[system] for system in (*COLUMNS, "human")}
+    parts += ["## Text", table("text", texts, TEXT_ROWS)]
+    parts += ["## The classifiers", classifier_table(metrics)]
+    parts.append(f"Seconds: {run.seconds}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def table(title, columns, rows):
+    """Markdown. columns: {head: its figures by key}. rows: {key: what it means}."""
+    lines = [[title, *columns], ["---"] + ["---:"] * len(columns)]
+    for key, meaning in rows.items():
+        cells = [number(figures.get(key)) for figures in columns.values()]
+        lines.append([f"{meaning} [{key}]", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def level_table(metrics, test):
+    """Systems across; a row for each figure of levels and each classifier."""
+    rows = {}
+    for who in test.human:
+        for key, meaning in LEVEL_ROWS.items():
+            rows[PREFIX[who] + key] = f"{who}: {meaning}"
+    return table("levels, told by", {system: metrics[system] for system in COLUMNS}, rows)
+
+
+def mechanism_table(metrics, test):
+    floor, ceiling = bounds(metrics).items()
+    systems = [(name, metrics[system]) for system, name in SYSTEMS.items()]
+    rows = {f"{PREFIX[test.truth]}emp_f1_{m}": name for m, name in MECHANISM_NAMES.items()}
+    return table(f"F1, by the {test.truth}", dict([floor, *systems, ceiling]), rows)
+
+
+def bounds(metrics):
+    """The floor and the ceiling that tables and pictures show."""
+    return {
+        "commonest level": metrics["floors"]["majority"],
+        "foreseeable": metrics["ceiling"]["context_balanced"],
+    }
+
+
+def bounds_table(metrics, test):
+    columns, rows = {who: {} for who in test.human}, {}
+    for row, meaning in BOUND_ROWS.items():
+        kind, name = row.split(".")
+        if name in metrics[kind]:  # not all are known of every corpus
+            rows[row] = meaning
+            for who, column in columns.items():
+                column[row] = metrics[kind][name].get(PREFIX[who] + "emp_f1")
+    return table("Emp-F1, told by", columns, rows)
+
+
+def classifier_table(metrics):
+    """Accuracy and F1 on labelled pairs that no classifier has seen."""
+    columns = {}
+    for who in ("identifiers", "judge"):
+        for kind in ("accuracy", "macro_f1", "weighted_f1"):
+            columns[f"{who} {kind}"] = {m: metrics[who][m][kind] for m in MECHANISMS}
+    return table("on labelled pairs", columns, MECHANISM_NAMES)
+
+
+def samples_page(test, count=12):
+    """Contexts where EmpRL did better, as well and worse than MLE, in their true proportion."""
+    change = changes(test)
+    order = sorted(range(len(change)), key=lambda i: -change[i])
+    count = min(count, len(order))
+    evenly = [order[(2 * k + 1) * len(order) // (2 * count)] for k in range(count)]
     lines = [
         "# Samples",
-        "[ER, IP, EX] of a response, for those of the target, as the reward's identifiers read them.",
+        f"{count} of {len(order)} test contexts: where EmpRL meets more of the human's levels "
+        "than MLE, as many, or fewer, in their true proportion; within each, evenly spaced. "
+        f"Levels are those that the {test.truth} tells: emotional reaction (ER), "
+        "interpretation (IP), exploration (EX).",
     ]
-    results, dialogues = evaluation.results, evaluation.pairs.dialogues
-    for i, d in enumerate(dialogues[:24]):
-        lines.append(
-            f"**{i + 1}. {d.emotion}** {' / '.join(d.context)}\n\n* target: {d.response}\n"
-            + "\n".join(f"* {name}: {evaluation.describe(name, i)}" for name in results)
-        )
-    run.write("samples.md", "\n\n".join(lines) + "\n")
-    run.write("responses.jsonl", replies(evaluation))
-    say(
-        f"\n{before_after(metrics)}\n\n{identifiers}\n\nreport {run.folder}/report.md, samples {run.folder}/samples.md"
-    )
+    for sign, heading in ((1, "closer than MLE"), (0, "as close"), (-1, "less close")):
+        share = change.count(sign) / len(change)
+        lines.append(f"## EmpRL is {heading}: {share:.0%}")
+        lines += [sample(test, i) for i in evenly if change[i] == sign]
+    return "\n\n".join(lines) + "\n"
 
 
-def figure_class():
-    """matplotlib's Figure, which draws into files and needs neither a window nor pyplot. MPLBACKEND, which a command inherits from
-    Jupyter, may name a backend that is not here: then it is hidden while matplotlib is imported. Who has no home folder, as some
-    in containers, has no place for matplotlib's list of fonts: then it is for once."""
+def sample(test, i):
+    """A context, and what the human and each system replied."""
+    dialogue = test.pairs.dialogues[i]
+    lines = [f"**{dialogue.emotion or 'context'}** {' / '.join(dialogue.context)}", ""]
+    for name, (text, levels) in replies_to(test, i).items():
+        lines.append(f"* {name}: {text} [{levels}]")
+    return "\n".join(lines)
+
+
+def draw_plots(run, metrics, test):
+    """plots/NAME.png -> {NAME: its caption}. A picture less is no reason to lose a report."""
     try:
         Path.home()
-    except RuntimeError:
-        if "MPLCONFIGDIR" not in os.environ:
-            os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp()
-            atexit.register(shutil.rmtree, os.environ["MPLCONFIGDIR"], ignore_errors=True)
+    except RuntimeError:  # as in some containers: no place for matplotlib's list of fonts
+        os.environ.setdefault("MPLCONFIGDIR", tempfile.gettempdir())
     try:
-        from matplotlib.figure import Figure
-    except ValueError:
-        backend = os.environ.pop("MPLBACKEND", "")
-        from matplotlib.figure import Figure
-
-        os.environ["MPLBACKEND"] = backend
-    return Figure
-
-
-def draw_plots(run, metrics, evaluation):
-    """plots/*.png: the curves of metrics.jsonl, Emp-F1 before and after, level confusions, what the identifiers see against the truth.
-    Left out is what was not measured (of a skipped stage, for instance) and what is not finite."""
-    Figure = figure_class()
+        from matplotlib.figure import Figure  # no window, no pyplot
+    except (ImportError, ValueError) as error:  # ValueError: MPLBACKEND is no backend's name
+        say(f"no pictures: {error}")
+        return {}
     (run.folder / "plots").mkdir(exist_ok=True)
-    for name in PLOTS:  # of an earlier call
-        (run.folder / "plots" / f"{name}.png").unlink(missing_ok=True)
+    captions = {}
+    for draw, caption in PICTURES.items():
+        name = draw.__name__.removeprefix("draw_")
+        stages = STAGES_OF.get(name, [])
+        if stages and not any(run.logs[stage] for stage in stages):
+            continue  # all of them were skipped
+        figure = Figure(layout="constrained", dpi=100)
+        try:
+            draw(figure, run, metrics, test)
+            figure.savefig(run.folder / "plots" / f"{name}.png")
+            captions[name] = caption.format(truth=test.truth)
+        except Exception as error:
+            traceback.print_exc()
+            say(f"no picture {name}: {type(error).__name__}: {error}")
+    return captions
 
-    def figure(
-        name, panels
-    ):  # panels: (title, x label, y label, draw, its arguments) of each picture, side by side
-        panels = [panel for panel in panels if panel]
-        if not panels:
-            return
-        fig = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
-        axes = fig.subplots(1, len(panels), squeeze=False)
-        for axis, (title, x, y, draw, *arguments) in zip(axes[0], panels):
-            draw(axis, *arguments)
-            axis.set(title=title, xlabel=x, ylabel=y)
-        fig.savefig(run.folder / "plots" / f"{name}.png", dpi=110)
 
-    def points(stage, key):
-        return [
-            (record["step"] + 1, record[key])
-            for record in run.log.get(stage, ())
-            if abs(record.get(key, math.nan))
-            < 1e100  # not what is infinite, NaN or beyond an axis
-        ]
+STAGES_OF = {  # picture -> the stages whose steps it shows
+    "ppo": ["ppo"],
+    "learnt_vs_truth": ["ppo"],
+    "losses": ["mle", "identifiers", "judge"],
+}
 
-    def panel(title, x, y, stage, labels):
-        """A panel of curves; None if there is nothing to draw."""
-        lines = {label: points(stage, key) for key, label in labels.items()}
-        return (title, x, y, curves, lines) if any(lines.values()) else None
 
-    def curves(axis, lines):
-        for label, line in lines.items():
-            if line:
-                axis.plot(*zip(*line), label=label)
-        axis.legend()
+def curve(axis, log, key, **style):
+    """A key of a stage's records, where it is logged; steps count from 1."""
+    points = [(r["step"] + 1, r[key]) for r in log if key in r and math.isfinite(r[key])]
+    if points:
+        axis.plot(*zip(*points), **style)
 
-    def bars(axis):
-        bar = {
-            f"{m.upper()}\n{name}": metrics[name][f"emp_f1_{m}"]
-            for m in MECHANISMS
-            for name in ("sft", "emprl")
-        }
-        axis.bar([*bar], [*bar.values()], color=["C0", "C1"] * 3)
 
-    def heat(axis, name, m):
-        counts = confusion(
-            evaluation.results[name]["levels"][""][:, m], evaluation.gold[""][:, m]
+def interval(levels, human, resamples=300):
+    """The 95 % bootstrap interval of each mechanism's F1: (N, M), (N, M) -> (2, M)."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(len(human), (resamples, len(human)), generator=generator)
+    tables = [confusions(levels[rows], human[rows]) for rows in draws]
+    f1 = f1_scores(torch.stack(tables))["weighted_f1"]  # (resamples, M)
+    return np.quantile(f1, [0.025, 0.975], axis=0)
+
+
+def draw_emp_f1(figure, run, metrics, test):
+    """Bars by mechanism with intervals, floor and ceiling of each mechanism."""
+    figure.set_size_inches(7.8, 3.8)
+    axis = figure.subplots()
+    keys = [f"{PREFIX[test.truth]}emp_f1_{m}" for m in MECHANISMS]
+    places = np.arange(len(keys))
+    for k, (system, name) in enumerate(SYSTEMS.items()):
+        heights = np.array([metrics[system][key] for key in keys])
+        ends = interval(test.replies[system].levels[test.truth], test.human[test.truth])
+        bar = {"color": COLOURS[system], "label": name, "yerr": abs(ends - heights)}
+        axis.bar(places + 0.26 * k, heights, 0.24, **bar)
+    for (name, figures), style in zip(bounds(metrics).items(), (":", "--")):
+        heights = [figures[key] for key in keys]
+        axis.hlines(heights, places - 0.15, places + 0.67, "black", style, label=name)
+    axis.set_xticks(places + 0.26, MECHANISM_NAMES.values())
+    axis.set(ylim=(0, 1.1), ylabel=f"weighted F1, by the {test.truth}")
+    axis.legend(ncols=5, loc="upper center", fontsize=8)
+
+
+def draw_levels(figure, run, metrics, test):
+    """Which level a reply has where the human's has which; MLE above, EmpRL below."""
+    figure.set_size_inches(7.8, 5.4)
+    axes = figure.subplots(2, 3, sharex=True, sharey=True)
+    for row, system in zip(axes, ("mle", "emprl")):
+        counts = confusions(test.replies[system].levels[test.truth], test.human[test.truth])
+        for axis, m, table in zip(row, MECHANISMS, counts):
+            share = table / table.sum(1, keepdim=True).clamp(min=1)
+            axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues")
+            for gold, predicted in itertools.product(range(3), repeat=2):
+                colour = "white" if share[gold, predicted] > 0.5 else "black"
+                text = f"{share[gold, predicted]:.0%}\n{table[gold, predicted]}"
+                axis.text(predicted, gold, text, ha="center", va="center", color=colour)
+            axis.set_title(f"{SYSTEMS[system]}: {MECHANISM_NAMES[m]}", fontsize=10)
+            axis.set_xticks(range(3), LEVEL_NAMES)
+            axis.set_yticks(range(3), LEVEL_NAMES)
+    figure.supxlabel("level of the generated reply")
+    figure.supylabel("level of the human reply")
+
+
+PPO_PANELS = {  # key -> title, unit, healthy range
+    "reward": ("reward", "0 to 1", None),
+    "kl": ("KL to MLE", "nats a response", (0, 15)),
+    "entropy": ("entropy", "nats a token", None),
+    "length": ("length", "tokens", None),
+    "value_loss": ("value loss", "", None),
+    "explained_variance": ("explained variance", "of the returns", (0, 1)),
+    "clip_share": ("clipped", "share of tokens", (0, 0.3)),
+    "update_kl": ("KL of the update", "nats a token", (0, 0.1)),
+}
+
+
+def draw_ppo(figure, run, metrics, test):
+    """What one looks at when PPO fails. A grey band is a healthy range."""
+    figure.set_size_inches(7.8, 4.6)
+    axes = figure.subplots(2, 4, sharex=True)
+    log = run.logs["ppo"]
+    for axis, (key, (title, unit, healthy)) in zip(axes.flat, PPO_PANELS.items()):
+        curve(axis, log, key, color=COLOURS["emprl"])
+        if healthy:
+            limits = axis.get_ylim()
+            axis.axhspan(*healthy, color="0.92", zorder=0)
+            axis.set_ylim(limits)
+        axis.set_title(title, fontsize=10)
+        axis.set_ylabel(unit, fontsize=8)
+        axis.tick_params(labelsize=8)
+    if run.config.ppo.adaptive_kl:
+        curve(axes.flat[1].twinx(), log, "kl_coef", color="black", ls=":")
+    figure.supxlabel("PPO iteration", fontsize=10)
+
+
+def draw_learnt_vs_truth(figure, run, metrics, test):
+    """The identifiers' opinion of the policy beside the truth, from MLE on."""
+    figure.set_size_inches(7.8, 3.6)
+    axis = figure.subplots()
+    key = PREFIX[test.truth] + "exact_match"
+    log = run.logs["ppo"]
+    points = {0: log[0]["start"]}
+    points |= {r["step"] + 1: r for r in log if f"valid_{key}" in r}
+    for name, label, colour in (
+        ("exact_match", "identifiers (they give the reward)", "#CC79A7"),
+        (key, f"{test.truth} (never gives it)", "#555555"),
+    ):
+        share = np.array([record[f"valid_{name}"] for record in points.values()])
+        axis.plot(list(points), share, "o-", ms=4, color=colour, label=label)
+        error = 1.96 * np.sqrt(share * (1 - share) / run.config.ppo.valid_contexts)
+        axis.fill_between(list(points), share - error, share + error, color=colour, alpha=0.15)
+    for (name, figures), style in zip(bounds(metrics).items(), (":", "--")):
+        axis.axhline(figures[key], color="black", ls=style, label=name)
+    axis.set(xlabel="PPO iteration", ylabel="all three levels right (share)")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8)
+
+
+def draw_losses(figure, run, metrics, test):
+    """MLE: training and validation loss. Classifiers: what the best weights are chosen by."""
+    figure.set_size_inches(7.8, 3.2)
+    stages = [stage for stage in ("mle", "identifiers", "judge") if run.logs[stage]]
+    axes = figure.subplots(1, len(stages), squeeze=False)
+    for axis, stage in zip(axes.flat, stages):
+        curve(axis, run.logs[stage], "loss", color="0.7", label="training loss (nats)")
+        right = axis if stage == "mle" else axis.twinx()
+        label = "validation loss" if stage == "mle" else "validation, minus macro-F1"
+        curve(right, run.logs[stage], "valid", color="black", marker="o", label=label)
+        axis.set_title({"mle": "MLE, a token"}.get(stage, stage), fontsize=10)
+        axis.set_xlabel("step")
+        for place, shown in (("upper right", axis), ("center right", right)):
+            shown.legend(fontsize=8, loc=place)
+
+
+PICTURES = {
+    draw_emp_f1: "By mechanism: how well the levels of the replies match the human's (1 is best), "
+    "with 95 % intervals. Dotted: always the commonest level. Dashed: an estimate of what can be "
+    "foreseen from the context.",
+    draw_levels: "Among the contexts whose human reply has the level on the left: how often the "
+    "generated reply has each level (rows add up to 100 %). Above MLE, below EmpRL. The more on "
+    "the diagonal, the better. Levels are told by the {truth}.",
+    draw_learnt_vs_truth: "Does PPO please the identifiers, or does it really get levels right? "
+    "With reward hacking the identifiers' line rises and the {truth}'s does not. Shaded: 95 % "
+    "intervals, on the few contexts that PPO is validated on.",
+    draw_ppo: "PPO, iteration by iteration. Look at the reward and the KL first. Grey bands are "
+    "healthy ranges; explained variance tells how much the value head knows.",
+    draw_losses: "Do MLE and the classifiers still learn? Validation should fall with training.",
+}
+
+
+# ---- the commands ---------------------------------------------------------------------------
+
+
+def settings_of(config):
+    """section.name -> (the section, its field), of every option of --set."""
+    options = {}
+    for section in fields(config):
+        part = getattr(config, section.name)
+        if not is_dataclass(part):
+            continue
+        for f in fields(part):
+            if f.metadata.get("help"):
+                options[f"{section.name}.{f.name}"] = (part, f)
+    return options
+
+
+def apply_setting(config, setting):
+    """One "section.name=value" of --set. Raises DataError."""
+    name, _, text = setting.partition("=")
+    options = settings_of(config)
+    if name not in options:
+        near = [x for x in options if x.split(".")[0] == name.split(".")[0]]
+        known = ", ".join(near) or "those that `python emprl.py options` prints"
+        raise DataError(
+            f"--set {setting}: no such option; write NAME=VALUE with one of {known}"
         )
-        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues")
-        for row, column in itertools.product(range(LEVELS), repeat=2):
-            axis.text(
-                column,
-                row,
-                f"{share[row, column]:.2f}",
-                ha="center",
-                color="wk"[share[row, column] < 0.5],
+    part, f = options[name]
+    kind, meta = type(f.default), f.metadata
+    try:
+        value = {"on": True, "off": False}[text] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        value = None
+    if kind in (bool, str):
+        is_legal = value is not None and value in (meta["choices"] or [value])
+    else:
+        is_legal = value is not None and meta["low"] <= value <= meta["high"]
+    if not is_legal:
+        raise DataError(f"--set {setting}: it takes {legal(f)}")
+    setattr(part, f.name, value)
+
+
+def legal(f):
+    """The values that an option takes, in words."""
+    low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
+    if isinstance(f.default, bool):
+        return "on or off"
+    if choices:
+        return "one of " + " | ".join(choices)
+    kind = "a whole number" if isinstance(f.default, int) else "a number"
+    return f"{kind} from {low:g} to {high:g}"
+
+
+def make_config(preset="toy", seed=0, data_path="", t5_dir="", settings=()):
+    """A preset with some settings changed. Raises DataError for what does not go together."""
+    config = PRESETS[preset]()
+    config.seed = seed
+    config.data_path = str(data_path)
+    config.t5_dir = str(t5_dir)
+    for setting in settings:
+        apply_setting(config, setting)
+
+    if seed < 0:
+        raise DataError("--seed is below 0; change it")
+    for name in ("exploring", "replying"):
+        sampling = getattr(config, name)
+        if sampling.min_length > sampling.max_length:
+            raise DataError(
+                f"{name}.min_length is above {name}.max_length; change it by --set"
             )
-        axis.set(xticks=range(LEVELS), yticks=range(LEVELS))
-
-    x = "PPO iteration"
-    learnt = {f"valid_{key}": label for key, label in evaluation.matches.items()}
-    figure(
-        "losses",
-        [
-            panel(stage, "step", "loss (nats)", stage, {"loss": "training", "valid": valid})
-            for stage, valid in (
-                ("sft", "validation"),
-                ("identifiers", "-macro-F1, validation"),
-                ("judge", "-macro-F1, validation"),
+    if config.ppo.minibatch_size > config.ppo.batch_size:
+        raise DataError("ppo.minibatch_size is above ppo.batch_size; change it by --set")
+    if config.data_path and not os.path.isdir(config.data_path):
+        if not os.path.isfile(config.data_path):  # nor a pipe or a device
+            raise DataError(
+                f"--data {data_path}: no ordinary file or folder; give another path"
             )
-        ],
-    )
-    figure(
-        "ppo",
-        [
-            panel(title, x, unit, "ppo", labels)
-            for title, unit, labels in (
-                ("reward", "0..1", {"reward": "training"}),
-                ("KL to the MLE policy", "nats a response", {"kl": "k1", "kl_k3": "k3"}),
-                ("KL coefficient", "", {"kl_coef": "beta"}),
-                ("response length", "tokens", {"length": "mean"}),
-            )
-        ],
-    )
-    figure("emp_f1", [("Emp-F1 before and after", "mechanism", "weighted F1", bars)])
-    figure(
-        "levels",
-        [
-            (f"{p}: {m.upper()}", "generated level", "target level", heat, p, i)
-            for p in ("sft", "emprl")
-            for i, m in enumerate(MECHANISMS)
-        ],
-    )
-    unit = "all three levels right (share)"
-    figure("learnt_vs_truth", [panel("validation", x, unit, "ppo", learnt)])
+    if preset in ("real", "paper") and not os.path.isdir(config.data_path):
+        raise DataError(
+            f"--preset {preset} needs --data DIR, the folder that "
+            "`python emprl.py download DIR` fills"
+        )
+    if config.mle.muon and not hasattr(torch.optim, "Muon"):
+        raise DataError(f"torch {torch.__version__} has no Muon; add --set mle.muon=off")
+    if preset == "paper" and not t5_dir:
+        raise DataError("--preset paper needs --t5 DIR: config.json, weights and spiece.model")
+    return config
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
-def keep_memory():
-    """glibc's allocator hands a step's freed tensors back to the kernel, which clears their pages anew at the next step: it is told to keep them."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        [
-            ctypes.CDLL(None).mallopt(threshold, 2**30) for threshold in (-1, -3)
-        ]  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+def refuse_without_effect(config, settings):
+    """Raises DataError for a setting of a part that something else replaces."""
+    replaced = {}  # a name, or a section with its dot -> what replaces it
+    if config.t5_dir:
+        replaced["t5."] = replaced["data.vocab_size"] = "--t5 has its own"
+    if config.data_path:
+        for name in ("num_train", "num_valid", "num_test", "num_labelled"):
+            replaced[f"data.{name}"] = "all of --data is used"
+    if not config.pretrain.steps:
+        replaced["pretrain.task"] = "pretrain.steps is 0"
+    if config.mle.epochs:
+        replaced["mle.steps"] = "mle.epochs sets them"
+    if config.identifiers.kind == "ngrams":
+        for name in (
+            "steps",
+            "batch_size",
+            "micro_batch",
+            "lr",
+            "warmup",
+            "eval_every",
+            "shared",
+        ):
+            replaced[f"identifiers.{name}"] = "n-grams have none"
+        replaced["context.steps"] = replaced["context.lr"] = "n-grams have none"
+    else:
+        for name in ("identifiers.penalty", "identifiers.size", "context.penalty"):
+            replaced[name] = "only n-grams have it"
+    for setting in settings:
+        name = setting.partition("=")[0]
+        why = replaced.get(name) or replaced.get(name.partition(".")[0] + ".")
+        if why:
+            raise DataError(f"--set {setting}: has no effect here ({why}); leave it out")
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def print_options():
+    """Every option with default, range and meaning, and the presets where it differs."""
+    presets = {name: settings_of(make()) for name, make in PRESETS.items()}
+    section = ""
+    for name, (part, f) in presets["toy"].items():
+        if name.split(".")[0] != section:
+            section = name.split(".")[0]
+            say(f"\n{section}")
+        default = getattr(part, f.name)
+        say(f"  {name} = {shown(default)}  ({legal(f)})\n      {f.metadata['help']}")
+        for preset in ("real", "paper"):
+            value = getattr(presets[preset][name][0], f.name)
+            if value != default:
+                say(f"      {preset}: {shown(value)}")
+    say(f"\n{len(presets['toy'])} options; the defaults are those of toy")
+
+
+def shown(value):
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass
+class Finished:
+    """What a run folder holds when the run has ended."""
+
+    run: Run
+    tokenizer: Tokenizer
+    classifiers: dict  # "identifiers", "judge"
+    policies: dict  # "mle", "emprl"
+
+
+def load_run(folder, device):
+    """A finished run. Raises DataError for one that is missing, damaged or put together."""
+    folder = Path(folder)
+    if not (folder / "metrics.json").exists():
+        command = program("--run", str(folder))
+        raise DataError(f"--run {folder}: no finished run there; make one with `{command}`")
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        config = read_config(metrics["config"])
+        made_of = metrics["made_of"]
+        run = Run(folder, config, device)
+        tokenizer = Tokenizer(folder / "tokenizer.model")
+        check_origin("tokenizer.model", digest_bytes(tokenizer.model), made_of["tokenizer"])
+        policies = {}
+        for name, stage in (("mle", "mle"), ("emprl", "ppo")):
+            policy = from_pretrained(folder / name, tokenizer.vocab_size)
+            check_origin(name, digest_weights(policy.state_dict()), made_of[stage])
+            policies[name] = policy.to(device).eval()
+        classifiers = {}
+        for name in ("identifiers", "judge"):
+            weights = load_stage(folder / "checkpoints" / f"{name}.pt")["weights"]
+            check_origin(f"checkpoints/{name}.pt", digest_weights(weights), made_of[name])
+            classifier = make_classifier(policies["mle"], config.identifiers).to(device)
+            classifier.load_state_dict(weights)
+            classifiers[name] = classifier.eval().requires_grad_(False)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"--run {folder}: a file of it is damaged or of another run ({reason}); make it again"
+        ) from None
+    if metrics["code"] != run.code:
+        say("warning: the run was made by other code than this")
+    return Finished(run, tokenizer, classifiers, policies)
+
+
+def read_config(raw):
+    """A Config from the dict that config.json has."""
+    config = Config()
+    for f in fields(config):
+        value = raw[f.name]
+        part = getattr(config, f.name)
+        setattr(config, f.name, replace(part, **value) if is_dataclass(part) else value)
+    return config
+
+
+def check_origin(name, found, wanted):
+    if found != wanted:
+        raise ValueError(f"{name} is not what metrics.json was measured on")
+
+
+def evaluate(arguments):
+    """Both policies on any dialogues; figures and replies go into the run folder."""
+    finished = load_run(arguments.run, find_device(arguments.device))
+    run, tokenizer = finished.run, finished.tokenizer
+    dialogues = data.read_dialogues(arguments.data)
+    lengths = run.config.data
+    pairs = Pairs(dialogues, tokenizer, lengths.max_source, lengths.max_scored, run.device)
+    run.config.data_path = arguments.data  # there is no oracle for it
+    mle, emprl = finished.policies["mle"], finished.policies["emprl"]
+    test = Evaluator(run, pairs, tokenizer, finished.classifiers, mle)
+    metrics = test.before_and_after(mle, emprl)
+
+    # Named by content: another mine.jsonl does not write over this one.
+    name = (
+        f"evaluate-{Path(arguments.data).stem}-{digest([asdict(d) for d in dialogues])[:12]}"
     )
-    parser.add_argument(
-        "command",
-        nargs="?",
-        default="run",
-        choices=("run", "evaluate", "chat", "rate", "ablate"),
+    run.write_json(f"{name}.json", metrics)
+    run.write(f"{name}.jsonl", responses_jsonl(test))
+    say(level_table(metrics | {"best_of_n": {}}, test))
+    say(f"\nfigures {run.folder / name}.json, replies {run.folder / name}.jsonl")
+
+
+OPENING = (
+    "An exercise with a small research model: no person reads along, nothing is understood.",
+    "Are you or is someone near you in danger? 112, 911, 999; 988 (US); findahelpline.com",
+)
+# Whole sentences that can hardly mean anything else. It is no safety feature: see README.
+CRISIS = """
+I want to die
+I just want to die
+I wanna die
+I want to be dead
+I want to kill myself
+I am going to kill myself
+I'm going to kill myself
+I will kill myself
+I want to end my life
+I'm going to end my life
+I want to take my own life
+I want to commit suicide
+I am suicidal
+I'm suicidal
+I feel suicidal
+I don't want to live
+I do not want to live
+I don't want to be alive
+I wish I was dead
+I wish I were dead
+Life is not worth living
+"""
+SOON = re.compile("(anymore|now|rightnow|tonight|today|again)+$")
+
+
+def squeezed(text):
+    """Only the letters, and none twice in a row: "W-wanna  D1EEE" -> "wanadie"."""
+    text = text.lower().translate(str.maketrans("013", "oie"))
+    letters = re.sub("[^a-z]", "", unicodedata.normalize("NFKD", text))
+    return re.sub(r"(.)\1+", r"\1", letters)
+
+
+def signs_of_crisis(text):
+    """Does a sentence of the text say one of the phrases and nothing else, however spelled?"""
+    phrases = map(squeezed, CRISIS.strip().splitlines())
+    sentences = re.split(r"[.!?,;\n]+(?!\w)", text)
+    return not {SOON.sub("", squeezed(x)) for x in sentences}.isdisjoint(phrases)
+
+
+def chat(arguments):
+    """You write, both policies reply, and the identifiers tell the levels of each reply."""
+    finished = load_run(arguments.run, find_device(arguments.device))
+    config = finished.run.config
+    say(*OPENING, sep="\n")
+    say(
+        "An empty line starts a new conversation, /help repeats this, the end of input ends it."
     )
-    parser.add_argument(
-        "what", nargs="*", help="of rate: RUN [YOUR NAME]; of ablate: NAME [RUN ...]"
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    history = ()
+    for line in sys.stdin:
+        line = data.clean(line)[-2000:]
+        if line == "/help" or signs_of_crisis(line):
+            say(*OPENING, sep="\n")
+            continue
+        if not line:
+            history = ()
+            continue
+        history = (*history, line)
+        pairs = Pairs(
+            [Dialogue(history, "")],
+            finished.tokenizer,
+            config.data.max_source,
+            config.data.max_target,
+            finished.run.device,
+        )
+        for name, policy in finished.policies.items():
+            answered = pairs.but(respond(policy, pairs, config.replying))
+            reply = finished.tokenizer.decode(answered.responses[0])
+            levels = predict_levels(finished.classifiers["identifiers"], answered)[0]
+            say(f"{name:<6} {printable(reply)}   [{in_words(levels)}]")
+        history = (*history, reply)
+
+
+def find_device(wanted=""):
+    """ "cuda" or "cpu": the one that is wanted, or a GPU if torch can use one."""
+    if wanted == "cpu":
+        return "cpu"
+    problem = problem_of_cuda()
+    if not problem:
+        return "cuda"
+    if wanted == "cuda":
+        raise DataError(f"--device cuda: {problem}; leave --device out, then the CPU is used")
+    if torch.backends.mps.is_available():
+        say("device      Apple's GPU is not used, the CPU is")
+    elif problem != NO_GPU:
+        say(f"device      a GPU is there but not used ({problem}); the CPU is")
+    return "cpu"
+
+
+NO_GPU = "torch sees no GPU"
+NVIDIA_DRIVER = "/proc/driver/nvidia"
+
+
+def problem_of_cuda():
+    """What keeps torch from using a GPU, in a line; "" if nothing does."""
+    with warnings.catch_warnings(record=True) as told:  # torch warns of a driver that is old
+        warnings.simplefilter("always")
+        try:
+            if torch.cuda.is_available():
+                torch.ones(1, device="cuda").sum().item()  # it may be there, and not work
+                return ""
+            reason = told[-1].message if told else NO_GPU
+        except RuntimeError as error:
+            reason = error
+    if reason == NO_GPU and os.path.exists(NVIDIA_DRIVER):
+        reason = f"torch {torch.__version__} is built without it, or for another driver"
+    return " ".join(str(reason).split())[:120]
+
+
+def start_run(arguments):
+    """Train and evaluate: the command `run`."""
+    config = make_config(
+        arguments.preset, arguments.seed, arguments.data, arguments.t5, arguments.set
     )
-    parser.add_argument("--preset", default="toy", choices=PRESETS)
-    parser.add_argument(
-        "--data",
-        default="",
-        help="folder of the real corpora, or your .jsonl/.csv of dialogues",
+    refuse_without_effect(config, arguments.set)
+    if config.t5_dir:  # before anything is trained or written
+        official_file(config.t5_dir, "config.json")
+        official_file(config.t5_dir, "spiece.model")
+        weights_file(config.t5_dir)
+    folder = arguments.run or f"runs/{arguments.preset}-seed{arguments.seed}"
+    device = find_device(arguments.device)
+    run = Run(folder, config, device, arguments.words)
+    say(f"EmpRL, preset {config.preset}, seed {config.seed}, on {device}; results in {folder}")
+    on_ctrl_c(run.on_interrupt)
+    with alone(folder):
+        run_all(run)
+
+
+def download(arguments):
+    data.download(arguments.folder)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are one line as all others are."""
+
+    def error(self, message):
+        raise DataError(f"{message}; see python emprl.py --help")
+
+
+def make_parser():
+    parser = Parser(
+        prog="emprl.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--t5", default="", help="folder of an official T5 checkpoint with its spiece.model"
-    )
-    parser.add_argument(
-        "--run", default="", help="where results go (default: runs/PRESET-seedN)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--device",
-        default="",
-        choices=("cpu", "cuda"),
-        help="of run, evaluate, chat (default: cuda if it can be used)",
-    )
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="key=value",
-        help="e.g. ppo.kl_coef=0 ppo.steps=50",
-    )
-    parser.add_argument(
-        "--again", action="store_true", help="ablate: measure anew what has been measured"
-    )
-    parser.add_argument(
-        "--write", default="", metavar="FILE", help="ablate: write all figures there, too"
-    )
-    parser.error = lambda words: sys.exit(
-        print(f"emprl.py: {words}; see --help", file=sys.stderr) or 2
-    )
-    a = parser.parse_args(arguments)
-    folder = a.run or f"runs/{a.preset}-seed{a.seed}"
-    if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal does not have is a "?"
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, do, help):
+        """A new command; returns what adds an argument to it."""
+        added = commands.add_parser(name, help=help)
+        added.set_defaults(do=do)
+        return added.add_argument
+
+    run = command("run", start_run, "train and evaluate (what is done by default)")
+    run("--preset", default="toy", choices=PRESETS)
+    run("--data", default="", help="folder of the real corpora, or your own file")
+    run("--t5", default="", help="folder of an official T5 checkpoint")
+    run("--run", default="", help="where results go: runs/PRESET-seedN")
+    run("--seed", type=int, default=0)
+    settings = {"nargs": "+", "action": "extend", "default": [], "metavar": "NAME=VALUE"}
+    run("--set", **settings, help="see options")
+    measure = command("evaluate", evaluate, "measure a finished run on other dialogues")
+    measure("--data", required=True, help="your dialogues, .jsonl or .csv")
+    talk = command("chat", chat, "talk to a finished run")
+    for argument in (measure, talk):
+        argument("--run", required=True, help="folder of a finished run")
+    for argument in (run, measure, talk):
+        argument("--device", default="", choices=("cpu", "cuda"))
+    command("download", download, "fetch the two public corpora")("folder")
+    command("options", lambda arguments: print_options(), "print every setting of --set")
+    return parser
+
+
+def main(words=None):
+    """The command line. Returns the exit code: 0, 1 a fault, 2 bad input, 130 Ctrl-C."""
+    words = sys.argv[1:] if words is None else list(words)
+    is_command = words and (not words[0].startswith("-") or words[0] in ("-h", "--help"))
+    if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal does not have: "?"
         sys.stdout.reconfigure(errors="replace")
     before = on_ctrl_c(signal.default_int_handler)
     try:
-        if a.command != "run" and (a.set or a.t5 or bool(a.data) != (a.command == "evaluate")):
-            raise DataError(
-                "evaluate takes --run and --data FILE, chat takes --run; neither takes --set or --t5: the run has its own"
-            )
-        number = {"rate": (1, 2), "ablate": range(1, 100)}.get(a.command, (0,))
-        ablates = a.command == "ablate"
-        if (
-            len(a.what) not in number
-            or a.run
-            and a.what
-            or (a.again or a.write)
-            and not ablates
-        ):
-            raise DataError(
-                "only rate takes RUN [YOUR NAME] here, and ablate NAME [RUN ...] [--again] [--write FILE]; see --help"
-            )
-        if a.device and a.command in ("rate", "ablate"):
-            raise DataError(f"{a.command} takes no --device; leave it out")
-        if a.command == "run":
-            keep_memory()
-            config = make_config(a.preset, a.seed, a.data, a.t5, a.set)
-            refuse_without_effect(config, a.set)
-            if a.t5:  # before anything is trained or written
-                official_file(a.t5, "config.json")
-                official_file(a.t5, "spiece.model")
-                weights_file(a.t5)
-            run = Run(folder, config, a.device)
-            run.command = sys.argv[1:] if arguments is None else arguments
-            on_ctrl_c(run.on_interrupt)
-            run_all(run)
-        else:  # what is done with finished runs is no part of the recipe: it is kept with the tests
-            sys.path.insert(0, str(Path(__file__).parent / "tests"))
-            import finished
-
-            getattr(finished, a.command)(a, folder)
+        arguments = make_parser().parse_args(words if is_command else ["run", *words])
+        arguments.words = words
+        arguments.do(arguments)
         return 0
     except KeyboardInterrupt:
         on_ctrl_c(signal.SIG_IGN)  # a second one comes too late
-        command = data.command_line(arguments or sys.argv[1:])
-        print(f"\nstopped; go on with: python emprl.py {command}", file=sys.stderr)
+        print(f"\nstopped; go on with: {program(*words)}", file=sys.stderr)
         return 130
     except Exception as error:
-        words = in_one_line(error, folder)
-        if words:
-            print(f"emprl.py: {words}", file=sys.stderr)
+        message = in_one_line(error)
+        if message:
+            print(f"emprl.py: {printable(message)}", file=sys.stderr)
             return 2
-        # not foreseen, perhaps a fault in a changed copy: whoever mends it needs all of it
+        # Not foreseen, perhaps a fault in a changed copy: who mends it needs all of it.
         traceback.print_exc()
-        if a.command == "run":
-            words = (
-                f"what was finished is saved in {folder}; the same command goes on from there"
-            )
-        else:
-            words = "the finished runs are as they were; the same command tries again"
-        print(f"emprl.py: a fault in the program, see above; {words}", file=sys.stderr)
+        print(
+            "emprl.py: a fault in the program, see above; what was finished is saved, "
+            "the same command goes on from there",
+            file=sys.stderr,
+        )
         return 1
     finally:
         on_ctrl_c(before)
 
 
 def on_ctrl_c(handler):
-    """From now on Ctrl-C calls the handler. Returns the one before. Only the main thread may ask for that: elsewhere, nothing."""
+    """From now on Ctrl-C calls the handler. Returns the one before; only in the main thread."""
     if handler is not None and threading.current_thread() is threading.main_thread():
         return signal.signal(signal.SIGINT, handler)
+    return None
 
 
-def in_one_line(error, folder):
-    """What is wrong and what to do, if that could be foreseen: input, disk, memory. None for anything else."""
+OUT_OF_MEMORY = "out of memory|can't allocate|not enough memory"
+CURES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "make room",
+    errno.EACCES: "name a folder you may write to",
+    errno.EPERM: "name a folder you may write to",
+    errno.EROFS: "name a folder you may write to",
+}
+
+
+def in_one_line(error):
+    """What is wrong and what to do, if it could be foreseen: input, disk, memory. Else ""."""
     if isinstance(error, (DataError, CheckpointError)):
         return str(error)
-    if isinstance(error, ImportError):
-        if error.name is None:  # not from an import statement: it says itself what to do
-            return str(error)
-        return f"{error}; install what it needs: pip install -r requirements.txt"
     if isinstance(error, BrokenPipeError):
-        # Python would write what is left on its way out, and complain once more
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return "stopped: the program that read the output has ended; the same command goes on, best into a file"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second complaint
+        return "stopped: the program that read the output has ended; the same command goes on"
     if isinstance(error, OSError):
-        cures = {
-            **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
-            **dict.fromkeys(
-                (errno.EACCES, errno.EPERM, errno.EROFS), "name a folder you may write to"
-            ),
-            errno.EMFILE: "close other programs",
-        }
-        cure = cures.get(error.errno, "name another path")
-        return f"{error.filename or folder}: {error.strerror or error}; {cure}"
-    memory = "out of memory|can't allocate|not enough memory"
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and re.search(memory, str(error))
-    ):
+        where = f"{error.filename}: " if error.filename else ""
+        cure = CURES.get(error.errno, "name another path")
+        return f"{where}{error.strerror or error}; {cure}"
+    no_memory = isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error))
+    if isinstance(error, MemoryError) or no_memory:
         return (
-            "out of memory; lower the stage's micro_batch (the gradient stays the same but for dropout), ppo.batch_size or "
-            "eval.batch_size"
+            "out of memory; lower the stage's micro_batch (the gradient stays the same but for "
+            "dropout), ppo.batch_size or eval.batch_size"
         )
-    return None
+    return ""
 
 
 if __name__ == "__main__":

@@ -1,10 +1,37 @@
-"""Empathy identifiers, the empathy reward, and the metrics that compare generated with target responses.
+"""Empathy: classifiers of its levels, the reward made of them, and the measures of both.
 
-Source: EmpRL (arXiv 2408.02976), after EPITOME's bi-encoder (Sharma et al. 2020, arXiv 2009.08441). Legend: B batch,
-S source (context) length, T response length, D model width, M = 3 mechanisms (emotional reaction ER, interpretation IP,
-exploration EX), L = 3 levels (0 none, 1 weak, 2 strong). This file knows nothing of PPO."""
+    a classifier        (context ids, response ids) -> log-probabilities of the levels
+    its training        class-weighted cross-entropy
+    the reward          how close a response's levels are to those of the human response
+    measures of levels  Emp-F1, mutual information, the bootstrap
+    measures of text    Dist-n, BLEU
+    n-grams             the other classifier, for when labels are few; skip it at first reading
 
-import itertools, math, re
+A response shows empathy by three mechanisms, each with a level: 0 none, 1 weak, 2 strong.
+
+    er  emotional reaction  "I am so sorry."
+    ip  interpretation      "You must feel lonely."
+    ex  exploration         "What happened exactly?"
+
+Emp-F1 compares the levels of replies with those of the human responses: the F1 of each
+mechanism, averaged over the three.
+
+The *identifiers* are the classifier that gives the reward. The *judge* is one that never does.
+The *context classifier* sees no response. All learn from `Pairs` (data.py), which have
+
+    batch(rows)     padded ids of some pairs: contexts (B, S) and responses (B, T)
+    chunks(size)    all rows, in lists of at most `size`
+    levels          (N, M), those of the responses
+    but(responses)  the same contexts with other responses
+
+Shapes: B batch, N all pairs, S context length, T response length, D model width, M = 3
+mechanisms, L = 3 levels. PPO calls EmpathyReward; nothing here depends on how it learns.
+Sources: EmpRL (arXiv 2408.02976), and EPITOME, whose bi-encoder the network is (Sharma et al.
+2020, arXiv 2009.08441).
+"""
+
+import math
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -12,496 +39,590 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data import LEVELS, MECHANISMS
 from t5_small import (
+    PAD_ID,
     Attention,
     Dropout,
     T5Encoder,
     TrainConfig,
     Trainer,
     autocast,
+    option,
     padding_bias,
 )
 
-MECHANISMS, LEVELS = ("er", "ip", "ex"), 3
+
+@dataclass
+class ClassifierConfig(TrainConfig):
+    """TrainConfig's settings with other values, and what kind of classifier is trained."""
+
+    steps: int = option(150, "optimizer steps of the network")
+    batch_size: int = option(64, "labelled pairs a step", 1, 10**6)
+    lr: float = option(2e-2, "learning rate, relative if rms_scaled", high=10)
+    eval_every: int = option(50, "steps between validations; the best weights are kept", low=1)
+    kind: str = option("network", "what tells levels", choices=("network", "ngrams"))
+    shared: bool = option(True, "one network with an output for each mechanism; off: three")
+    class_weight: float = option(0.5, "exponent of 1 / share of a level in the loss", high=2)
+    penalty: float = option(2e-4, "n-grams: weight of the squared norm", high=1)
+    size: int = option(65536, "n-grams: weights for each level", 1, 10**8)
+    start: str = "mle"  # whose encoder a network copies: "mle", or "t5", before any training
+    keep: str = "macro_f1"  # what tells a network's best weights: "macro_f1" or "loss"
 
 
-# ---- the identifier -------------------------------------------------------------------------------------------------
-class Identifier(nn.Module):
-    """(context, response) -> logits of the levels of `num_mechanisms` mechanisms.
-    c = Encoder_c(context), r = Encoder_r(response)              two separate T5 encoders
-    h = r + Dropout(Attention(query = r, key = value = c))       one head, the context's padding hidden
-    logits = W_2 Dropout(tanh(W_1 mean_t h_t))                   mean over the response's tokens"""
-
-    def __init__(self, config, num_mechanisms=1):
-        super().__init__()
-        d = config.d_model
-        self.context_encoder, self.response_encoder = T5Encoder(config), T5Encoder(config)
-        self.attention = Attention(replace(config, num_heads=1, d_kv=d))
-        nn.init.normal_(
-            self.attention.q.weight, std=1 / d
-        )  # as T5: the usual 1/sqrt(d) is in q's start
-        self.dropout = Dropout(config.dropout_rate)
-        self.head = nn.Sequential(
-            nn.Linear(d, d // 2),
-            nn.Tanh(),
-            Dropout(0.1),
-            nn.Linear(d // 2, num_mechanisms * LEVELS),
-        )
-
-    def forward(self, context, response):
-        """(B, S) and (B, T) ids, right-padded with 0 -> (B, num_mechanisms, L) logits."""
-        c, r = (
-            self.context_encoder.encode(context),
-            self.response_encoder.encode(response),
-        )  # (B, S, D), (B, T, D)
-        h = r + self.dropout(
-            self.attention(r, self.attention.keys_values(c), padding_bias(context))
-        )
-        return self.head(masked_mean(h, response != 0)).unflatten(-1, (-1, LEVELS))
+# ---- a classifier ---------------------------------------------------------------------------
 
 
-def masked_mean(x, mask):
-    """(B, T, D), (B, T) -> (B, D): the mean over the positions where mask is true."""
+def mean_pool(x, mask):
+    """The mean over the positions where mask is true: (B, T, D), (B, T) -> (B, D)."""
     weight = mask[:, :, None].to(x.dtype)  # (B, T, 1)
     return (x * weight).sum(1) / weight.sum(1)
 
 
-@dataclass
-class IdentifierConfig(TrainConfig):
-    steps: int = 150
-    batch_size: int = 64
-    lr: float = 2e-2
-    eval_every: int = 50
-    shared: bool = (
-        True  # one pair of encoders with three heads; off: the original's three pairs
-    )
-    class_weight: float = (
-        0.5  # exponent of 1 / (share of the level) in the loss: 0 off, 1 fully balanced
-    )
-    start: str = (
-        "sft"  # what the encoders are copies of: the MLE policy, or the "t5" it was made from
-    )
-    keep: str = "macro_f1"  # what the best state is chosen by: "macro_f1", or "loss" where probabilities count
-    penalty: float = 2e-4  # of NGrams.fit
-    ngrams: int = 0  # weights a level of `NGrams`, which reads better where labels are few; 0: the network
+class BiEncoder(nn.Module):
+    """Logits of the levels of one mechanism, or of several:
 
+    c = Encoder_c(context)                                   (B, S, D)
+    r = Encoder_r(response)                                  (B, T, D), another T5 encoder
+    h = r + dropout(attention(query r, keys and values c))   one head, padding hidden
+    logits = W_2 dropout(tanh(W_1 mean_t h_t))               a mean over the response's tokens
+    """
 
-class NGrams(nn.Module):
-    """Logistic regression on the 1- and 2-grams g of both sides' ids, hashed to `size` weights a level (fastText, Joulin et al.
-    2017): logits = b + sum over the sides of scale sum_g w[side, g] / sqrt(number of g), with scale 0.3 for the context, 1 for the
-    response. A gram counts once however often it occurs: a long response is no stronger than a short one for repeating itself."""
-
-    def __init__(self, size):
+    def __init__(self, config, num_mechanisms):
         super().__init__()
-        self.size, outputs = size, len(MECHANISMS) * LEVELS
-        self.weight, self.bias = (
-            nn.Parameter(torch.zeros(1 + size, outputs)),
-            nn.Parameter(torch.zeros(outputs)),
+        width = config.d_model
+        self.context_encoder = T5Encoder(config)
+        self.response_encoder = T5Encoder(config)
+        self.attention = Attention(replace(config, num_heads=1, d_kv=width))
+        # T5's formula for q, (d_model d_kv)^(-1/2), in which d_kv = d_model here.
+        nn.init.normal_(self.attention.q.weight, std=1 / width)
+        self.dropout = Dropout(config.dropout_rate)
+        self.head = nn.Sequential(
+            nn.Linear(width, width // 2),
+            nn.Tanh(),
+            Dropout(0.1),  # as in EPITOME's head, whatever dropout_rate is
+            nn.Linear(width // 2, num_mechanisms * LEVELS),
         )
-
-    def grams(self, ids, side):
-        """(B, T) ids -> (B, 2 T - 1) hashes from 1 on, sorted, 0 in the place of padding and repetitions."""
-        two = ((ids[:, :-1] + 1) * 1_000_003 + ids[:, 1:]).masked_fill(ids[:, 1:] == 0, 0)
-        both = torch.cat([ids, two], 1)
-        grams = (
-            torch.where(both == 0, 0, 1 + (both * 2_654_435_761 + side) % self.size)
-            .sort(1)
-            .values
-        )
-        return torch.cat(
-            [grams[:, :1], grams[:, 1:].masked_fill(grams[:, 1:] == grams[:, :-1], 0)], 1
-        )
-
-    def log_probs(self, *sides):
-        """The grams of both sides -> (B, M, L) log-probabilities. Those that are 0 are dropped before the look-up, not looked up."""
-        logits = self.bias
-        for grams, scale in zip(sides, (0.3, 1.0)):
-            count = (grams != 0).sum(1)
-            total = F.embedding_bag(
-                grams[grams != 0], self.weight, count.cumsum(0) - count, mode="sum"
-            )  # (B, M L)
-            logits = logits + scale * total / count.clamp(min=1).sqrt()[:, None]
-        return logits.unflatten(-1, (-1, LEVELS)).log_softmax(-1)
-
-    def forward(self, *sides):
-        """(B, S), (B, T) ids -> (B, M, L) log-probabilities."""
-        return self.log_probs(*(self.grams(ids, side) for side, ids in enumerate(sides)))
-
-    def fit(self, train, weights, penalty):
-        """The minimum of the weighted cross-entropy + penalty |w|^2 on all of `train`: a convex problem, so no validation. It is
-        found when an iteration no longer changes the objective in fp32: after 50 iterations, or 130 where the penalty is small."""
-        optimizer = torch.optim.LBFGS(
-            self.requires_grad_().parameters(),
-            max_iter=500,  # a cap, not what ends it
-            tolerance_change=1e-9,
-            line_search_fn="strong_wolfe",
-        )
-        sides = [
-            self.grams(ids, side) for side, ids in enumerate(train.batch(range(len(train))))
-        ]
-        levels = train.levels.to(self.bias.device)
-
-        def loss():
-            optimizer.zero_grad()
-            total = (
-                identification_loss(self.log_probs(*sides), levels, weights) / len(levels)
-                + penalty * self.weight.pow(2).sum()
-            )
-            total.backward()
-            return total
-
-        optimizer.step(loss)
-        self.requires_grad_(False)
-
-
-class Identifiers(nn.Module):
-    """All three mechanisms: one Identifier with three heads (shared), or three of one head each; or, with `ngrams`, NGrams."""
-
-    def __init__(self, config, shared=True, ngrams=0):
-        super().__init__()
-        self.config, self.ngrams = config, NGrams(ngrams) if ngrams else None
-        self.towers = nn.ModuleList(
-            []
-            if ngrams
-            else [Identifier(config, 3)]
-            if shared
-            else [Identifier(config) for _ in MECHANISMS]
-        )
-
-    def start_from(self, t5):
-        """Copy a trained T5's embedding and encoder into every encoder."""
-        for tower in self.towers:
-            for encoder in (tower.context_encoder, tower.response_encoder):
-                encoder.load_state_dict(t5.state_dict(), strict=False)
 
     def forward(self, context, response):
-        """(B, S), (B, T) ids -> (B, M, L) log-probabilities of the levels."""
-        if self.ngrams:
-            return self.ngrams(context, response)
+        """(B, S) and (B, T) ids -> (B, num_mechanisms, L) logits."""
+        c = self.context_encoder.encode(context)
+        r = self.response_encoder.encode(response)
+        attended = self.attention(r, self.attention.keys_values(c), padding_bias(context))
+        h = r + self.dropout(attended)  # (B, T, D)
+        logits = self.head(mean_pool(h, response != PAD_ID))
+        return logits.unflatten(-1, (-1, LEVELS))
+
+
+class NetworkClassifier(nn.Module):
+    """One bi-encoder with an output for each mechanism (shared), or a bi-encoder for each."""
+
+    def __init__(self, t5, config):
+        """Every encoder starts as a copy of t5's, a trained T5."""
+        super().__init__()
+        if config.shared:
+            encoders = [BiEncoder(t5.config, len(MECHANISMS))]
+        else:
+            encoders = [BiEncoder(t5.config, 1) for _ in MECHANISMS]
+        for encoder in encoders:  # strict=False: t5's decoder has no place here
+            encoder.context_encoder.load_state_dict(t5.state_dict(), strict=False)
+            encoder.response_encoder.load_state_dict(t5.state_dict(), strict=False)
+        self.encoders = nn.ModuleList(encoders)
+
+    def forward(self, context, response):
+        """(B, S) and (B, T) ids, right-padded with 0 -> (B, M, L) log-probabilities."""
         with autocast(context.device):
-            logits = torch.cat([tower(context, response) for tower in self.towers], 1)
-        return logits.float().log_softmax(-1)
+            logits = [encoder(context, response) for encoder in self.encoders]
+        return torch.cat(logits, 1).float().log_softmax(-1)
+
+    def trainer(self, train, valid, rows_at, config):
+        """What trains it on labelled pairs. rows_at: step -> rows of train."""
+        weights = class_weights(train.levels, config.class_weight).to(train.device)
+
+        def loss_sum(rows):
+            log_probs = self(*train.batch(rows))
+            levels = train.levels[rows].to(log_probs.device)
+            return classification_loss(log_probs, levels, weights), len(rows)
+
+        def validate():
+            return validation_loss(self, valid, config.keep)
+
+        return Trainer(self, loss_sum, rows_at, validate, config)
+
+
+def make_classifier(t5, config):
+    """The classifier that config.kind names; n-grams stand last in this file."""
+    if config.kind == "ngrams":
+        return NGramClassifier(config)
+    return NetworkClassifier(t5, config)
+
+
+# ---- its training ---------------------------------------------------------------------------
 
 
 def class_weights(levels, exponent):
-    """(N, M) levels -> (M, L) loss weights (1 / share)^exponent, of mean 1 over a mechanism's examples; an absent level counts as one."""
+    """(1 / share of the level)^exponent, scaled so that its mean over the examples is 1.
+
+    levels: (N, M). Returns (M, L). A level that never occurs counts as if it occurred once.
+    """
     counts = torch.stack([(levels == k).sum(0) for k in range(LEVELS)], 1).float()  # (M, L)
     weights = (len(levels) / counts.clamp(min=1)) ** exponent
-    return weights / ((weights * counts).sum(1, keepdim=True) / len(levels))
+    mean = (weights * counts).sum(1, keepdim=True) / len(levels)
+    return weights / mean
 
 
-def even(probs, share, exponent):
-    """(N, M, L) probabilities of levels of (M, L) shares -> proportional to probs / share^exponent: above 0, rare levels count for more."""
-    return F.normalize(probs / share**exponent, p=1, dim=-1)
-
-
-def identification_loss(log_probs, levels, weights):
-    """Weighted cross-entropy summed over a batch: (B, M, L), (B, M), (M, L) -> scalar."""
+def classification_loss(log_probs, levels, weights):
+    """Weighted cross-entropy, summed over a batch: (B, M, L), (B, M), (M, L) -> scalar."""
     return -(F.one_hot(levels, LEVELS) * weights * log_probs).sum()
 
 
-def identifier_trainer(model, train, valid, rows_at, config):
-    """A Trainer on labelled pairs: class-weighted cross-entropy; keeps what does best on `valid`.
-    train, valid: anything with `len`, `.levels` (N, M) and `.batch(rows) -> (context ids, response ids)`."""
-    weights = class_weights(train.levels, config.class_weight)
-    if model.ngrams:
-        model.ngrams.fit(train, weights.to(train.device), config.penalty)
+def validation_loss(classifier, valid, keep):
+    """Lower is better: minus macro-F1 (keep = "macro_f1") or the plain cross-entropy ("loss").
 
-    def loss_sum(rows):
-        log_probs = model(*train.batch(rows))
-        return identification_loss(
-            log_probs, train.levels[rows].to(log_probs.device), weights.to(log_probs.device)
-        ), len(rows)
-
-    def validate():
-        log_probs = predict(model, valid)
-        loss = identification_loss(
-            log_probs, valid.levels, torch.ones_like(weights)
-        ).item() / len(valid)
-        return (
-            loss
-            if config.keep == "loss"
-            else -emp_f1(log_probs.argmax(-1), valid.levels, "macro_f1")
-        )
-
-    return Trainer(model, loss_sum, rows_at, validate, config)
+    Macro-F1, because in it a rare level counts as much as a common one.
+    """
+    log_probs = predict(classifier, valid)
+    if keep == "macro_f1":
+        return -emp_f1(log_probs.argmax(-1), valid.levels, "macro_f1")
+    plain = torch.ones(len(MECHANISMS), LEVELS)
+    return classification_loss(log_probs, valid.levels, plain).item() / len(valid)
 
 
 @torch.no_grad()
-def predict(identifiers, pairs, size=128):
-    """The identifiers' log-probabilities on all pairs (see identifier_trainer), like lengths together: (N, M, L)."""
+def predict(classifier, pairs, size=128):
+    """A classifier's log-probabilities on all pairs: (N, M, L), on the CPU.
+
+    Call classifier.eval() first: in training mode there would be dropout.
+    """
     log_probs = torch.zeros(len(pairs), len(MECHANISMS), LEVELS)
     for rows in pairs.chunks(size):
-        log_probs[rows] = identifiers(*pairs.batch(rows)).cpu()
+        log_probs[rows] = classifier(*pairs.batch(rows)).cpu()
     return log_probs
 
 
-def predict_levels(identifiers, pairs):
+def predict_levels(classifier, pairs):
     """The likeliest levels, (N, M)."""
-    return predict(identifiers, pairs).argmax(-1)
+    return predict(classifier, pairs).argmax(-1)
 
 
-def identifier_scores(identifiers, pairs):
-    """{er: {accuracy, macro_f1, weighted_f1, confusion}, ...} on labelled pairs."""
-    levels = predict_levels(identifiers, pairs)
-    tables = {m: confusion(levels[:, i], pairs.levels[:, i]) for i, m in enumerate(MECHANISMS)}
-    return {
-        m: {**{k: v.item() for k, v in f1_scores(t).items()}, "confusion": t.tolist()}
-        for m, t in tables.items()
-    }
+# ---- the reward -----------------------------------------------------------------------------
 
 
-# ---- the reward -----------------------------------------------------------------------------------------------------
-def empathy_reward(log_probs, target, difference="cross_entropy", mechanisms="er,ip,ex"):
-    """r = prod_m sum_l P_m(l) exp(-difference_m(l)), in (0, 1]. With certain target levels it is EmpRL's exp(-sum_m difference_m).
-    log_probs: (B, M, L) of the generated response's levels. target: (B, M), the human response's levels, or (B, M, L), P of
-    each level: then r is the expected reward over human responses, with far less noise (if P is right, and the M levels independent).
-    "cross_entropy": -log p_m(target), so that r is the product of the targets' probabilities (the paper's).
-    "ordinal": E_p |level - target|, which also says how far off a wrong level is.
-    mechanisms: which of the three count, with commas; "": none, r = 1. Returns (B,). Raises ValueError on another difference."""
-    probs, level = log_probs.exp(), torch.arange(LEVELS, device=log_probs.device)
-    if difference == "cross_entropy":
-        likeness = probs  # (B, M, L): exp(-d), each level the target
+@dataclass
+class RewardConfig:
+    difference: str = option(
+        "cross_entropy", "between levels", choices=("cross_entropy", "ordinal")
+    )
+    mechanisms: str = option(
+        "er,ip,ex",
+        "which of them count",
+        choices=("er", "ip", "ex", "er,ip", "er,ex", "ip,ex", "er,ip,ex"),
+    )
+    target: str = option(
+        "expected",
+        "the levels to aim for: what the context lets expect, or only the likeliest, or "
+        "those of the one human response (the original)",
+        choices=("expected", "likeliest", "human"),
+    )
+    balance: float = option(0.0, "above 0 rare levels count for more (see balanced)", high=2)
+
+
+def empathy_reward(log_probs, target, difference="cross_entropy", mechanisms=MECHANISMS):
+    """How close a response's levels are to those aimed for, in (0, 1].
+
+    One mechanism, level l of the human response known:  r = exp(-d(l)); d = -log p: r = p(l)
+    Several mechanisms, the paper's:                     r = exp(-sum_m d_m) = prod_m exp(-d_m)
+    Level uncertain, l with probability P(l):            r = prod_m sum_l P_m(l) exp(-d_m(l))
+
+    The last is the expected reward of the line above, with less noise than one human's levels.
+    It multiplies the means of the mechanisms. That is the mean of their product only if
+    their levels are independent given the context, which is assumed.
+
+    log_probs:  (B, M, L), log p of the levels of the generated response, by the identifiers.
+    target:     (B, M), the levels of the human response; or (B, M, L), their probabilities P.
+    difference: d_m(l) is "cross_entropy", -log p_m(l), the paper's; or "ordinal",
+                E_p |level - l|, in which two levels off cost more than one.
+    mechanisms: the names of those that count.
+    Returns (B,). Raises ValueError on another difference.
+    """
+    probs = log_probs.exp()  # (B, M, L)
+
+    # exp(-d_m(l)): what the response earns if l is the level of the human one.
+    if difference == "cross_entropy":  # exp(-d) = exp(log p) = p
+        earned = probs
     elif difference == "ordinal":
-        likeness = torch.exp(-probs @ (level[:, None] - level).abs().float())
+        levels = torch.arange(LEVELS, device=probs.device)
+        distance = (levels[:, None] - levels).abs().float()  # (L, L)
+        earned = torch.exp(-probs @ distance)
     else:
         raise ValueError(f"difference {difference!r}: use cross_entropy or ordinal")
-    certain = (
-        target if target.dim() == 3 else (target[..., None] == level).float()
-    )  # (B, M, L)
-    return (
-        (certain * likeness)
-        .sum(-1)[:, [i for i, m in enumerate(MECHANISMS) if m in mechanisms.split(",")]]
-        .prod(-1)
-    )
+
+    if target.dim() == 2:
+        target = F.one_hot(target, LEVELS).float()  # certain: all weight on one level
+    reward = (target * earned).sum(-1)  # (B, M)
+
+    counted = [i for i, name in enumerate(MECHANISMS) if name in mechanisms]
+    return reward[:, counted].prod(-1)
 
 
-def make_reward(identifiers, targets, **options):
-    """reward(context ids, response ids, index) -> (B,), as ppo.py asks for it: it reads the sampled ids themselves. `index`
-    names the training pairs, whose targets, (N, M) or (N, M, L), were found beforehand. options: empathy_reward's."""
+def balanced(probs, share, exponent):
+    """P(l) / share(l)^exponent, normalised: above 0, rare levels count for more.
+
+    probs: (N, M, L). share: (M, L), how often each level occurs. Returns (N, M, L).
+    A share of 0 would give infinity; the context classifier never gives exactly 0.
+    """
+    return F.normalize(probs / share**exponent, p=1, dim=-1)  # p=1: divided by their sum
+
+
+def expected_targets(config, probs, share):
+    """The levels to aim for, as far as the context tells: (N, M, L) from probs (N, M, L).
+
+    With config.target "human" PPO aims for the human's levels instead, best of n for these.
+    """
+    probs = balanced(probs, share, config.balance)
+    if config.target == "likeliest":
+        return F.one_hot(probs.argmax(-1), LEVELS).float()
+    return probs
+
+
+class EmpathyReward:
+    """(context ids, response ids, targets) -> rewards, as ppo.py calls it.
+
+    It reads the sampled ids themselves, not text. The identifiers must be in eval mode.
+    """
+
+    def __init__(self, identifiers, config):
+        self.identifiers = identifiers
+        self.difference = config.difference
+        self.mechanisms = config.mechanisms.split(",")
 
     @torch.no_grad()
-    def reward(context, response, index):
-        return empathy_reward(
-            identifiers(context, response), targets[index].to(context.device), **options
-        )
+    def __call__(self, context, response, targets):
+        """(B, S) and (B, T) ids, targets (B, M) or (B, M, L) -> (B,)."""
+        log_probs = self.identifiers(context, response)
+        return self.of(log_probs, targets)
 
-    return reward
+    def of(self, log_probs, targets):
+        """The same from the identifiers' log-probabilities, (B, M, L)."""
+        return empathy_reward(log_probs, targets, self.difference, self.mechanisms)
+
+    def best_of(self, tries, targets):
+        """Best of n, a baseline without training: for each context the best of n responses.
+
+        tries: n Pairs with the same contexts and different responses. Returns Pairs, with the
+        responses of highest reward.
+        """
+        rewards = [self.of(predict(self.identifiers, one), targets) for one in tries]
+        chosen = torch.stack(rewards).argmax(0).tolist()  # (N,) the number of a try
+        responses = [tries[k].responses[i] for i, k in enumerate(chosen)]
+        return tries[0].but(responses)
 
 
-def best_of(identifiers, tries, expected, **options):
-    """Of several tries (Pairs with the same contexts) for each context the response that promises most reward, where `expected`
-    (N, M, L) is P(level | context): the rival of RL that trains nothing. Returns Pairs."""
-    promised = torch.stack(
-        [empathy_reward(predict(identifiers, one), expected, **options) for one in tries]
-    )  # (tries, N)
-    return tries[0].but(
-        [tries[k].responses[i] for i, k in enumerate(promised.argmax(0).tolist())]
-    )
+# ---- measures of levels ---------------------------------------------------------------------
 
 
-# ---- metrics of levels ----------------------------------------------------------------------------------------------
-def confusion(predicted, gold):
-    """(N,), (N,) levels -> (L, L) counts, row = gold, column = predicted."""
-    return torch.bincount(gold * LEVELS + predicted, minlength=LEVELS**2).view(LEVELS, LEVELS)
+def confusions(predicted, gold):
+    """(N, M), (N, M) levels -> (M, L, L) counts; rows are gold, columns predicted.
+
+    Give it the whole corpus: the corpus's F1 is not the mean of its batches' F1s.
+    """
+    cells = F.one_hot(gold * LEVELS + predicted, LEVELS**2)  # (N, M, L * L)
+    return cells.sum(0).unflatten(-1, (LEVELS, LEVELS))
 
 
 def f1_scores(counts):
-    """Confusion counts (..., L, L) -> accuracy, macro-F1, weighted F1, each (...).
-    F1_k = 2 TP_k / (predicted_k + gold_k), 0 where a level is neither; macro-F1 is the mean over the levels
-    that occur in gold or prediction, weighted F1 the mean by the gold's share (as scikit-learn's). Rows are gold; 0 of nothing."""
+    """Accuracy, macro-F1 and weighted F1 of counts (..., L, L), rows gold; each (...).
+
+    F1_k = 2 TP_k / (predicted_k + gold_k); 0 for a level that is never predicted nor in gold.
+    macro_f1:    the mean of F1_k over the levels that occur in gold or prediction.
+    weighted_f1: the mean of F1_k over all levels, weighted by their shares of the gold.
+    Both as scikit-learn's. If all counts are 0, so is every figure.
+    """
     counts = counts.double()
-    hit, gold, predicted = counts.diagonal(dim1=-2, dim2=-1), counts.sum(-1), counts.sum(-2)
-    f1 = 2 * hit / (gold + predicted).clamp(min=1)
-    present = (gold + predicted > 0).double()
-    total = gold.sum(-1).clamp(min=1)
+    hits = counts.diagonal(dim1=-2, dim2=-1)  # (..., L)
+    gold = counts.sum(-1)
+    predicted = counts.sum(-2)
+    f1 = 2 * hits / (gold + predicted).clamp(min=1)
+    occurs = (gold + predicted > 0).double()
+    total = gold.sum(-1).clamp(min=1)  # (...)
     return {
-        "accuracy": hit.sum(-1) / total,
-        "macro_f1": (f1 * present).sum(-1) / present.sum(-1).clamp(min=1),
+        "accuracy": hits.sum(-1) / total,
+        "macro_f1": (f1 * occurs).sum(-1) / occurs.sum(-1).clamp(min=1),
         "weighted_f1": (f1 * gold).sum(-1) / total,
     }
 
 
 def emp_f1(predicted, gold, kind="weighted_f1"):
-    """Emp-F1: the mean over the mechanisms of the weighted (or macro) F1 between two (N, M) level tables."""
-    counts = torch.stack(
-        [confusion(predicted[:, m], gold[:, m]) for m in range(gold.shape[1])]
-    )
-    return f1_scores(counts)[kind].mean().item()
+    """Emp-F1: the F1 of each mechanism, averaged; predicted and gold levels, (N, M) each.
+
+    kind: "weighted_f1", "macro_f1" or "accuracy"; see f1_scores.
+    """
+    return f1_scores(confusions(predicted, gold))[kind].mean().item()
 
 
-def information(counts):
-    """I(row; column) in bits of tables of counts (..., L, L): (...). A level that never occurs adds nothing: 0 log 0 = 0."""
+def mutual_information(counts):
+    """I(row; column) in bits: counts (..., L, L) -> (...). 0 if one level is all there is."""
     joint = counts.double() / counts.sum((-2, -1), keepdim=True)
     independent = joint.sum(-1, keepdim=True) * joint.sum(-2, keepdim=True)
-    return torch.where(joint > 0, joint * (joint / independent).log2(), 0).sum((-2, -1))
+    bits = joint * (joint / independent).log2()
+    return torch.where(joint > 0, bits, 0).sum((-2, -1))  # 0 log 0 = 0
 
 
-def mutual_information(predicted, gold):
-    """Mean over the mechanisms of I(predicted; gold) in bits: what a constant policy gets none of."""
-    return (
-        sum(
-            information(confusion(predicted[:, m], gold[:, m])).item()
-            for m in range(gold.shape[1])
-        )
-        / gold.shape[1]
-    )
-
-
-def level_scores(predicted, gold):
-    """Every figure that compares two (N, M) level tables; exact_match is the share with all three levels right."""
-    return {
+def compare_levels(predicted, gold):
+    """All figures that compare the levels of replies with the humans' levels, (N, M) each."""
+    figures = {
         "emp_f1": emp_f1(predicted, gold),
         "emp_macro_f1": emp_f1(predicted, gold, "macro_f1"),
-        "mutual_information": mutual_information(predicted, gold),
+        "mutual_information": mutual_information(confusions(predicted, gold)).mean().item(),
         "exact_match": (predicted == gold).all(1).double().mean().item(),
-        **{
-            f"emp_f1_{m}": emp_f1(predicted[:, [i]], gold[:, [i]])
-            for i, m in enumerate(MECHANISMS)
-        },
     }
+    for m, name in enumerate(MECHANISMS):
+        figures[f"emp_f1_{name}"] = emp_f1(predicted[:, [m]], gold[:, [m]])
+    return figures
+
+
+def classifier_figures(classifier, pairs):
+    """{"er": {"accuracy", "macro_f1", "weighted_f1", "confusion"}, ...} on labelled pairs."""
+    tables = confusions(predict_levels(classifier, pairs), pairs.levels)
+    figures = {}
+    for name, table in zip(MECHANISMS, tables):
+        figures[name] = {kind: score.item() for kind, score in f1_scores(table).items()}
+        figures[name]["confusion"] = table.tolist()
+    return figures
 
 
 def ceiling(probs, gold, draws=50):
-    """Emp-F1 with P(level | context) known, (N, M, L): of always giving the likeliest levels, and of sampling them."""
-    probs, generator = torch.tensor(probs), torch.Generator().manual_seed(0)
-    sampled = torch.multinomial(
-        probs.view(-1, LEVELS), draws, replacement=True, generator=generator
-    )  # (N * M, draws)
-    ideal = sum(emp_f1(levels.view(gold.shape), gold) for levels in sampled.T) / draws
-    return {
-        "best": {"oracle_emp_f1": emp_f1(probs.argmax(-1), gold)},
-        "mle_ideal": {"oracle_emp_f1": ideal},
-    }
+    """The Emp-F1 that knowing P(level | context) gives. probs (N, M, L), gold (N, M).
+
+    best:      always giving the likeliest level; not an upper bound of F1.
+    mle_ideal: sampling from P, as a perfect MLE model does; a mean over `draws` samples.
+    """
+    generator = torch.Generator().manual_seed(0)
+    flat = probs.view(-1, LEVELS)  # (N * M, L)
+    sampled = torch.multinomial(flat, draws, replacement=True, generator=generator)
+    # (N * M, draws): a column is a table of levels
+    scores = [emp_f1(levels.view(gold.shape), gold) for levels in sampled.T]
+    return {"best": emp_f1(probs.argmax(-1), gold), "mle_ideal": sum(scores) / draws}
 
 
 def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, seed=0):
-    """Emp-F1 of two systems on the same N contexts: relative gain with a 95 % percentile interval.
-    Every argument is an (N, M) table of levels; each system has its own gold. A resample draws contexts, the same for both.
-    Returns {"relative", "low", "high"}: (after - before) / max(before, 1e-9). Efron & Tibshirani 1993, chapter 13."""
-    n, mechanisms = gold_before.shape
+    """The relative gain in Emp-F1 of one system over another, with a 95 % percentile interval.
+
+    Every table of levels is (N, M), on the same N contexts. Each system is compared with a
+    gold of its own; usually both are the same table. A resample draws N contexts with
+    replacement, the same for both systems.
+    Returns {"relative", "low", "high"} of (after - before) / max(before, 1e-9).
+    Source: Efron & Tibshirani 1993, chapter 13.
+    """
+
+    def gain(times):
+        old = weighted_emp_f1(before, gold_before, times)
+        new = weighted_emp_f1(after, gold_after, times)
+        return (new - old) / old.clamp(min=1e-9)
+
+    contexts = len(before)
     generator = torch.Generator().manual_seed(seed)
-
-    def scores(predicted, gold, draws):
-        """Emp-F1 of each resample: (R, N) indices of contexts -> (R,)."""
-        cell = (gold * LEVELS + predicted)[draws] + LEVELS**2 * torch.arange(
-            mechanisms
-        )  # (R, N, M)
-        one_hot = torch.zeros(len(draws), mechanisms * LEVELS**2)
-        one_hot.scatter_add_(
-            1,
-            cell.flatten(1),
-            torch.ones(cell[:, :, 0].numel() * mechanisms).view(len(draws), -1),
-        )
-        return f1_scores(one_hot.view(-1, mechanisms, LEVELS, LEVELS))["weighted_f1"].mean(
-            -1
-        )  # (R,)
-
-    # The contexts as they are, then the resamples: in pieces, since all at once take 0.1 MB a context.
-    few = max(1, 2**18 // n)
-    sizes = [few] * (resamples // few) + [resamples % few] * (resamples % few > 0)
-    pieces = itertools.chain(
-        [torch.arange(n)[None]],
-        (torch.randint(n, (size, n), generator=generator) for size in sizes),
-    )
-    old, new = map(
-        torch.cat,
-        zip(
-            *(
-                (scores(before, gold_before, draws), scores(after, gold_after, draws))
-                for draws in pieces
-            )
-        ),
-    )
-    gain = (new - old) / old.clamp(min=1e-9)
-    low, high = torch.quantile(
-        gain[1:], torch.tensor([0.025, 0.975], dtype=gain.dtype)
-    ).tolist()
-    return {"relative": gain[0].item(), "low": low, "high": high}
+    gains = []
+    size = max(1, 2**18 // contexts)  # so many resamples at once: this bounds the memory
+    for start in range(0, resamples, size):
+        count = min(size, resamples - start)
+        drawn = torch.randint(contexts, (count, contexts), generator=generator)
+        times = torch.zeros(count, contexts)  # how often each resample drew each context
+        times.scatter_add_(1, drawn, torch.ones(count, contexts))
+        gains.append(gain(times))
+    bounds = torch.tensor([0.025, 0.975], dtype=torch.double)
+    low, high = torch.cat(gains).quantile(bounds).tolist()
+    as_it_is = gain(torch.ones(1, contexts))
+    return {"relative": as_it_is.item(), "low": low, "high": high}
 
 
-# ---- metrics of text ------------------------------------------------------------------------------------------------
+def weighted_emp_f1(predicted, gold, times):
+    """Emp-F1 in each of R resamples, the weighted F1: (N, M), (N, M), (R, N) -> (R,).
+
+    Context n counts times[r, n] times in resample r, in its gold's shares too.
+    """
+    cells = F.one_hot(gold * LEVELS + predicted, LEVELS**2).float()  # (N, M, L * L)
+    counts = torch.einsum("rn,nmc->rmc", times, cells)
+    counts = counts.unflatten(-1, (LEVELS, LEVELS))  # (R, M, L, L), rows gold
+    return f1_scores(counts)["weighted_f1"].mean(-1)
+
+
+# ---- measures of text -----------------------------------------------------------------------
+
+
 def words(text):
-    """Lower-cased words and punctuation marks: what per-word figures count."""
+    """What counts as a word in all figures: words and punctuation marks, in lower case."""
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
-def text_scores(texts, references):
-    """Figures of a list of responses; length is in words."""
-    split = [words(t) for t in texts]
-    return {
-        "bleu": bleu(split, [words(t) for t in references]),
-        "dist1": distinct(split, 1),
-        "dist2": distinct(split, 2),
-        "unique": len(set(texts)) / len(texts),
-        "length": sum(map(len, split)) / len(split),
-    }
-
-
-def ngrams(words, n):
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+def ngrams(tokens, n):
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
 def distinct(responses, n):
-    """Dist-n x 100: different n-grams over all n-grams of the whole corpus (Li et al. 2016). Lists of words."""
-    grams = [g for words in responses for g in ngrams(words, n)]
-    return 100 * len(set(grams)) / max(len(grams), 1)
+    """Dist-n x 100: different n-grams over all n-grams, of a whole corpus (Li et al. 2016).
+
+    responses: lists of words.
+    """
+    seen, total = set(), 0
+    for response in responses:
+        grams = ngrams(response, n)
+        seen.update(grams)
+        total += len(grams)
+    return 100 * len(seen) / max(total, 1)
 
 
 def bleu(responses, references):
-    """Corpus BLEU-4 (Papineni et al. 2002), one reference each, lists of words; sacrebleu's exponential
-    smoothing: the k-th order without a match counts 1 / 2^k of a match."""
+    """Corpus BLEU-4 (Papineni et al. 2002) with one reference each; lists of words. 0 to 100.
+
+    Smoothed as sacrebleu's "exp": the k-th order without a match counts 1 / 2^k of a match.
+    """
     log_precision, halvings = 0.0, 0
     for n in range(1, 5):
-        counts = [
-            [Counter(ngrams(words, n)) for words in pair]
-            for pair in zip(responses, references)
-        ]
-        match, total = (
-            sum((a & b).total() for a, b in counts),
-            sum(a.total() for a, _ in counts),
-        )
-        if total == 0 or (n == 1 and match == 0):
+        matches, total = 0, 0
+        for response, reference in zip(responses, references):
+            grams = Counter(ngrams(response, n))
+            matches += (grams & Counter(ngrams(reference, n))).total()
+            total += grams.total()
+        if total == 0 or (n == 1 and matches == 0):
             return 0.0
-        halvings += match == 0
-        log_precision += math.log(match / total if match else 1 / (2**halvings * total)) / 4
-    length, reference_length = sum(map(len, responses)), sum(map(len, references))
-    return 100 * math.exp(log_precision + min(0.0, 1 - reference_length / length))
+        if matches == 0:
+            halvings += 1
+            matches = 1 / 2**halvings
+        log_precision += math.log(matches / total) / 4
+
+    length = sum(map(len, responses))
+    brevity = min(0.0, 1 - sum(map(len, references)) / length)
+    return 100 * math.exp(log_precision + brevity)
 
 
-def table(header, rows):
-    """Markdown, figures with three decimals."""
-    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(
-        "| " + " | ".join(f"{x:.3f}" if isinstance(x, float) else str(x) for x in row) + " |"
-        for row in rows
-    )
+def text_figures(texts, references):
+    """Figures of replies as text. length is the mean number of words, punctuation included."""
+    split = [words(text) for text in texts]
+    total = sum(map(len, split))
+    return {
+        "bleu": bleu(split, [words(text) for text in references]),
+        "dist1": distinct(split, 1),
+        "dist2": distinct(split, 2),
+        "unique": len(set(texts)) / len(texts),
+        "length": total / len(split),
+    }
 
 
-def before_after(metrics):
-    """The table of every figure before and after, floors and ceiling below; blank where there is none."""
-    rows, columns = (
-        [],
-        [
-            c
-            for c in ("sft", "best_of_n", "emprl", "sft_greedy", "emprl_greedy")
-            if c in metrics
-        ],
-    )
-    for key in metrics["emprl"]:
-        gain = metrics["gain"].get(key)
-        rows.append(
-            [
-                key,
-                *("" if metrics[c][key] is None else metrics[c][key] for c in columns),
-                "{relative:+.1%} ({low:+.1%} to {high:+.1%})".format(**gain) if gain else "",
-            ]
+# ---- n-grams: the other classifier ----------------------------------------------------------
+
+# How much the context's grams count, and the response's: levels are mostly in the response.
+SIDE_SCALES = (0.3, 1.0)
+
+
+class NGramClassifier(nn.Module):
+    """Logistic regression on the tokens and bigrams of context and response (the two sides):
+
+    logits = b + sum over the sides of scale * sum_g w[side, g] / sqrt(number of g)
+
+    A gram g counts once however often it occurs: 7 8 7 8 has the grams 7, 8, (7, 8), (8, 7).
+    So no response is stronger for being long. Grams are hashed, fastText's way: w is a table
+    of `size` rows, and grams that share a row (a collision) share its weights.
+    Better than a network where labels are few. Source: Joulin et al. 2017, arXiv 1607.01759.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        outputs = len(MECHANISMS) * LEVELS
+        self.size = config.size
+        self.weight = nn.Parameter(torch.zeros(1 + config.size, outputs))  # row 0: no gram
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def grams(self, ids, side):
+        """(B, T) ids -> (B, 2 T - 1) rows of the table; 0 for padding and repetitions.
+
+        side: 0 context, 1 response.
+        """
+        # A number for each token, its id, and for each bigram, above all ids (hence + 1).
+        bigrams = (ids[:, :-1] + 1) * 1_000_003 + ids[:, 1:]
+        bigrams = bigrams.masked_fill(ids[:, 1:] == PAD_ID, 0)
+        grams = torch.cat([ids, bigrams], 1)
+
+        # Both sides share one table; `side` only shifts the hash by a row. The factor spreads
+        # ids, or token i of the response would share its row with token i + 1 of the context.
+        # It does not lessen collisions within a side: for a size of 2^k the low k bits of the
+        # product, which % keeps, depend on the low k bits of the gram alone.
+        hashed = 1 + (grams * 2_654_435_761 + side) % self.size
+        hashed = torch.where(grams == 0, 0, hashed)
+
+        # Sorted, equal rows stand side by side: all but the first are repetitions.
+        hashed = hashed.sort(1).values
+        repeated = hashed[:, 1:] == hashed[:, :-1]
+        return torch.cat([hashed[:, :1], hashed[:, 1:].masked_fill(repeated, 0)], 1)
+
+    def log_probs(self, grams_of_sides):
+        """What `grams` gives for context and response -> (B, M, L) log-probabilities."""
+        logits = self.bias
+        for grams, scale in zip(grams_of_sides, SIDE_SCALES):
+            present = grams != 0  # row 0 stands for nothing
+            count = present.sum(1)  # (B,)
+            first = count.cumsum(0) - count  # where each row begins in grams[present]
+            total = F.embedding_bag(grams[present], self.weight, offsets=first, mode="sum")
+            logits = logits + scale * total / count.clamp(min=1).sqrt()[:, None]
+        return logits.unflatten(-1, (-1, LEVELS)).log_softmax(-1)
+
+    def forward(self, context, response):
+        """(B, S), (B, T) ids -> (B, M, L) log-probabilities."""
+        return self.log_probs([self.grams(context, 0), self.grams(response, 1)])
+
+    def trainer(self, train, valid, rows_at, config):
+        """Nothing to validate, no batches: the problem is convex, and one step solves it."""
+        return NGramTrainer(self, train, config)
+
+
+class NGramTrainer:
+    """Has the interface of t5_small.Trainer. Its one step finds the minimum."""
+
+    shown = ("loss",)
+
+    def __init__(self, model, train, config):
+        self.model = model
+        self.train = train
+        self.config = replace(config, steps=1)
+
+    def step(self, i):
+        """Minimise the weighted cross-entropy + penalty |w|^2 on all of train, by L-BFGS.
+
+        It stops when an iteration changes the objective, or every weight, by less than 1e-9;
+        when the slope along its direction is less than 1e-9, or every gradient 1e-7; at the
+        latest after 500 iterations or 625 evaluations of the objective.
+        """
+        model, train = self.model, self.train
+        optimizer = torch.optim.LBFGS(
+            model.parameters(),
+            max_iter=500,  # a cap, not what ends it
+            tolerance_change=1e-9,
+            line_search_fn="strong_wolfe",
         )
-    for kind in ("floors", "ceiling"):
-        rows += [
-            [f"{kind}: {name}, {key}", value, *[""] * len(columns)]
-            for name, scores in metrics.get(kind, {}).items()
-            for key, value in scores.items()
-            if key.endswith("emp_f1")
-        ]
-    return table(["", *columns, "gain, 95 % interval"], rows)
+        context, response = train.batch(range(len(train)))
+        grams = [model.grams(context, 0), model.grams(response, 1)]
+        levels = train.levels.to(train.device)
+        weights = class_weights(train.levels, self.config.class_weight).to(train.device)
+
+        def objective():
+            optimizer.zero_grad()
+            loss = classification_loss(model.log_probs(grams), levels, weights) / len(levels)
+            loss = loss + self.config.penalty * model.weight.pow(2).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(objective)
+        return {"loss": objective().item()}
+
+    def finish(self):
+        """There are no best weights to go back to and no dropout to end: it is frozen."""
+        self.model.requires_grad_(False)
+
+    def warnings(self, record, first):
+        return []
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        """Nothing is saved between steps: there is one."""

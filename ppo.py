@@ -1,498 +1,697 @@
-"""PPO for a sequence-to-sequence policy: rollout, KL control, GAE, clipped losses.
+"""PPO for a policy that writes responses: sample, reward, find the advantages, update.
 
-Sources: Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (GAE, arXiv 1506.02438), Ziegler et al. 2019 (KL control,
-arXiv 1909.08593). B batch, S source length, T response length, D model width, V vocabulary. An action is one token, an episode one
-response; all per token is (B, T), masked on t1 .. </s>. The reward (context ids, response ids, index) -> (B,) is handed in."""
+    settings              PPOConfig: every trick has a name and a switch
+    the equations         mask, log-probs, KL, whitening, rewards, GAE, the two clipped losses
+    policy and rollout    a T5 with a value head; responses and all that is known of them
+    one iteration         PPOTrainer.step, numbered 1 to 7; update; the loss
+    watching              what a collapse looks like
+    replying              responses to a whole data set, when nothing is learnt
 
-import copy, itertools, math
-from collections import Counter
+An episode is one response, an action one token, a state the context and the tokens so far. The
+*reference* is the policy before PPO: a T5 trained by maximum likelihood (MLE).
+
+    p, p_ref, p_old   probabilities: policy, reference, policy that sampled
+    r_t, R_t, A_t     reward, return, advantage of token t
+    V_t               the value head's estimate of R_t
+    beta, eps         kl_coef, clip_range
+
+Shapes: B batch, S source length, T response length, D model width, V vocabulary. Whatever
+belongs to tokens is (B, T), and a mask says which of them the response has. This file knows
+nothing of what the reward measures: it is handed in as a function of ids.
+
+Sources: PPO, Schulman et al. 2017 (arXiv 1707.06347); GAE, Schulman et al. 2016 (arXiv
+1506.02438); PPO on language models, Ziegler et al. 2019 (arXiv 1909.08593).
+"""
+
+import copy
+import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
-from t5_small import autocast, generate, make_optimizers, optimizer_step, set_lr
+from t5_small import EOS_ID, HIDDEN, PAD_ID, Optimizer, autocast, generate, option
+
+GAMMA = 1.0  # no discount: a response is short, and what it is for is rewarded at its end
+# Emergency brakes, far beyond what a healthy update does:
+MAX_RATIO = 10.0  # a minibatch with a larger mean ratio is not learnt from
+MAX_UPDATE_KL = 0.5  # nats a token; an update that has moved the policy further ends there
 
 
 @dataclass
 class PPOConfig:
-    """Each trick has a name. In brackets the original's value, where ours differs, and why."""
+    """In brackets: what the code of EmpRL's authors has instead, and why we differ."""
 
-    steps: int = 64  # iterations of rollout and update
-    batch_size: int = (
-        384  # rollouts an iteration [32: noisier, and a small model can afford more]
-    )
-    minibatch_size: int = 64  # rollouts an optimizer step [8, but 4 accumulated: 32 in effect]
-    micro_batch: int = (
-        0  # rollouts a forward pass; 0: the whole minibatch. Fewer need less memory
-    )
-    ppo_epochs: int = 1  # passes over a rollout [4: fresh rollouts are cheap here, and move the policy less astray]
-    lr: float = (
-        6e-3  # relative to each tensor's RMS if rms_scaled [1e-5, absolute, for T5-base]
-    )
-    rms_scaled: bool = True  # see t5_small.set_lr; off for a pretrained T5
-    warmup: int = (
-        5  # iterations of linear warm-up, then linear decay unless `average` [no warm-up]
-    )
-    gamma: float = 1.0
-    lam: float = 1.0  # GAE's lambda [0.95: the one score comes at the end and fades before it reaches t1]
-    clip_range: float = 0.2
-    value_clip_range: float = 0.2
-    value_coef: float = 0.1
-    ptx_coef: float = 0.0  # of the human responses' negative log-likelihood a token: keeps the language (Ouyang et al. 2022)
-    average: float = 0.0  # decay, a step, of the weights' running mean, the result then: noise cancels out (Polyak & Juditsky 1992)
-    max_grad_norm: float = (
-        1.0  # at every step [only the first one is clipped, by a fault of its library]
-    )
-    whiten_advantages: bool = True
-    whiten_rewards: bool = (
-        False  # [on: it rescales the KL penalty together with the reward, batch by batch]
-    )
-    scale_scores: bool = True  # divide scores by their running standard deviation
-    normalise_scores: bool = (
-        False  # and subtract their running mean [on: the value head learns the mean anyway]
-    )
-    kl_coef: float = 0.3  # beta [0.2]
-    adaptive_kl: bool = False  # [on, but as good as fixed: see kl_horizon]
-    kl_target: float = 6.0  # nats a response that adaptive beta steers to
-    kl_horizon: float = (
-        1000.0  # rollouts [10,000: at batch 32 beta then moves < 0.07 % a step]
-    )
-    max_ratio: float = (
-        10.0  # a minibatch whose mean ratio is above is not learnt from (ratio guard)
-    )
-    max_update_kl: float = (
-        0.5  # nats a token by which one update may move; then its epochs stop early
-    )
-    eval_every: int = 16  # iterations between validations
-    stop_on_collapse: bool = (
-        False  # end the run, not only warn, at a sign of collapse (see signs_of_collapse)
+    steps: int = option(64, "iterations of rollout and update")
+    batch_size: int = option(384, "responses an iteration [32: less is noisier]", 1, 10**6)
+    minibatch_size: int = option(64, "responses an optimizer step [8, 4 times added up]", 1)
+    micro_batch: int = option(0, "responses a forward pass, to save memory; 0: all")
+    ppo_epochs: int = option(1, "passes over a rollout [4: rollouts are cheap here]", 1, 1000)
+
+    lr: float = option(6e-3, "step size, relative to each tensor's RMS [1e-5, absolute]")
+    rms_scaled: bool = True  # see t5_small.Optimizer.set_lr; off for a pretrained T5
+    warmup: int = option(5, "iterations in which the learning rate rises [0]")
+    average: float = option(
+        0.0,
+        "the result is a running mean of the weights of this decay; 0: the last",
+        0,
+        0.9999,
     )
 
+    lam: float = option(1.0, "GAE's lambda [0.95: fades the reward on its way back]", 0, 1)
+    clip_range: float = option(0.2, "eps: how far the ratio may move from 1")
+    value_clip_range: float = option(0.2, "how far a value may move in one iteration")
+    value_coef: float = option(0.1, "weight of the value loss")
+    ptx_coef: float = option(0.0, "weight of the human responses' MLE loss [none]")
 
-# ---- equations ------------------------------------------------------------------------------------------------------
-def response_mask(ids, eos_id=1):
-    """(B, T) ids -> (B, T) bool: true on t1 .. the first </s>; everywhere in a response that never ends."""
-    ended_before = (ids == eos_id).cumsum(1) - (ids == eos_id).long()
+    whiten_advantages: bool = option(True, "advantages to mean 0 and variance 1")
+    whiten_rewards: bool = option(False, "token rewards to variance 1 [on: rescales the KL]")
+    scale_rewards: bool = option(True, "divide rewards by their running standard deviation")
+    centre_rewards: bool = option(False, "subtract their running mean [on: V learns it too]")
+
+    kl_coef: float = option(0.3, "beta: strength of the KL penalty [0.2]")
+    adaptive_kl: bool = option(False, "beta follows the KL [on, but too slow to matter]")
+    kl_target: float = option(6.0, "nats a response; a larger KL raises beta", 1e-3)
+    kl_horizon: float = option(1e3, "in so many responses beta moves by 20 % at most [1e4]", 1)
+    eval_every: int = option(16, "iterations between validations", 1)
+    valid_contexts: int = option(128, "contexts of each validation", 1)
+
+
+# ---- the equations --------------------------------------------------------------------------
+
+
+def response_mask(ids, eos_id=EOS_ID):
+    """Which tokens belong to a response: t1 .. the first </s>, or all if there is none.
+
+    ids: (B, T). Returns (B, T) bool.
+    """
+    is_eos = (ids == eos_id).long()
+    ended_before = is_eos.cumsum(1) - is_eos
     return ended_before == 0
 
 
 def token_log_probs(logits, ids, support=None, temperature=1.0):
-    """log p(ids) under softmax(logits / temperature) restricted to `support`, and that distribution's entropy.
-    logits: (..., V). ids: (...). support: (..., V) bool, the tokens that could have been sampled (top-k,
-    top-p, minimum length), kept from the rollout: the very distribution that was sampled from, so that the
-    importance ratio is unbiased, and 1 before the first step (to 1e-5 in fp32, to 0.03 in bf16). Returns two (...) tensors."""
+    """log p(ids) under softmax(logits / temperature) on `support`, and its entropy.
+
+    logits:  (..., V).
+    ids:     (...).
+    support: (..., V) bool, the tokens that could have been sampled (top-k, top-p, minimum
+             length); None: all.
+    Returns two (...) tensors.
+
+    A rollout keeps its support. Policy, old policy and reference are all asked for the
+    probability of a token among the same tokens, those it was sampled from: so the ratio is 1
+    before the first step (up to rounding), and the KL is that between the distributions that
+    responses come from. With a small top-k it does not see what happens to the other tokens.
+    """
     logits = logits.float() / temperature
     if support is not None:
-        logits = logits.masked_fill(~support, -1e9)  # not -inf: 0 * inf is nan in the entropy
+        logits = logits.masked_fill(~support, HIDDEN)  # -1e9; with -inf 0 * inf is nan below
     log_probs = logits.log_softmax(-1)
-    with torch.no_grad():  # softmax, not exp: on a CPU exp(-1e9) takes ten times as long
+    with torch.no_grad():
         entropy = -(logits.softmax(-1) * log_probs).sum(-1)
     return log_probs.gather(-1, ids[..., None])[..., 0], entropy
 
 
 def kl_estimate(log_probs, ref_log_probs, kind="k1"):
-    """Estimates of KL(policy || reference) from the policy's own samples (Schulman, "Approximating KL").
-    With d = log p - log p_ref:  k1 = d (unbiased, can be negative), k3 = e^-d - 1 + d (unbiased, >= 0)."""
-    d = log_probs - ref_log_probs
-    return d if kind == "k1" else torch.exp(-d) - 1 + d
+    """KL(policy || reference), estimated token by token from the policy's own samples.
+
+    With d = log p - log p_ref:
+        k1 = d               unbiased, may be negative: the penalty
+        k3 = e^-d - 1 + d    unbiased, never negative, less noisy: for the log and the brake
+    Source: Schulman, "Approximating KL divergence", 2020.
+    """
+    difference = log_probs - ref_log_probs
+    if kind == "k1":
+        return difference
+    return torch.exp(-difference) - 1 + difference
 
 
 def masked_mean(x, mask):
-    """The mean of x (B, T) where mask (B, T) is true: every token counts the same. Returns a scalar."""
+    """The mean of x where mask is true, (B, T) each: every token counts the same. A scalar."""
     return (x * mask).sum() / mask.sum()
 
 
 def whiten(x, mask, shift_mean=True):
-    """(x - mean) / sqrt(SS / max(n - 1, 1) + 1e-8) over the n masked entries of the whole batch, SS their sum of squared differences
-    from the mean; 0 elsewhere. With shift_mean off the mean is added back."""
+    """(x - mean) / sqrt(variance + 1e-8), both over the n masked entries of the whole batch.
+
+    The variance has n - 1 in its denominator (1 if n = 1). shift_mean=False keeps the mean, as
+    it was, and whitens only what differs from it (as in trl).
+    x, mask: (B, T). Returns (B, T), 0 where mask is false.
+    """
     mean = masked_mean(x, mask)
-    variance = ((x - mean) ** 2 * mask).sum() / (mask.sum() - 1).clamp(min=1)
+    squares = ((x - mean) ** 2 * mask).sum()
+    variance = squares / (mask.sum() - 1).clamp(min=1)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return (whitened if shift_mean else whitened + mean) * mask
+    if not shift_mean:
+        whitened = whitened + mean
+    return whitened * mask
 
 
-def token_rewards(scores, log_probs, ref_log_probs, mask, kl_coef):
-    """r_t = -beta (log p_t - log p_ref,t), plus the response's score at its last token.
-    scores: (B,); the others (B, T). Returns (B, T), 0 on padding."""
-    rewards = -kl_coef * kl_estimate(log_probs, ref_log_probs) * mask
+def token_rewards(rewards, kl, mask, kl_coef):
+    """r_t = -beta KL_t, plus the response's reward at its last token.
+
+    The penalty comes token by token, since each token has its share of the KL; the reward is
+    that of a whole response.
+    rewards: (B,). kl, mask: (B, T). Returns (B, T), 0 on padding.
+    """
+    per_token = -kl_coef * kl * mask
     last = mask.sum(1) - 1  # (B,) position of </s>, or of the last token
-    rewards[torch.arange(len(scores)), last] += scores
-    return rewards
+    per_token[torch.arange(len(rewards)), last] += rewards
+    return per_token
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalised advantage estimation: A_t = delta_t + gamma lambda A_{t+1}, with delta_t = r_t + gamma V_{t+1} - V_t and V = 0
-    after the last token. All (B, T). Returns advantages and returns (A + V), both 0 on padding."""
-    values, advantages = values * mask, torch.zeros_like(rewards)
-    following_value = following_advantage = torch.zeros_like(rewards[:, 0])
+    """Generalised advantage estimation, from the last token to the first:
+
+        delta_t = r_t + gamma V_{t+1} - V_t        V = 0 after the last token
+        A_t     = delta_t + gamma lambda A_{t+1}
+        R_t     = A_t + V_t
+
+    With gamma = lambda = 1 this is simply R_t = r_t + r_{t+1} + ..., A_t = R_t - V_t.
+    rewards (of tokens), values, mask: (B, T). Returns A and R, both 0 on padding.
+    """
+    values = values * mask
+    advantages = torch.zeros_like(rewards)
+    next_value, next_advantage = 0.0, 0.0  # nothing comes after the last token
     for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * following_value - values[:, t]
-        following_advantage = (delta + gamma * lam * following_advantage) * mask[:, t]
-        advantages[:, t], following_value = following_advantage, values[:, t]
-    return advantages, (advantages + values) * mask
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantages[:, t] = (delta + gamma * lam * next_advantage) * mask[:, t]
+        next_value, next_advantage = values[:, t], advantages[:, t]
+    return advantages, advantages + values
 
 
 def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
-    """Mean over tokens of -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A). All (B, T).
-    Returns (loss, share of tokens where the clipped loss is the larger one, strictly); ratio = p / p_old."""
+    """Minus PPO's clipped objective, a mean over tokens, with ratio = p / p_old:
+
+        -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)
+
+    A token that has moved far enough in its advantage's direction has no gradient any more. If
+    each response is used once (ppo_epochs 1), only the minibatches before can have moved it.
+    All (B, T). Returns the loss, and the share of tokens where clipping makes it larger.
+    Source: PPO's paper, equation 7.
+    """
     ratio = torch.exp(log_probs - old_log_probs)
-    plain, clipped = (
-        -advantages * ratio,
-        -advantages * ratio.clamp(1 - clip_range, 1 + clip_range),
-    )
-    return masked_mean(torch.max(plain, clipped), mask), masked_mean(
-        (clipped > plain).float(), mask
-    )
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = masked_mean(torch.max(plain, clipped), mask)
+    clip_share = masked_mean((clipped > plain).float(), mask)
+    return loss, clip_share
 
 
 def value_loss(values, old_values, returns, mask, clip_range=0.2):
-    """Mean over tokens of 1/2 max((V - R)^2, (clip(V, V_old -+ eps) - R)^2). All (B, T). Returns a scalar."""
-    clipped = torch.max(torch.min(values, old_values + clip_range), old_values - clip_range)
-    return 0.5 * masked_mean(
-        torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask
-    )
+    """Mean over tokens of 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2).
+
+    As for the policy, the larger of both losses counts. All (B, T). Returns a scalar.
+    """
+    clipped = values.clamp(old_values - clip_range, old_values + clip_range)
+    error = torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+    return 0.5 * masked_mean(error, mask)
+
+
+def explained_variance(values, returns, mask):
+    """1 - Var(R - V) / Var(R) over tokens: 1 for a perfect value head, 0 for a constant.
+
+    All (B, T). Returns a number; 0 if all returns are equal and nothing is to be explained.
+    """
+    returns = returns[mask]
+    error = returns - values[mask]
+    variance = returns.var(correction=0)
+    if variance == 0:
+        return 0.0
+    return (1 - error.var(correction=0) / variance).item()
 
 
 def adapt_kl_coef(kl_coef, kl, target, batch_size, horizon):
-    """beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) batch_size / horizon) (Ziegler et al., section 2.2). A horizon that is short
-    beside the batch would make it jump, or negative: one update at most doubles or halves it."""
+    """beta <- beta clip(1 + clip(KL / target - 1, -0.2, 0.2) batch_size / horizon, 0.5, 2).
+
+    The outer clip is ours: with a horizon that is short beside the batch, beta would turn
+    negative. Source: Ziegler et al., section 2.2.
+    """
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * min(max(1 + error * batch_size / horizon, 0.5), 2.0)
-
-
-def signs_of_collapse(record, first, max_length):
-    """What in an iteration's record (`first`: the run's first) looks like a collapse, in words, with what to change."""
-    kl, entropy, length, unique = (
-        record.get(k, 1) for k in ("kl", "entropy", "length", "valid_unique")
-    )
-    signs = {
-        f"KL {kl:.1f} nats, far from the MLE policy: raise ppo.kl_coef or lower ppo.lr": kl
-        > 15,
-        f"entropy {entropy:.3g}, below a tenth of its start: raise ppo.kl_coef": entropy
-        < first.get("entropy", 0) / 10,
-        f"responses of {length:.0f} tokens, nearly the limit: train the MLE policy longer": length
-        > 0.9 * max_length,
-        f"responses of {length:.0f} tokens, below half of their start: raise ppo.kl_coef": length
-        < first.get("length", 0) / 2,
-        f"only {unique:.0%} of the responses differ: raise ppo.kl_coef": unique < 0.3,
-    }
-    return [words for words, seen in signs.items() if seen]
+    factor = 1 + error * batch_size / horizon
+    return kl_coef * min(max(factor, 0.5), 2.0)
 
 
 class RunningMoments:
-    """Mean and variance of all scores seen so far, batch by batch (Chan et al. 1979)."""
+    """Mean and variance of all rewards so far, batch by batch (Chan et al. 1979)."""
 
     def __init__(self):
-        self.count, self.mean, self.m2 = (
-            0,
-            0.0,
-            0.0,
-        )  # m2: sum of squared differences from the mean
+        self.count = 0
+        self.mean = 0.0
+        self.squares = 0.0  # sum of squared differences from the mean
 
-    def update(self, scores):
-        n, mean = len(scores), scores.mean().item()
-        delta, total = mean - self.mean, self.count + n
-        self.m2 += ((scores - mean) ** 2).sum().item() + delta**2 * self.count * n / total
-        self.mean, self.count = self.mean + delta * n / total, total
+    def update(self, rewards):
+        count = len(rewards)
+        mean = rewards.mean().item()
+        total = self.count + count
+        shift = mean - self.mean
+        self.squares += ((rewards - mean) ** 2).sum().item()
+        self.squares += shift**2 * self.count * count / total
+        self.mean += shift * count / total
+        self.count = total
 
     @property
     def std(self):
-        """Sample standard deviation; 1 while all scores have been equal (nothing to scale by)."""
-        std = math.sqrt(self.m2 / max(self.count - 1, 1))
+        """Sample standard deviation; 1 while all rewards are equal (nothing to scale by)."""
+        std = math.sqrt(self.squares / max(self.count - 1, 1))
         return std if std > 1e-6 else 1.0
 
 
-# ---- policy and rollout ---------------------------------------------------------------------------------------------
+# ---- policy and rollout ---------------------------------------------------------------------
+
+
 class Policy(nn.Module):
-    """A T5 and a value head on its decoder's last state, one linear layer, started at 0: V_t sees the context and the tokens before t.
-    The original puts dropout before it; PPO here runs without dropout (so that the ratio starts at 1)."""
+    """A T5 and a value head: one linear layer on the decoder's last states, started at 0.
+
+    The state at t predicts token t, so V_t knows the context and the tokens before t. Its loss
+    trains the T5, too. PPO runs without dropout (the authors' code has some before the value
+    head), so that the ratio is 1 before the first step.
+    """
 
     def __init__(self, t5):
         super().__init__()
-        self.t5, self.value_head = t5, nn.Linear(t5.config.d_model, 1)
-        [nn.init.zeros_(p) for p in self.value_head.parameters()]
+        self.t5 = t5
+        self.value_head = nn.Linear(t5.config.d_model, 1, device=t5.shared.weight.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
 
     def values(self, states):
-        return self.value_head(states.float())[..., 0]  # (..., D) -> (...)
+        """(..., D) -> (...)."""
+        return self.value_head(states.float())[..., 0]
 
 
-def score(t5, source, ids, mask, support, temperature, value=None):
-    """Log-probs (B, T), entropies (B, T) and, with `value` a function of states, values (B, T) of responses.
-    Padding is dropped before the product with the vocabulary; all three are 0 there."""
-    with autocast(source.device):
-        states = t5.response_states(source, ids)[mask]  # (tokens, D)
-        logits = t5.logits(states)  # (tokens, V)
-    results = [*token_log_probs(logits, ids[mask], support[mask], temperature)] + (
-        [value(states)] if value else []
-    )
-    return [torch.zeros_like(mask, dtype=torch.float).masked_scatter(mask, x) for x in results]
+@dataclass
+class Prompts:
+    """A batch of contexts to answer, and what reward and loss need to know of them."""
+
+    source: torch.Tensor  # (B, S) ids of the contexts
+    targets: torch.Tensor  # (B, ...) handed to the reward as they are
+    human: torch.Tensor  # (B, T') ids of the human responses, for ptx_coef
 
 
 @dataclass
 class Rollout:
+    """Sampled responses, and what the models and the reward say of them."""
+
     source: torch.Tensor  # (B, S)
-    ids: torch.Tensor  # (B, T) response
+    human: torch.Tensor  # (B, T')
+    ids: torch.Tensor  # (B, T)
     mask: torch.Tensor  # (B, T) t1 .. </s>
     support: torch.Tensor  # (B, T, V) tokens that could have been sampled
     log_probs: torch.Tensor  # (B, T) by the policy that sampled
     ref_log_probs: torch.Tensor  # (B, T) by the reference
     values: torch.Tensor  # (B, T)
-    scores: torch.Tensor  # (B,) the reward, as it came
-    index: torch.Tensor  # (B,) of the training pairs
+    rewards: torch.Tensor  # (B,) as the reward gave them
+    advantages: torch.Tensor = None  # (B, T), from step 4 of an iteration on
+    returns: torch.Tensor = None  # (B, T)
+
+    def is_finite(self):
+        """False once a model or the reward has diverged."""
+        numbers = (self.log_probs, self.ref_log_probs, self.values, self.rewards)
+        return all(x.isfinite().all() for x in numbers)
+
+    def take(self, rows):
+        """Some of the responses, with no more columns than the longest of them needs."""
+        part = {name: x[rows] for name, x in vars(self).items()}
+        width = int(part["mask"].sum(1).max())
+        for name in part.keys() - {"source", "human", "rewards"}:
+            part[name] = part[name][:, :width]
+        return Rollout(**part)
 
 
-@torch.no_grad()
-def rollout(policy, reference, reward, source, index, sampling):
-    """Sample one response for each row of source (B, S) and look at it from every side. See Rollout.
-    Log-probs and values of the policy come from the sampling itself, not from another forward pass."""
+def unpack(x, mask):
+    """(tokens,), one for each true entry of mask (B, T) -> (B, T), 0 elsewhere.
+
+    It undoes x = y[mask].
+    """
+    return torch.zeros_like(mask, dtype=x.dtype).masked_scatter(mask, x)
+
+
+def response_log_probs(t5, source, ids, mask, support, temperature):
+    """The log-probs that a model gives to responses sampled from `support` (teacher forcing).
+
+    source (B, S), ids and mask (B, T), support (B, T, V); see token_log_probs. Padding is
+    dropped first: the product with the vocabulary is the most expensive of a small model.
+    Returns log-probs and entropies, (B, T) and 0 on padding, and the states that predict the
+    tokens, (tokens, D).
+    """
     with autocast(source.device):
-        g = generate(policy.t5, source, sampling)  # 1. responses
-    mask = response_mask(g.ids, policy.t5.config.eos_token_id)  # 2. what counts of them
-    values = policy.values(g.states) * mask  # 3. what the value head expected
-    ref_log_probs, scores = (
-        torch.zeros_like(g.log_probs),
-        torch.zeros(len(source), device=source.device),
-    )
-    for rows in mask.sum(1).argsort().cpu().split(64):  # like lengths together: less padding
-        ids, seen = (x[rows, : int(mask[rows].sum(1).max())] for x in (g.ids, mask))
-        support = g.support[rows, : ids.shape[1]]
-        ref_log_probs[rows, : ids.shape[1]] = score(
-            reference, source[rows], ids, seen, support, sampling.temperature
-        )[0]  # 4. the reference
-        scores[rows] = reward(source[rows], ids, index[rows]).float()  # 5. what it got
+        states = t5.response_states(source, ids)[mask]  # (tokens, D)
+        logits = t5.logits(states)  # (tokens, V)
+    log_probs, entropy = token_log_probs(logits, ids[mask], support[mask], temperature)
+    return unpack(log_probs, mask), unpack(entropy, mask), states
+
+
+@torch.no_grad()
+def rollout(policy, reference, reward, prompts, sampling):
+    """Sample a response to each prompt; ask reference, value head and reward about it.
+
+    reward: (source ids, response ids, targets) -> (B,). Returns a Rollout.
+    """
+    source = prompts.source
+    with autocast(source.device):
+        sampled = generate(policy.t5, source, sampling)
+    ids, support = sampled.ids, sampled.support
+    mask = response_mask(ids)
+
+    # Reference and reward look at 64 responses of like length at a time: with all of them at
+    # once an iteration of the preset `toy` takes 1.3 times as long.
+    ref_log_probs = torch.zeros_like(sampled.log_probs)
+    rewards = ref_log_probs.new_zeros(len(ids))  # (B,)
+    lengths = mask.sum(1)
+    for rows in lengths.argsort().split(64):
+        width = int(lengths[rows].max())
+        part = source[rows], ids[rows, :width], mask[rows, :width], support[rows, :width]
+        log_probs, _, _ = response_log_probs(reference, *part, sampling.temperature)
+        ref_log_probs[rows, :width] = log_probs
+        rewards[rows] = reward(source[rows], ids[rows, :width], prompts.targets[rows]).float()
+
+    # The policy's own log-probs come with the sampling, 0 on padding; asking it again by
+    # teacher forcing would give the same up to rounding.
     return Rollout(
-        source,
-        g.ids,
-        mask,
-        g.support,
-        g.log_probs * mask,
-        ref_log_probs,
-        values,
-        scores,
-        index,
+        source=source,
+        human=prompts.human,
+        ids=ids,
+        mask=mask,
+        support=support,
+        log_probs=sampled.log_probs,
+        ref_log_probs=ref_log_probs,
+        values=policy.values(sampled.states) * mask,
+        rewards=rewards,
     )
 
 
-@torch.no_grad()
-def generations(t5, pairs, sampling, size=128):
-    """Responses to all contexts of pairs, lot by lot: (rows, source (B, S), Generation, mask (B, T) of t1 .. </s>)."""
-    for rows in pairs.chunks(size):
-        source = pairs.batch(rows)[0]
-        with autocast(pairs.device):
-            g = generate(t5, source, sampling)
-        yield rows, source, g, response_mask(g.ids, t5.config.eos_token_id)
+# ---- one iteration --------------------------------------------------------------------------
 
 
-def respond(t5, pairs, sampling, size=128):
-    """A response for every context of pairs: lists of ids, padding removed, </s> kept."""
-    responses = [None] * len(pairs)
-    for rows, _, g, mask in generations(t5, pairs, sampling, size):
-        for i, ids, seen in zip(rows, g.ids, mask):
-            responses[i] = ids[seen].tolist()
-    return responses
-
-
-@torch.no_grad()
-def sampled_kl(t5, reference, pairs, sampling, size=128):
-    """KL(t5 || reference) in nats a response, by k1 on one sample for each context (with the same seed those of `respond`),
-    under the distribution they are sampled from, as in training. None for greedy replies: nothing is sampled."""
-    if sampling.greedy:
-        return None
-    total = 0.0
-    for _, source, g, mask in generations(t5, pairs, sampling, size):
-        ours, theirs = (
-            score(model, source, g.ids, mask, g.support, sampling.temperature)[0]
-            for model in (t5, reference)
-        )
-        total += kl_estimate(ours, theirs).sum().item()
-    return total / len(pairs)
-
-
-# ---- training -------------------------------------------------------------------------------------------------------
 class PPOTrainer:
-    """One call of step = one iteration: rollout, rewards, advantages, ppo_epochs passes of minibatches. reward(source ids, response
-    ids, index) -> (B,). batch_at(step) -> (source (B, S), index (B,)). validate(t5) -> dict of numbers, logged every eval_every
-    iterations. human_loss(index) -> (sum, tokens), if ptx_coef > 0. A step depends on its number, the state and torch's generator only."""
+    """Moves a copy of `reference` towards responses that earn more; the result is `model`.
 
-    def __init__(self, t5, reward, batch_at, validate, sampling, config, human_loss=None):
-        self.policy = Policy(t5).eval().to(next(t5.parameters()).device)
-        frozen = lambda: copy.deepcopy(t5).eval().requires_grad_(False)
-        self.reference, self.average = frozen(), frozen() if config.average else t5
-        self.reward, self.batch_at, self.validate, self.human_loss = (
-            reward,
-            batch_at,
-            validate,
-            human_loss,
-        )
-        self.sampling, self.config = sampling, config
-        self.optimizers = make_optimizers(self.policy, unit=("relative_bias", "value_head"))
-        self.kl_coef, self.moments = config.kl_coef, RunningMoments()
+    reference: the T5 to start from and to stay close to; it is not changed.
+    reward:    (source ids, response ids, targets) -> (B,).
+    prompts:   iteration -> Prompts.
+    sampling:  the Sampling that explores.
+    validate:  T5 -> dict of numbers for the log.
+    An iteration depends on its number, the state and torch's generator only.
+    """
+
+    shown = ("reward", "kl", "length", "entropy")  # of a record, on the line of progress
+
+    def __init__(self, reference, reward, prompts, sampling, config, validate):
+        self.reference = reference
+        self.reward = reward
+        self.prompts = prompts
+        self.sampling = sampling
+        self.config = config
+        self.validate = validate
+        self.policy = Policy(copy.deepcopy(reference)).requires_grad_()
+        self.policy.eval()  # learns, but without dropout
+        self.optimizer = Optimizer(self.policy, unscaled=("relative_bias", "value_head"))
+        self.moments = RunningMoments()
+        self.kl_coef = config.kl_coef
+        self.model = self.policy.t5  # whose weights are the result
+        if config.average:
+            self.model = copy.deepcopy(reference).eval()
 
     def step(self, i):
-        c, (source, index) = self.config, self.batch_at(i)
-        r = rollout(self.policy, self.reference, self.reward, source, index, self.sampling)
-        if not all(
-            x.isfinite().all() for x in (r.scores, r.values, r.log_probs, r.ref_log_probs)
-        ):
-            return {"reward": r.scores.mean().item(), "skipped": 1.0}  # nothing to learn from
-        self.moments.update(r.scores)  # 6. scores on one scale over the whole run
-        scores = (r.scores - (self.moments.mean if c.normalise_scores else 0)) / (
-            self.moments.std if c.scale_scores else 1
-        )
-        rewards = token_rewards(
-            scores, r.log_probs, r.ref_log_probs, r.mask, self.kl_coef
-        )  # 7.
-        rewards = whiten(rewards, r.mask, shift_mean=False) if c.whiten_rewards else rewards
-        advantages, returns = gae(rewards, r.values, r.mask, c.gamma, c.lam)  # 8.
-        advantages = whiten(advantages, r.mask) if c.whiten_advantages else advantages
-        set_lr(
-            self.optimizers,
-            c.lr * min((i + 1) / max(c.warmup, 1), 1 if c.average else 1 - i / c.steps),
-            c.rms_scaled,
-        )
-        update = self.update(r, advantages, returns)  # 9.
-        kl, k3 = (
-            (kl_estimate(r.log_probs, r.ref_log_probs, k) * r.mask).sum(1).mean().item()
-            for k in ("k1", "k3")
-        )
-        record = {
-            "reward": r.scores.mean().item(),
-            "kl": kl,
-            "kl_k3": k3,
-            "kl_coef": self.kl_coef,
-            "length": r.mask.sum(1).float().mean().item(),
-            "advantage_std": advantages[r.mask].std(correction=0).item(),
-            "value_mean": r.values[r.mask].mean().item(),
-            "return_mean": returns[r.mask].mean().item(),
-            **update,
-        }
-        if c.adaptive_kl:  # 10.
+        """Iteration i: sample, reward, find the advantages, update. Returns what to log."""
+        config = self.config
+
+        # 1. A response to each context, and what policy, reference and reward say of it.
+        batch = self.rollout(self.prompts(i))
+        mask = batch.mask
+        if not batch.is_finite():  # nothing to learn from
+            return {"reward": batch.rewards.mean().item(), "skipped": 1.0}
+
+        # 2. The responses' rewards, on one scale over the whole run.
+        rewards = self.scaled(batch.rewards)
+
+        # 3. A reward for each token: the KL penalty everywhere, the response's on its last.
+        kl = kl_estimate(batch.log_probs, batch.ref_log_probs)
+        per_token = token_rewards(rewards, kl, mask, self.kl_coef)
+        if config.whiten_rewards:
+            per_token = whiten(per_token, mask, shift_mean=False)
+
+        # 4. Advantages: how much better than the value head expected, token by token.
+        advantages, returns = gae(per_token, batch.values, mask, GAMMA, config.lam)
+        if config.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        batch.advantages, batch.returns = advantages, returns
+
+        # 5. One pass of minibatches over these responses, or more.
+        self.optimizer.set_lr(self.learning_rate(i), config.rms_scaled)
+        record = self.describe(batch)
+        record.update(self.update(batch))
+
+        # 6. How far the policy is from the reference may move beta.
+        if config.adaptive_kl:
             self.kl_coef = adapt_kl_coef(
-                self.kl_coef, kl, c.kl_target, len(source), c.kl_horizon
+                self.kl_coef, record["kl"], config.kl_target, len(mask), config.kl_horizon
             )
-        if (i + 1) % c.eval_every == 0 or i + 1 == c.steps:
-            record.update(self.validate(self.average))
+
+        # 7. Now and then, validation; often at first, when most changes, and before all else.
+        if i == 0:
+            record["start"] = self.validate(self.reference)
+        done = i + 1
+        if done in (1, 2, 4, 8, config.steps) or done % config.eval_every == 0:
+            record.update(self.validate(self.model))
         return record
 
-    def update(self, r, advantages, returns):
-        """ppo_epochs passes over one rollout. Returns the means of what was measured at each optimizer step;
-        `first_ratio_error` is max |ratio - 1| before the first one, which tells that sampling and scoring agree: below 1e-5 in fp32,
-        0.02 to 0.03 in bf16, whose passes round differently;
-        `stopped_early` is 1 if the policy had moved by max_update_kl, `epochs` how many passes were made until then."""
-        c, log, steps, ratio_errors = self.config, [], 0, []
-        epochs = [
-            torch.randperm(len(r.ids)).split(c.minibatch_size) for _ in range(c.ppo_epochs)
-        ]
-        for rows in itertools.chain(*epochs):
-            tokens, measured = r.mask[rows].sum(), Counter()
-            parts = rows.split(c.micro_batch or len(rows))
-            if c.ptx_coef:
-                measured["human_loss"] = self.human_gradient(r.index, parts)
-            for part in parts:
-                loss, seen, error = self.loss(r, part, advantages, returns)
-                share = (
-                    r.mask[part].sum() / tokens
-                ).item()  # makes the parts' mean the minibatch's mean
-                (loss * share).backward()
-                measured.update({name: share * x for name, x in seen.items()})
-                ratio_errors += [error] if not log else []
-            log.append(measured)
-            stop = measured["update_kl"] > c.max_update_kl
-            if stop or measured["ratio"] > c.max_ratio:
-                [x.zero_grad() for x in self.optimizers]
-            else:
-                measured["grad_norm"] = norm = optimizer_step(self.optimizers, c.max_grad_norm)
-                if c.average:
-                    torch._foreach_lerp_(
-                        [*self.average.parameters()],
-                        [p.data for p in self.policy.t5.parameters()],
-                        1 - c.average,
-                    )
-                measured["skipped"] = float(not math.isfinite(norm))
-                steps += math.isfinite(norm)
-            if stop:
+    def rollout(self, prompts):
+        """A response to each prompt, and what everybody says of it."""
+        return rollout(self.policy, self.reference, self.reward, prompts, self.sampling)
+
+    def scaled(self, rewards):
+        """Rewards (B,) on one scale over the whole run; these join the running moments."""
+        self.moments.update(rewards)
+        if self.config.centre_rewards:
+            rewards = rewards - self.moments.mean
+        if self.config.scale_rewards:
+            rewards = rewards / self.moments.std
+        return rewards
+
+    def learning_rate(self, i):
+        """It rises linearly, then falls linearly; a mean of the weights needs no fall."""
+        config = self.config
+        rise = (i + 1) / max(config.warmup, 1)
+        fall = 1 if config.average else 1 - i / config.steps
+        return config.lr * min(rise, fall)
+
+    def describe(self, batch):
+        """What to log of a rollout. KL in nats a response, length in tokens."""
+        mask = batch.mask
+        k1 = kl_estimate(batch.log_probs, batch.ref_log_probs)
+        k3 = kl_estimate(batch.log_probs, batch.ref_log_probs, "k3")
+        record = {"reward": batch.rewards.mean().item(), "kl_coef": self.kl_coef}
+        record["kl"] = k1.sum(1).mean().item()
+        record["kl_k3"] = k3.sum(1).mean().item()
+        record["length"] = mask.sum(1).float().mean().item()
+        record["value_mean"] = masked_mean(batch.values, mask).item()
+        record["return_mean"] = masked_mean(batch.returns, mask).item()
+        record["explained_variance"] = explained_variance(batch.values, batch.returns, mask)
+        return record
+
+    def update(self, batch):
+        """ppo_epochs passes over one rollout. Returns the means of what was measured."""
+        log = defaultdict(list)
+        stopped_early = 0.0
+        for rows in minibatches(len(batch.ids), self.config):
+            measured = self.accumulate_gradient(batch, rows)
+            for name, number in measured.items():
+                log[name].append(number)
+
+            if measured["update_kl"] > MAX_UPDATE_KL:  # far enough: all epochs end here
+                self.optimizer.zero_grad()
+                stopped_early = 1.0
                 break
-        epochs_done = (len(log) - stop) / len(
-            epochs[0]
-        )  # what stopped them is not learnt from
-        seen = {
-            name: [m[name] for m in log if name in m] for name in itertools.chain(*log)
-        }  # no grad_norm without a step
-        means = {name: sum(xs) / len(xs) for name, xs in seen.items()}
-        return {
-            **means,
-            "first_ratio_error": max(ratio_errors),
-            "optimizer_steps": steps,
-            "stopped_early": float(stop),
-            "epochs": epochs_done,
-        }
+            if measured["ratio"] > MAX_RATIO:  # these samples say little of today's policy
+                self.optimizer.zero_grad()
+                continue
 
-    def human_gradient(self, index, parts):
-        """The gradient of ptx_coef times the human responses' mean negative log-likelihood a token, which is returned. It is
-        divided by all tokens at the end: the parts' human responses have other shares of the tokens than the sampled ones."""
-        total, tokens = 0.0, 0
-        for part in parts:
-            loss, count = self.human_loss(index[part])
+            norm = self.optimizer.step()
+            log["grad_norm"].append(norm)
+            log["skipped"].append(float(not math.isfinite(norm)))
+            if self.config.average:
+                move_towards(self.model, self.policy.t5, 1 - self.config.average)
+
+        record = {name: sum(numbers) / len(numbers) for name, numbers in log.items()}
+        del record["ratio_error"]
+        record["first_ratio_error"] = log["ratio_error"][0]  # near 0: they agree
+        record["optimizer_steps"] = sum(map(math.isfinite, log["grad_norm"]))
+        record["stopped_early"] = stopped_early
+        return record
+
+    def accumulate_gradient(self, batch, rows):
+        """Add the gradient of the loss on some rows to .grad; optimizer.step clears it.
+
+        It is done a micro-batch at a time. With n_k of the minibatch's n tokens in part k,
+        mean = sum_k (n_k / n) mean_k. Human responses have other lengths, so other shares.
+        Returns what was measured on the way.
+        """
+        config = self.config
+        tokens = batch.mask[rows].sum()
+        human_tokens = (batch.human[rows] != PAD_ID).sum()
+        measured = defaultdict(float)
+        for micro_rows in rows.split(config.micro_batch or len(rows)):
+            part = batch.take(micro_rows)
+            share = (part.mask.sum() / tokens).item()
+            part_loss, seen, ratio_error = self.loss(part)
+            loss = share * part_loss
+
+            # The human responses' negative log-likelihood keeps the policy fluent (PPO-ptx,
+            # Ouyang et al. 2022, arXiv 2203.02155).
+            if config.ptx_coef:
+                human_loss, _ = self.policy.t5.loss_sum(part.source, part.human)
+                human_loss = human_loss / human_tokens
+                loss = loss + config.ptx_coef * human_loss
+                measured["human_loss"] += human_loss.item()
+
             loss.backward()
-            total, tokens = total + loss.item(), tokens + count
-        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, self.config.ptx_coef / tokens)
-        return total / tokens
+            for name, number in seen.items():
+                measured[name] += share * number.item()
+            measured["ratio_error"] = max(measured["ratio_error"], ratio_error.item())
+        return measured
 
-    def loss(self, r, rows, advantages, returns):
-        """L = L_policy + value_coef L_value on some rows; also what is logged of it, and max |ratio - 1|."""
-        c, width = (
-            self.config,
-            int(r.mask[rows].sum(1).max()),
-        )  # shorter responses need fewer columns
-        ids, mask, old = r.ids[rows, :width], r.mask[rows, :width], r.log_probs[rows, :width]
-        log_probs, entropy, values = score(
+    def loss(self, part):
+        """L = L_policy + value_coef L_value, means over the tokens of a part of the rollout.
+
+        Returns the loss, what is logged of it, and the largest |ratio - 1|.
+        """
+        config, mask = self.config, part.mask
+        log_probs, entropy, states = response_log_probs(
             self.policy.t5,
-            r.source[rows],
-            ids,
+            part.source,
+            part.ids,
             mask,
-            r.support[rows, :width],
+            part.support,
             self.sampling.temperature,
-            self.policy.values,
         )
-        pg_loss, clip_share = policy_loss(
-            log_probs, old, advantages[rows, :width], mask, c.clip_range
+        values = unpack(self.policy.values(states), mask)
+        policy_part, clip_share = policy_loss(
+            log_probs, part.log_probs, part.advantages, mask, config.clip_range
         )
-        v_loss = value_loss(
-            values, r.values[rows, :width], returns[rows, :width], mask, c.value_clip_range
+        value_part = value_loss(
+            values, part.values, part.returns, mask, config.value_clip_range
         )
-        ratio = torch.exp(log_probs.detach() - old)
+
+        # How far the update has gone by now.
+        new = log_probs.detach()
+        ratio = torch.exp(new - part.log_probs)
+        update_kl = kl_estimate(part.log_probs, new, "k3")
         measured = {
-            "policy_loss": pg_loss,
-            "value_loss": v_loss,
+            "policy_loss": policy_part,
+            "value_loss": value_part,
             "entropy": masked_mean(entropy, mask),
             "clip_share": clip_share,
             "ratio": masked_mean(ratio, mask),
-            "update_kl": masked_mean(kl_estimate(old, log_probs, "k3"), mask),
+            "update_kl": masked_mean(update_kl, mask),
         }
-        return (
-            pg_loss + c.value_coef * v_loss,
-            {k: x.item() for k, x in measured.items()},
-            ((ratio - 1).abs() * mask).max().item(),
-        )
+        ratio_error = ((ratio - 1).abs() * mask).max()
+        return policy_part + config.value_coef * value_part, measured, ratio_error
 
-    def finish(self):  # the averaged weights are the result
-        self.policy.t5.load_state_dict(self.average.state_dict())
+    def finish(self):
+        """What Run.train calls at the end; self.model has the result already."""
+
+    def warnings(self, record, first):
+        return signs_of_collapse(record, first, self.sampling.max_length)
 
     def state_dict(self):
         return {
             "policy": self.policy.state_dict(),
-            "average": self.average.state_dict(),
-            "kl_coef": self.kl_coef,
-            "optimizers": [x.state_dict() for x in self.optimizers],
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "moments": vars(self.moments),
+            "kl_coef": self.kl_coef,
         }
 
     def load_state_dict(self, state):
         self.policy.load_state_dict(state["policy"])
-        self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        self.kl_coef = state["kl_coef"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
         vars(self.moments).update(state["moments"])
+        self.kl_coef = state["kl_coef"]
+
+
+def minibatches(count, config):
+    """The rows of each minibatch, in a new order for every epoch."""
+    for _ in range(config.ppo_epochs):
+        yield from torch.randperm(count).split(config.minibatch_size)
+
+
+def move_towards(mean, model, share):
+    """mean <- mean + share (model - mean), for all weights (Polyak & Juditsky 1992)."""
+    for old, new in zip(mean.parameters(), model.parameters()):
+        old.data.lerp_(new.data, share)
+
+
+# ---- watching -------------------------------------------------------------------------------
+
+
+def signs_of_collapse(record, first, max_length):
+    """What in a record looks like a collapse: sentences that say what to do about it.
+
+    first: the record of the run's first iteration. max_length: of a response, in tokens.
+    """
+    if "kl" not in record:  # a skipped iteration
+        return []
+    kl, entropy, length = record["kl"], record["entropy"], record["length"]
+    unique = record.get("valid_unique", 1.0)
+    signs = []
+    if kl > 15:
+        signs.append(f"KL {kl:.1f} nats, far from MLE: raise ppo.kl_coef or lower ppo.lr")
+    if entropy < first.get("entropy", 0) / 10:
+        signs.append(f"entropy {entropy:.3g}, a tenth of its start: raise ppo.kl_coef")
+    if length > 0.9 * max_length:
+        signs.append(f"responses of {length:.0f} tokens, nearly the limit: train MLE longer")
+    if length < first.get("length", 0) / 2:
+        signs.append(
+            f"responses of {length:.0f} tokens, half of their start: raise ppo.kl_coef"
+        )
+    if unique < 0.3:
+        signs.append(f"only {unique:.0%} of the responses differ: raise ppo.kl_coef")
+    return signs
+
+
+# ---- replying -------------------------------------------------------------------------------
+
+
+def sample(t5, pairs, sampling, size):
+    """Respond to all contexts, some rows at a time.
+
+    pairs: data.Pairs. Yields the rows, their responses as lists of ids, and the arguments of
+    response_log_probs that are the same for all models.
+    """
+    for rows in pairs.chunks(size):
+        source, _ = pairs.batch(rows)
+        with autocast(source.device):
+            sampled = generate(t5, source, sampling)
+        mask = response_mask(sampled.ids)
+        responses = [ids[is_token].tolist() for ids, is_token in zip(sampled.ids, mask)]
+        arguments = source, sampled.ids, mask, sampled.support, sampling.temperature
+        yield rows, responses, arguments
+
+
+@torch.no_grad()
+def respond(t5, pairs, sampling, size=128):
+    """A response to every context of pairs: lists of ids without padding, </s> included."""
+    found = {}  # row -> response
+    for rows, responses, _ in sample(t5, pairs, sampling, size):
+        found.update(zip(rows, responses))
+    return [found[row] for row in range(len(pairs))]
+
+
+@torch.no_grad()
+def respond_and_compare(t5, reference, pairs, sampling, size=128):
+    """Responses as `respond` gives them, and KL(t5 || reference) in nats a response, by k1.
+
+    Both models are asked by teacher forcing, so that it is exactly 0 for the reference itself.
+    """
+    found, total = {}, 0.0
+    for rows, responses, arguments in sample(t5, pairs, sampling, size):
+        found.update(zip(rows, responses))
+        log_probs, _, _ = response_log_probs(t5, *arguments)
+        ref_log_probs, _, _ = response_log_probs(reference, *arguments)
+        total += kl_estimate(log_probs, ref_log_probs).sum().item()
+    return [found[row] for row in range(len(pairs))], total / len(pairs)

@@ -1,30 +1,20 @@
-"""What all tests share: the modules' folder on the path, one thread, and one comparison that explains itself.
+"""What all tests share: one thread, and a comparison that says what was expected and what came."""
 
-With --impl FILE the tests grade a student's functions (see coursework/): only the tests of what FILE defines are run.
-"""
-
-import importlib
-import importlib.util
-import sys
+import contextlib
+import shutil
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path[:0] = [
-    str(Path(__file__).resolve().parent.parent),
-    str(Path(__file__).resolve().parent / "coursework"),
-]
-from units import FILES, UNITS, graders
+pytest_plugins = ["tests.coursework.grade"]  # the option --impl, which grades a student's file
 
-torch.set_num_threads(
-    1
-)  # the tests' models are too small for more, which on a busy machine is far slower
+# The tests' models are too small for more, which on a busy machine is far slower.
+torch.set_num_threads(1)
 
 
 def check(what, got, expected, tol=1e-5):
-    """got is expected (numbers, lists or tensors) to tol; otherwise fails saying what was expected and got."""
+    """got is expected (numbers, lists or tensors) to tol; a failure says what both were."""
     got, expected = (
         x.detach() if torch.is_tensor(x) else torch.tensor(x) for x in (got, expected)
     )
@@ -47,86 +37,82 @@ def check(what, got, expected, tol=1e-5):
         )
 
 
-# ---- grading a student's file
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a finished smoke run; nobody writes into it. What it printed lies beside it."""
+    import emprl  # here: a student's file is put into the modules before
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with open(folder.with_suffix(".txt"), "w", encoding="utf-8") as file:
+        with contextlib.redirect_stdout(file):
+            code = emprl.main(["--preset", "smoke", "--run", str(folder)])
+    assert code == 0
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of it, to write into."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """They take longer than all the rest of a small run."""
+    import emprl
+
+    monkeypatch.setattr(emprl, "draw_plots", lambda *_: {})
+
+
+@pytest.fixture
+def refusal(capsys):
+    """refusal(words): the one line that a command ends with, which must be bad input (exit 2)."""
+    import emprl
+
+    def refused(words):
+        assert emprl.main(list(map(str, words))) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("emprl.py: ") and line.count("\n") == 1, line
+        return line
+
+    return refused
+
+
+# ---- few cases by default, many with --thorough
+
+COUNTS = Counter()  # what was tried -> how often; printed at the end of a thorough run
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--impl", help="a student's file: its functions take the place of the project's"
+        "--thorough", action="store_true", help="kills, faults and odd input in large numbers"
     )
 
 
 def pytest_configure(config):
-    """Put the student's functions into the modules before any test looks at them."""
-    config.defined, path = set(), config.getoption("--impl")
-    if not path:
-        return
-    try:
-        spec = importlib.util.spec_from_file_location("student", path)
-        student = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(student)
-    except Exception as error:
-        raise pytest.UsageError(f"--impl {path}: {type(error).__name__}: {error}") from None
-    for _, _, functions in UNITS.values():
-        for name, graded in functions.items():
-            if hasattr(student, name):
-                setattr(importlib.import_module(graded.module), name, getattr(student, name))
-                config.defined.add(name)
-    if not config.defined:
-        raise pytest.UsageError(
-            f"--impl {path}: defines none of the graded functions; see tests/coursework/specify.py"
-        )
-
-
-def pytest_ignore_collect(collection_path, config):
-    """Only the files that grade something; None leaves the decision to pytest."""
-    if (
-        config.getoption("--impl")
-        and collection_path.is_file()
-        and collection_path.name not in FILES.values()
-    ):
-        return True
-
-
-def graded_by(item_or_nodeid):
-    """(unit, function) that a test grades, or None."""
-    file, _, test = getattr(item_or_nodeid, "nodeid", item_or_nodeid).partition("::")
-    return graders().get((Path(file).name, test.split("[")[0]))
+    config.addinivalue_line("markers", "only_thorough: left out without --thorough")
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--impl"):
-        kept = [item for item in items if (graded_by(item) or ("", ""))[1] in config.defined]
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    report = yield
-    if report.failed and item.config.getoption("--impl"):
-        unit, name = graded_by(item)
-        report.sections.append((f"{name}, unit {unit}", "hint: " + UNITS[unit][1]))
-    return report
+    if not config.getoption("--thorough"):
+        left_out = [item for item in items if item.get_closest_marker("only_thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if not config.getoption("--impl"):
-        return
-    counts = Counter(
-        (graded_by(r.nodeid)[0], kind)
-        for kind in ("passed", "failed", "error")
-        for r in terminalreporter.stats.get(kind, [])
-        if kind != "passed" or r.when == "call"
-    )
-    terminalreporter.section("units: tests passed / total")
-    for unit, (_, _, functions) in UNITS.items():
-        passed, total = (
-            counts[unit, "passed"],
-            sum(counts[unit, kind] for kind in ("passed", "failed", "error")),
-        )
-        missing = [name for name in functions if name not in config.defined]
-        terminalreporter.write_line(
-            f"{unit:<34}{passed:3d} / {total}"
-            + (f"   not in your file: {', '.join(missing)}" if missing else "")
-        )
+    if config.getoption("--thorough") and COUNTS:
+        terminalreporter.section("tried")
+        for what, count in sorted(COUNTS.items()):
+            terminalreporter.write_line(f"{count:>6}  {what}")
+
+
+@pytest.fixture(scope="session")
+def thorough(request):
+    """Large numbers are wanted."""
+    return request.config.getoption("--thorough")
+
+
+@pytest.fixture(scope="session")
+def counts():
+    return COUNTS

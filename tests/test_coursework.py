@@ -1,7 +1,8 @@
-"""The grader: what it grades exists, a right solution passes, a wrong one is told what and why."""
+"""The course: right solutions pass, wrong ones are told what and why, bugs can be planted."""
 
 import importlib
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -9,123 +10,142 @@ from pathlib import Path
 
 import pytest
 
-import plant_bug
-import specify
-from units import FILES, UNITS, graders
-from wrong import WRONG
+from tests.coursework import measure_bugs, plant, specify
+from tests.coursework.units import TEST_FILES, UNITS, all_graded, graders
+from tests.coursework.wrong import WRONG
 
 TESTS = Path(__file__).parent
+COURSE = TESTS / "coursework"
+
+
+def run_module(*words):
+    """python -m ... from the project's folder. Returns the exit code and all output."""
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, words)],
+        cwd=plant.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+    )
+    return done.returncode, done.stdout
 
 
 def grade(path, text):
+    """The exit code and the output of grading a file with this text."""
     path.write_text(text, encoding="utf-8")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            str(TESTS),
-            "--impl",
-            str(path),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=path.parent,
-        encoding="utf-8",
-    )
-    return done.returncode, done.stdout + done.stderr
+    return run_module("pytest", "-q", "-p", "no:cacheprovider", "tests", "--impl", path)
 
 
-def graders_pass(file, tests):
-    """Call test functions as pytest would, with all their parameters; True if none fails."""
+def parameters(test):
+    """The values that a test is parametrized with; [()] if it is not."""
+    for mark in getattr(test, "pytestmark", []):
+        if mark.name == "parametrize":
+            return [(value,) for value in mark.args[1]]
+    return [()]
+
+
+def all_pass(file, names):
+    """Call test functions as pytest would, with all their parameters. Does none fail?"""
     module = importlib.import_module(Path(file).stem)
-    for test in (getattr(module, name) for name in tests):
-        marks = [m.args for m in getattr(test, "pytestmark", []) if m.name == "parametrize"]
-        for values in marks[0][1] if marks else [()]:
+    for name in names:
+        test = getattr(module, name)
+        for values in parameters(test):
             try:
-                test(*((values,) if marks else ()))
-            except BaseException as error:  # pytest.fail is no Exception
-                if isinstance(error, KeyboardInterrupt):
-                    raise
+                test(*values)
+            except KeyboardInterrupt:
+                raise
+            except BaseException:  # pytest.fail is no Exception
                 return False
     return True
 
 
+def remade(module, source, filename):
+    """What a module would hold if this source were executed in it."""
+    namespace = dict(vars(module))
+    exec(compile(source, filename, "exec"), namespace)
+    return namespace
+
+
+# ---- the grader
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_solutions_are_caught(name, monkeypatch):
-    graded = next(functions[name] for _, _, functions in UNITS.values() if name in functions)
+    graded = all_graded()[name]
     module = importlib.import_module(graded.module)
+    tests = TEST_FILES[graded.module]
     source = inspect.getsource(getattr(module, name))
-    assert graders_pass(FILES[graded.module], graded.tests), (
-        "the project's own function passes"
-    )
+    assert all_pass(tests, graded.tests), "the project's own function passes"
     assert len(WRONG[name]) >= 3
     for right, wrong in WRONG[name]:
-        assert source.count(right) >= 1, f"{name} has no {right!r}: correct wrong.py"
-        mutant = dict(vars(module))
-        exec(compile(source.replace(right, wrong, 1), name, "exec"), mutant)
+        assert right in source, f"{name} has no {right!r}: correct wrong.py"
+        mutant = remade(module, source.replace(right, wrong, 1), name)
         monkeypatch.setattr(module, name, mutant[name])
-        assert not graders_pass(FILES[graded.module], graded.tests), (
-            f"{wrong!r} instead of {right!r} is not caught"
-        )
+        caught = not all_pass(tests, graded.tests)
         monkeypatch.undo()
+        assert caught, f"{wrong!r} instead of {right!r} is not caught"
 
 
 def test_every_function_has_wrong_solutions():
-    assert set(WRONG) == {name for _, _, functions in UNITS.values() for name in functions}
+    assert set(WRONG) == set(all_graded())
 
 
 def test_units_are_whole():
-    assert len(UNITS) == 5 and sum(len(functions) for _, _, functions in UNITS.values()) >= 14
-    for unit, (effort, _, functions) in UNITS.items():
-        assert (
-            effort == f"{sum(graded.minutes for graded in functions.values()) // 60} hours"
-        ), unit
+    """Every grading test is there, every file grades something, hours are whole."""
+    assert len(UNITS) == 5
+    assert len(all_graded()) == sum(len(unit.functions) for unit in UNITS) >= 14
+    for unit in UNITS:
+        assert unit.hours == round(unit.hours), unit.title
     for file, test in graders():
-        assert f"def {test}(" in (TESTS / file).read_text(encoding="utf-8"), (
-            f"{file} has no {test}"
-        )
-    assert {g.module for _, _, functions in UNITS.values() for g in functions.values()} == set(
-        FILES
-    )
+        text = (TESTS / file).read_text(encoding="utf-8")
+        assert f"def {test}(" in text, f"{file} has no {test}"
+    assert {file for file, _ in graders()} == set(TEST_FILES.values())
+
+
+def test_the_students_page_has_these_units_and_functions():
+    page = (COURSE / "README.md").read_text(encoding="utf-8")
+    for unit in UNITS:
+        names = ", ".join(f"`{graded.name}`" for graded in unit.functions)
+        assert f"| {unit.title} | {names} | {unit.hours:g} hours |" in page
 
 
 def test_specification_is_python_with_nothing_solved(tmp_path):
     specify.write(tmp_path / "mine.py")
     text = (tmp_path / "mine.py").read_text(encoding="utf-8")
     compile(text, "mine.py", "exec")
-    names = [name for _, _, functions in UNITS.values() for name in functions]
-    assert text.count(" minutes. Example: ") == text.count("#     gives ") == len(names)
-    assert text.count("raise NotImplementedError\n") >= len(names) and "error =" not in text
-    again = subprocess.run(
-        [sys.executable, specify.__file__, str(tmp_path / "mine.py")], capture_output=True
-    )
-    assert (
-        again.returncode == 1 and (tmp_path / "mine.py").read_text(encoding="utf-8") == text
-    ), "a student's work is not written over"
+    count = len(all_graded())
+    assert text.count(" minutes. Example: ") == count
+    assert text.count("#     gives ") == count
+    assert text.count("raise NotImplementedError\n") >= count
+    assert "error =" not in text
+
+
+def test_a_students_work_is_not_written_over(tmp_path):
+    (tmp_path / "mine.py").write_text("work\n", encoding="utf-8")
+    code, output = run_module("tests.coursework.specify", tmp_path / "mine.py")
+    assert code == 2
+    assert output.count("\n") == 1
+    assert (tmp_path / "mine.py").read_text(encoding="utf-8") == "work\n"
 
 
 def test_a_solution_is_graded_by_unit(tmp_path):
-    """A right gae, a whiten that forgets the mask, a masked_mean not yet written; everything else is not in the file."""
+    """A right gae, a whiten that forgets the mask, a mean_pool that is not written yet."""
     code, output = grade(
         tmp_path / "mine.py",
-        "import torch\nfrom ppo import gae\n"
+        "from ppo import gae\n"
         "def whiten(x, mask, shift_mean=True):\n    return (x - x.mean()) / x.std()\n"
-        "def masked_mean(x, mask):\n    raise NotImplementedError\n",
+        "def mean_pool(x, mask):\n    raise NotImplementedError\n",
     )
-    assert code == 1 and "4 from a score to advantages        2 / 3" in output, output
-    assert (
-        "3 identifiers, reward, metrics      0 / 1" in output
-        and "not in your file: token_log_probs" in output
-    )
-    assert (
-        "expected" in output
-        and "got" in output
-        and "hint: Score the distribution that was sampled from" in output
-    )
+    assert code == 1
+    for words in (
+        "4 from a reward to advantages       2 / 3",
+        "3 identifiers, reward, metrics      0 / 1",
+        "not in your file: token_log_probs",
+        "expected",
+        "got",
+        "hint: Take the log-probs under the distribution that was sampled from",
+    ):
+        assert words in output, output
 
 
 @pytest.mark.parametrize(
@@ -134,78 +154,123 @@ def test_a_solution_is_graded_by_unit(tmp_path):
 )
 def test_a_file_that_can_not_be_graded_is_one_line(text, words, tmp_path):
     code, output = grade(tmp_path / "mine.py", text)
-    assert code == 4 and words in output and "Traceback" not in output
-
-
-@pytest.mark.parametrize("number", plant_bug.BUGS)
-def test_a_bug_has_its_place_and_the_copy_is_python(number):
-    file, right, wrong = plant_bug.BUGS[number]
-    text = (plant_bug.ROOT / file).read_text(encoding="utf-8")
-    assert text.count(right) == 1 and right != wrong
-    compile(text.replace(right, wrong), file, "exec")
-
-
-@pytest.mark.parametrize("number", plant_bug.BUGS)
-def test_the_test_that_the_teacher_names_catches_the_bug(number, monkeypatch):
-    """The mutant's functions take the place of the module's: with the bug every named test fails, without it none."""
-    file, right, wrong = plant_bug.BUGS[number]
-    row = next(
-        line
-        for line in (TESTS / "coursework" / "teacher.md")
-        .read_text(encoding="utf-8")
-        .splitlines()
-        if line.startswith(f"| {number} |")
-    )
-    module, named, test_file = (
-        importlib.import_module(file[:-3]),
-        re.findall(r"(test_\w+)`", row),
-        re.search(r"`(test_\w+\.py)::", row)[1],
-    )
-    assert named
-    for instead in (
-        right,
-        wrong,
-    ):  # the same program, made anew, passes: it is the bug that is caught
-        mutant = dict(vars(module))
-        exec(
-            compile(
-                (plant_bug.ROOT / file).read_text(encoding="utf-8").replace(right, instead),
-                file,
-                "exec",
-            ),
-            mutant,
-        )
-        for name, value in mutant.items():
-            if getattr(value, "__module__", "") == module.__name__ and callable(value):
-                for user in (module, importlib.import_module(test_file[:-3])):
-                    if hasattr(user, name):
-                        monkeypatch.setattr(user, name, value)
-        for test in named:
-            assert graders_pass(test_file, [test]) == (instead == right), (
-                f"bug {number}: {test}"
-            )
-        monkeypatch.undo()
-
-
-def test_planting_copies_the_project_with_one_change(tmp_path):
-    plant_bug.plant(5, tmp_path / "copy")
-    changed = [
-        name
-        for name in ("data.py", "emprl.py", "identifiers.py", "ppo.py", "t5_small.py")
-        if (tmp_path / "copy" / name).read_text(encoding="utf-8")
-        != (plant_bug.ROOT / name).read_text(encoding="utf-8")
-    ]
-    assert changed == ["ppo.py"] and not [*(tmp_path / "copy").glob("tests/**/test_*")], (
-        "the tests would tell"
-    )
+    assert code == 4
+    assert words in output
+    assert "Traceback" not in output
 
 
 def test_an_empty_specification_fails_everything_that_is_graded(tmp_path):
     specify.write(tmp_path / "source.py")
-    code, output = grade(
-        tmp_path / "mine.py", (tmp_path / "source.py").read_text(encoding="utf-8")
-    )
-    assert code == 1 and " passed" not in output.splitlines()[-2] + output.splitlines()[-1], (
-        output
-    )
+    text = (tmp_path / "source.py").read_text(encoding="utf-8")
+    code, output = grade(tmp_path / "mine.py", text)
+    assert code == 1
+    assert " passed" not in output.splitlines()[-1], output
     assert output.count("FAILED") >= len(graders())
+
+
+# ---- silent bugs
+
+
+def teachers_tests(number):
+    """The test file and the names of the tests that teacher.md names for a bug."""
+    page = (COURSE / "teacher.md").read_text(encoding="utf-8")
+    row = re.search(rf"^\| {number} \| .*$", page, re.MULTILINE)[0]
+    file = re.search(r"`(test_\w+\.py)::", row)[1]
+    return file, re.findall(r"(test_\w+)`", row)
+
+
+def put_in(monkeypatch, module, namespace):
+    """The namespace's functions and classes take the place of the module's, for all users."""
+    for name, value in namespace.items():
+        if not callable(value) or getattr(value, "__module__", "") != module.__name__:
+            continue
+        original = getattr(module, name)
+        for user in list(sys.modules.values()):
+            if getattr(user, "__dict__", {}).get(name) is original:
+                monkeypatch.setattr(user, name, value)
+
+
+@pytest.mark.parametrize("number", plant.BUGS)
+def test_the_tests_that_the_teacher_names_catch_the_bug(number, monkeypatch):
+    """The program made anew passes them, with the bug it passes none."""
+    name, buggy = plant.with_bug(number)
+    file, tests = teachers_tests(number)
+    assert tests
+    module = importlib.import_module(Path(name).stem)
+    importlib.import_module(Path(file).stem)  # before its names are replaced
+    right = (plant.ROOT / name).read_text(encoding="utf-8")
+    for source, expected in ((right, True), (buggy, False)):
+        put_in(monkeypatch, module, remade(module, source, name))
+        for test in tests:
+            assert all_pass(file, [test]) == expected, f"bug {number}: {test}"
+        monkeypatch.undo()
+
+
+def test_a_planted_copy_has_one_change_and_nothing_that_tells(tmp_path):
+    code, output = run_module("tests.coursework.plant", 5, tmp_path / "copy")
+    assert code == 0
+    assert "start with: cd " in output
+    changed = []
+    for path in (tmp_path / "copy").glob("**/*"):
+        original = plant.ROOT / path.relative_to(tmp_path / "copy")
+        if path.is_file() and path.read_bytes() != original.read_bytes():
+            changed.append(path.name)
+    assert changed == ["ppo.py"]
+    assert not [*(tmp_path / "copy").glob("**/test_*")]
+    assert not (tmp_path / "copy" / "tests" / "coursework").exists()
+
+
+IMPORT_ALL = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        print(error.name)
+"""
+
+
+def test_a_planted_copy_is_complete(tmp_path):
+    """The modules and the scripts of the lab need nothing of the project that is not there."""
+    plant.plant(3, tmp_path / "copy")
+    lab = (tmp_path / "copy" / "tests" / "lab").glob("*.py")
+    scripts = [f"tests.lab.{path.stem}" for path in lab]
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, "emprl", *scripts],
+        cwd=tmp_path / "copy",
+        stdout=subprocess.PIPE,
+        check=True,
+        encoding="utf-8",
+    )
+    for missing in done.stdout.split():  # packages that only the lab's users have
+        assert not missing.startswith("tests"), missing
+        assert not (plant.ROOT / f"{missing}.py").exists(), missing
+
+
+def test_planting_over_a_folder_is_refused_in_one_line(tmp_path):
+    code, output = run_module("tests.coursework.plant", 5, tmp_path)
+    assert code == 2
+    assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize("bug", [7, 8])
+def test_the_teachers_curves_can_be_measured(bug, finished):
+    """A short run in a copy, from a finished run; the identifiers or MLE are trained anew."""
+    settings = ["mle.steps=2", "identifiers.steps=2", "ppo.steps=2", "ppo.batch_size=8"]
+    records = measure_bugs.short_run(bug, finished, settings)
+    assert len(records) == 2
+    for record in records:
+        assert set(record) == set(measure_bugs.PANELS)
+
+
+def test_what_is_no_finished_run_is_not_measured(tmp_path):
+    code, output = run_module("tests.coursework.measure_bugs", tmp_path)
+    assert code == 2
+    assert output.count("\n") == 1
+
+
+def test_the_teachers_curves_are_drawn(tmp_path):
+    figures = json.loads((COURSE / "bugs.json").read_text(encoding="utf-8"))
+    few = {name: figures[name] for name in ("0/0", "0/1", "3/0", "3/1")}
+    measure_bugs.draw(few, tmp_path / "bugs.png")
+    assert (tmp_path / "bugs.png").read_bytes().startswith(b"\x89PNG")

@@ -1,76 +1,41 @@
-"""What chat takes for a sign of crisis: unmistakable phrases in any spelling, and no ordinary one."""
+"""What chat takes for a sign of crisis: a few unmistakable sentences in any spelling, no other.
+
+The list is short on purpose and no safety feature: where help is found stands at the top of
+every chat, and /help repeats it (test_trust.py).
+"""
 
 import random
 import re
 
 import pytest
 
-import crisis
+from emprl import signs_of_crisis
 
 UNMISTAKABLE = """
-I wanna die
 I want to die
 I just want to die
-I don't want to live anymore
-I do not want to be alive
-I don't want to live
+I wanna die
+I wanna die today
+I want to be dead
 I want to kill myself
-i am going to kill myself
+I am going to kill myself
 I'm going to kill myself tonight
-I will kill myself because nobody cares
-I'm thinking of killing myself
-I keep thinking about killing myself
-I think about suicide every day
-I am planning to commit suicide
-I want to commit suicide
-I'm considering suicide
-I am suicidal
-I feel suicidal again
-Suicidal thoughts again
-I have suicidal thoughts
+I will kill myself
 I want to end my life
-I'm going to end my own life
+I'm going to end my life now
 I want to take my own life
-I've been thinking about ending my life
-I'm thinking about ending it all
-I want to end it all
-Life is not worth living
-My life isn't worth living anymore
-There is no reason to live
-I see no point in living
-There's nothing left to live for
-I have nothing to live for
-I'm tired of living
-I am sick of being alive
+I want to commit suicide
+I am suicidal
+I'm suicidal
+I feel suicidal again
+I don't want to live anymore
+I do not want to live
+I don't want to be alive
 I wish I was dead
 I wish I were dead
-I wish I had never been born
-I hope I don't wake up tomorrow
-I never want to wake up again
-Everyone would be better off without me
-they would be better off without me
-My family would be better off if I was dead
-I'd be better off dead
-I want to hang myself
-I'm gonna hang myself
-I want to slit my wrists
-I have been cutting myself
-I started cutting myself again
-I hurt myself on purpose
-I've been harming myself
-I want to hurt myself
-self-harm
-I took an overdose
-I took all my pills
-I swallowed the whole bottle of pills
-I wrote a suicide note
-I can't go on living
-I feel like dying
+Life is not worth living
 My brother is gone. I want to die.
 Nobody calls, I want to die, goodbye
-He wants to kill himself
-She tried to kill herself
-I am going to die tonight, by my own hand
 """.strip().split("\n")
 
 ORDINARY = """
@@ -103,6 +68,7 @@ I hurt my knee on purpose-built stairs
 I overdosed on chocolate last night
 I took all my pills this morning, as the doctor said
 I took my pills
+I took all my pills
 We watched Suicide Squad
 Suicide Squad was a great film
 I am writing an essay about suicide prevention
@@ -157,9 +123,15 @@ I'm considering a suicide squeeze for the next inning
 """.strip().split("\n")
 
 
-def doubled(text):
+def repeated(text):
+    """Every letter up to three times."""
     rng = random.Random(text)
     return re.sub("[A-Za-z]", lambda found: found[0] * rng.randint(1, 3), text)
+
+
+def wide(text):
+    """Letters as wide as Chinese characters."""
+    return re.sub("[a-z]", lambda found: chr(ord(found[0]) + 0xFEE0), text)
 
 
 SPELLINGS = {
@@ -169,48 +141,49 @@ SPELLINGS = {
     "typographic apostrophes": lambda text: text.replace("'", "\u2019"),
     "no apostrophes": lambda text: text.replace("'", ""),
     "blanks for apostrophes": lambda text: text.replace("'", " "),
-    "repeated letters": doubled,
+    "repeated letters": repeated,
     "wide blanks": lambda text: text.replace(" ", " \u00a0\t "),
-    "no blanks": lambda text: "".join(text.split(" ")),
-    "blanks between letters": " ".join,
-    "dots between letters": lambda text: re.sub(r"(?<=\w)(?=\w)", ".", text),
     "invisible characters": lambda text: "\u200b".join(text),
     "accents": lambda text: text.replace("i", "\u00ed").replace("e", "e\u0301"),
-    "wide letters": lambda text: re.sub("[a-z]", lambda c: chr(ord(c[0]) + 0xFEE0), text),
+    "wide letters": wide,
     "digits for letters": lambda text: text.translate(str.maketrans("oie", "013")),
     "excitement": lambda text: text.rstrip(".") + "!!!",
     "in other talk": lambda text: f"Hello there. {text}. What do you say?",
 }
+IN_ONE_SENTENCE = {  # spellings that leave no sign of where a sentence ends
+    "no blanks": lambda text: text.replace(" ", ""),
+    "blanks between letters": " ".join,
+    "dots between letters": lambda text: re.sub(r"(?<=\w)(?=\w)", ".", text),
+}
 
 
 @pytest.mark.parametrize("how", SPELLINGS)
-def test_unmistakable_phrases_are_seen_in_every_spelling(how):
-    missed = []
-    for text in UNMISTAKABLE:
-        spelled = SPELLINGS[how](text)
-        if how in (
-            "no blanks",
-            "blanks between letters",
-            "dots between letters",
-        ) and re.search("[.,-]|because", text):
-            continue  # without its parts it is another text
-        if not crisis.signs_of_crisis(spelled):
-            missed.append(spelled)
-    assert not missed
+def test_unmistakable_sentences_are_seen_in_every_spelling(how):
+    spelled = map(SPELLINGS[how], UNMISTAKABLE)
+    assert [text for text in spelled if not signs_of_crisis(text)] == []
 
 
-@pytest.mark.parametrize("how", SPELLINGS)
-def test_ordinary_phrases_are_not(how):
-    assert [text for text in ORDINARY if crisis.signs_of_crisis(SPELLINGS[how](text))] == []
+@pytest.mark.parametrize("how", IN_ONE_SENTENCE)
+def test_they_are_seen_without_blanks_or_with_too_many(how):
+    single = [text for text in UNMISTAKABLE if not re.search("[.,]", text)]
+    spelled = map(IN_ONE_SENTENCE[how], single)
+    assert [text for text in spelled if not signs_of_crisis(text)] == []
 
 
-def test_enough_phrases_none_twice():
-    assert len({*UNMISTAKABLE}) == len(UNMISTAKABLE) >= 40
+@pytest.mark.parametrize("how", [*SPELLINGS, *IN_ONE_SENTENCE])
+def test_ordinary_sentences_are_not(how):
+    spelled = map({**SPELLINGS, **IN_ONE_SENTENCE}[how], ORDINARY)
+    assert [text for text in spelled if signs_of_crisis(text)] == []
+
+
+def test_enough_sentences_none_twice():
+    assert len({*UNMISTAKABLE}) == len(UNMISTAKABLE) >= 20
     assert len({*ORDINARY}) == len(ORDINARY) >= 60
 
 
-@pytest.mark.parametrize(
-    "text", ["", " ", "\0", "i " * 1000, "'" * 1000, "\ud83d", "\U0001f600" * 500]
-)
+ODD_LINES = ["", " ", "\0", "i " * 1000, "'" * 1000, "\ud83d", "\U0001f600" * 500, "?!" * 1000]
+
+
+@pytest.mark.parametrize("text", ODD_LINES, ids=range(len(ODD_LINES)))
 def test_odd_lines_are_no_sign(text):
-    assert not crisis.signs_of_crisis(text)
+    assert not signs_of_crisis(text)

@@ -1,5 +1,6 @@
-"""data.py: the embedded world and its oracle, tokenizer, batches, readers, download (loopback only)."""
+"""data.py: the embedded world and its oracle, tokenizer, batches, readers, download."""
 
+import contextlib
 import csv
 import errno
 import hashlib
@@ -17,6 +18,7 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -27,8 +29,8 @@ import sentencepiece
 import torch
 
 import data
+import emprl
 from conftest import check
-import download
 from data import DataError, Dialogue, Tokenizer, batches, oracle_levels
 
 REAL = Path(
@@ -48,24 +50,33 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
-    return Tokenizer.train(
-        [t for d in corpus.dialogues["train"] for t in (*d.context, d.response)], 1000
-    )
+    return Tokenizer.train(joined(map(texts_of, corpus.dialogues["train"])), 1000)
+
+
+def joined(lists):
+    """All their elements in one list."""
+    return [*itertools.chain.from_iterable(lists)]
+
+
+def texts_of(dialogue):
+    return [*dialogue.context, dialogue.response]
+
+
+def ids_of(dialogues):
+    return {dialogue.id for dialogue in dialogues}
 
 
 def everything(corpus):
-    return [
-        d for part in (*corpus.dialogues.values(), *corpus.labelled.values()) for d in part
-    ]
+    return joined([*corpus.dialogues.values(), *corpus.labelled.values()])
 
 
 # ---- the embedded world
 
 
 def test_32_emotions_with_six_situations_and_level_rule():
-    assert len(data.EMOTIONS) == len({e.name for e in data.EMOTIONS}) == 32
-    assert all(len(e.situations) >= 6 and len(e.feelings) >= 2 for e in data.EMOTIONS)
-    assert Counter((e.valence, e.family) for e in data.EMOTIONS) == dict.fromkeys(
+    assert len(data.world().emotions) == len({e.name for e in data.world().emotions}) == 32
+    assert all(len(e.situations) >= 6 and len(e.feelings) >= 2 for e in data.world().emotions)
+    assert Counter((e.valence, e.family) for e in data.world().emotions) == dict.fromkeys(
         itertools.product(("neg", "pos"), ("inward", "outward")), 8
     )
     assert data.modal_levels("neg", "outward", True, 1) == (2, 0, 2)
@@ -90,21 +101,18 @@ def test_32_emotions_with_six_situations_and_level_rule():
 
 
 def test_texts_are_unambiguous():
-    openers = [opener for e in data.EMOTIONS for s in e.situations for opener, _ in s]
-    topics = sorted(set(data.TOPICS.values()))
-    assert all(not any(c in opener for c in ".?!") for opener in openers)
-    # no topic is the beginning of another (they would be neighbours once sorted), else cutting could help
-    assert not [
-        pair for pair in itertools.pairwise(topics) if f"{pair[1]} ".startswith(f"{pair[0]} ")
-    ]
-    same = {
-        data._plain(o): {
-            data._plain(t) for e in data.EMOTIONS for s in e.situations for q, t in s if q == o
-        }
-        for o in openers[::97]
-    }
-    assert all(len(topics) == 1 for topics in same.values())
-    for key, phrases in data.SENTENCES.items():
+    situations = joined(emotion.situations for emotion in data.world().emotions)
+    fillings = joined(situations)  # (opener, topic)
+    openers = [opener for opener, _ in fillings]
+    topics = sorted(set(data.world().topics.values()))
+    assert {*".?!"}.isdisjoint("".join(openers))
+    # No topic is the beginning of another (they would be neighbours here), else cutting helps.
+    starts = [(a, b) for a, b in itertools.pairwise(topics) if f"{b} ".startswith(f"{a} ")]
+    assert not starts
+    for some in openers[::97]:
+        same = {data._plain(topic) for opener, topic in fillings if opener == some}
+        assert len(same) == 1, some
+    for key, phrases in data.world().sentences.items():
         texts = [
             phrase.replace("TOPIC", "the dog").replace("FEELING", "sad") for phrase in phrases
         ]
@@ -120,7 +128,7 @@ def test_texts_are_unambiguous():
                 int(m == mechanism) for m in range(3)
             ), text
             assert (level == 2) == ("TOPIC" in phrase)
-    assert len(data.SENTENCES["filler"]) >= 10
+    assert len(data.world().sentences["filler"]) >= 10
 
 
 def test_sizes_ids_turns_and_notes(corpus):
@@ -139,16 +147,14 @@ def test_sizes_ids_turns_and_notes(corpus):
     assert len(corpus.notes) == 1
     ids = [d.id for d in everything(corpus)]
     assert len(ids) == len(set(ids))
-    assert set(corpus.level_probs) == {
-        d.id for part in corpus.dialogues.values() for d in part
-    }
+    assert set(corpus.level_probs) == ids_of(joined(corpus.dialogues.values()))
     turns = Counter(len(d.context) for d in corpus.dialogues["train"])
     assert (
         set(turns) == {1, 3, 5}
         and abs(turns[1] / 3000 - 0.5) < 0.04
         and abs(turns[5] / 3000 - 0.2) < 0.04
     )
-    words = [sum(len(t.split()) for t in d.context) for d in everything(corpus)]
+    words = [len(" ".join(d.context).split()) for d in everything(corpus)]
     assert max(words) <= 50
     assert max(len(d.response.split()) for d in everything(corpus)) <= 48
 
@@ -183,7 +189,8 @@ def test_levels_follow_level_probs(corpus):
             expected = sum(probs[m][level] for _, probs in pairs) / len(pairs)
             seen = sum(levels[m] == level for levels, _ in pairs) / len(pairs)
             assert abs(seen - expected) < 0.03 and 0.2 < seen < 0.5  # no level is rare
-    assert all(abs(sum(p) - 1) < 1e-9 for _, probs in pairs for p in probs)
+    for probs in joined(probs for _, probs in pairs):
+        assert abs(sum(probs) - 1) < 1e-9
 
 
 # ---- the oracle
@@ -209,7 +216,8 @@ FIELD = ("My dog died this week. It is too much for me.",)
         ("No wonder the death of your dog makes you feel sad. I see.", (0, 2, 0)),
         ("No wonder the fire in your attic makes you feel sad.", (0, 1, 0)),
         (
-            "I understand how you feel. How long have you been dealing with the death of your dog?",
+            "I understand how you feel. "
+            "How long have you been dealing with the death of your dog?",
             (0, 1, 2),
         ),
         ("How lovely.", (0, 0, 0)),  # said to bad news
@@ -223,22 +231,29 @@ def test_oracle_by_hand(response, levels):
     assert oracle_levels(FIELD, response) == levels
 
 
+STEPS, EXAM = "I heard steps in the kitchen at night", "I passed my math exam"
+
+
 @pytest.mark.parametrize(
     "opener, response, levels",
     [
-        ("I heard steps in the kitchen at night", "I am overjoyed for you about the steps in your kitchen.", (0, 0, 0)),
-        ("I heard steps in the kitchen at night", "It makes me so happy to hear about the steps in your kitchen. I am so sorry.", (1, 0, 0)),
-        ("I heard steps in the kitchen at night", "You must feel cheerful about the steps in your kitchen.", (0, 0, 0)),
-        ("I heard steps in the kitchen at night", "You must feel scared about the steps in your kitchen.", (0, 2, 0)),
-        ("I heard steps in the kitchen at night", "What do you like best about the steps in your kitchen?", (0, 0, 0)),
-        ("I passed my math exam", "I am overjoyed for you about the passed math exam.", (2, 0, 0)),
-        ("I passed my math exam", "My heart is heavy when I think of the passed math exam.", (0, 0, 0)),
-        ("I passed my math exam", "I am overjoyed for you about the steps in your kitchen.", (1, 0, 0)),
-        ("I passed my math exam", "You must feel scared about the passed math exam. How lovely.", (1, 0, 0)),
-        ("I passed my math exam", "I understand how you feel.", (0, 1, 0)),
+        (STEPS, "I am overjoyed for you about the steps in your kitchen.", (0, 0, 0)),
+        (
+            STEPS,
+            "It makes me so happy to hear about the steps in your kitchen. I am so sorry.",
+            (1, 0, 0),
+        ),
+        (STEPS, "You must feel cheerful about the steps in your kitchen.", (0, 0, 0)),
+        (STEPS, "You must feel scared about the steps in your kitchen.", (0, 2, 0)),
+        (STEPS, "What do you like best about the steps in your kitchen?", (0, 0, 0)),
+        (EXAM, "I am overjoyed for you about the passed math exam.", (2, 0, 0)),
+        (EXAM, "My heart is heavy when I think of the passed math exam.", (0, 0, 0)),
+        (EXAM, "I am overjoyed for you about the steps in your kitchen.", (1, 0, 0)),
+        (EXAM, "You must feel scared about the passed math exam. How lovely.", (1, 0, 0)),
+        (EXAM, "I understand how you feel.", (0, 1, 0)),
         ("My dog died this week", "I understand how you feel.", (0, 1, 0)),
     ],
-)  # fmt: skip
+)
 def test_oracle_hears_the_valence(opener, response, levels):
     assert oracle_levels((f"{opener}. It began last Monday.",), response) == levels
 
@@ -269,7 +284,7 @@ def test_oracle_hears_a_negation(negation):
         feeling = {"neg": "sad", "pos": "joyful"}[valence]
         for m, mechanism in enumerate(data.MECHANISMS):
             for level in (1, 2):
-                for phrase in data.SENTENCES[f"{mechanism} {level} {valence}"]:
+                for phrase in data.world().sentences[f"{mechanism} {level} {valence}"]:
                     said = phrase.replace("TOPIC", topic).replace("FEELING", feeling)
                     expected = tuple(level * (i == m) for i in range(3))
                     assert oracle_levels(context, said) == expected
@@ -296,14 +311,11 @@ def test_oracle_reads_its_own_corpus(corpus, tokenizer):
     dialogues = everything(corpus)
     right = [oracle_levels(d.context, d.response) == d.levels for d in dialogues]
     assert np.mean(right) >= 0.995
-    through = [
-        oracle_levels(
-            [tokenizer.decode(tokenizer.encode(t)) for t in d.context],
-            tokenizer.decode(tokenizer.encode_response(d.response, 128)),
-        )
-        == d.levels
-        for d in dialogues[:2000]
-    ]
+    through = []  # the tokenizer and back
+    for d in dialogues[:2000]:
+        context = [tokenizer.decode(tokenizer.encode(text)) for text in d.context]
+        response = tokenizer.decode(tokenizer.encode_response(d.response, 128))
+        through.append(oracle_levels(context, response) == d.levels)
     assert np.mean(through) >= 0.995
 
 
@@ -333,25 +345,24 @@ def test_other_situations_count_one(corpus):
     for d in test:
         other = rng.choice(test)
         openers = [data._plain(x.context[0].split(".")[0]) for x in (d, other)]
-        topic, others = (data.TOPICS[opener] for opener in openers)
+        topic, others = (data.world().topics[opener] for opener in openers)
         expected = other.levels if topic == others else tuple(min(1, n) for n in other.levels)
-        if data.VALENCES[openers[0]] != data.VALENCES[openers[1]]:  # one phrase is of both
+        if (
+            data.world().valences[openers[0]] != data.world().valences[openers[1]]
+        ):  # one phrase is of both
             expected = (0, int("I understand how you feel." in other.response), 0)
         assert oracle_levels(d.context, other.response) == expected
 
 
 def test_labelled_parts_have_mismatched_responses(corpus):
-    """About 8 % are of another scene; where they name its topic, the oracle's level is 1 instead of 2."""
+    """About 8 % are of another scene: where they name its topic, the level is 1, not 2."""
     part, strong, foreign, near = corpus.labelled["train"], 0, 0, 0
-    marks = [
-        re.sub("TOPIC|FEELING", "(.+)", p[:-1])
-        for key, ps in data.SENTENCES.items()
-        if " 2 " in key
-        for p in ps
-    ]
+    sentences = data.world().sentences
+    phrases = joined(sentences[key] for key in sentences if " 2 " in key)
+    marks = [re.sub("TOPIC|FEELING", "(.+)", phrase[:-1]) for phrase in phrases]
     for d in part:
         assert d.levels == oracle_levels(d.context, d.response)
-        topic = data.TOPICS[data._plain(d.context[0].split(".")[0])]
+        topic = data.world().topics[data._plain(d.context[0].split(".")[0])]
         if any(re.search(mark, d.response) for mark in marks):
             strong += 1
             foreign += topic not in data._plain(d.response)
@@ -380,9 +391,8 @@ def test_tokenizer_ids(tokenizer):
 
 
 def test_tokenizer_has_every_character_of_the_world(corpus, tokenizer):
-    assert not any(
-        2 in tokenizer.encode(t) for d in everything(corpus) for t in (*d.context, d.response)
-    )
+    for text in joined(map(texts_of, everything(corpus))):
+        assert 2 not in tokenizer.encode(text), text
 
 
 def test_decode_stops_at_eos_and_skips_padding_and_sentinels(tokenizer):
@@ -432,7 +442,7 @@ def test_training_is_deterministic_and_a_model_reloads(corpus, tokenizer, tmp_pa
 
 
 def test_t5_like_model_keeps_t5_ids(corpus):
-    """T5's spiece.model: pad 0, eos 1, unk 2, sentinels not in the file; it need not fold case."""
+    """T5's spiece.model: pad 0, eos 1, unk 2, sentinels not in the file; case may stay."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter([d.response for d in corpus.dialogues["train"]]),
@@ -465,7 +475,7 @@ def test_damaged_models_are_refused(corpus, tokenizer, tmp_path):
     for model in (b"", b"rubbish", tokenizer.model[:1000], foreign.getvalue(), b"\0" * 100):
         with pytest.raises(DataError, match="; train it again"):
             Tokenizer(model)
-    with pytest.raises(DataError, match="none.model: can not be read"):
+    with pytest.raises(DataError, match="none.model: cannot be read"):
         Tokenizer(tmp_path / "none.model")
     with pytest.raises(DataError, match="vocab_size"):
         Tokenizer.train(["ab"] * 3, 101)
@@ -490,7 +500,7 @@ def test_every_example_once_an_epoch(count, size):
     )
     for epoch in range(2):
         parts = [rows_at(epoch * per_epoch + i) for i in range(per_epoch)]
-        assert sorted(i for part in parts for i in part) == list(range(count))
+        assert sorted(joined(parts)) == list(range(count))
         assert sorted(map(len, parts))[1:] == [size] * (per_epoch - 1)
 
 
@@ -550,7 +560,7 @@ def test_printable_shows_what_would_steer_a_terminal():
         assert data.printable(text) == text
 
 
-# ---- rubbish files: one line 'path:line: what is wrong; what to do', never a traceback of another kind
+# ---- rubbish files: one line 'path:line: what is wrong; what to do'
 
 RUBBISH = {
     "empty": b"",
@@ -608,7 +618,7 @@ def test_missing_files_and_folders(tmp_path):
         for path in (tmp_path / "none.csv", tmp_path):
             with pytest.raises(DataError, match="; "):
                 read(path)
-    with pytest.raises(DataError, match="python data.py download"):
+    with pytest.raises(DataError, match="python emprl.py download"):
         data.real_corpus(tmp_path / "none")
 
 
@@ -625,7 +635,7 @@ READERS = {
 
 @needs_pipes
 def test_what_is_no_ordinary_file_is_refused_before_it_is_opened(tmp_path):
-    """A pipe that no one writes to would wait for ever, /dev/zero never ends: so in a process that can be stopped."""
+    """An idle pipe would wait for ever: so in a process that can be stopped."""
     os.mkfifo(tmp_path / "pipe.csv")
     paths = [str(tmp_path / "pipe.csv"), "/dev/zero", "/dev/null", str(tmp_path)]
     code = """
@@ -640,10 +650,9 @@ for read in data.read_dialogues, data.read_empathetic_dialogues, data.Tokenizer,
     ended = subprocess.run(
         [sys.executable, "-c", code, *paths],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=60,
         cwd=Path(data.__file__).parent,
-        encoding="utf-8",
     )
     endings = ["a pipe or a device; give the path of an ordinary file"] * 3
     endings += ["a folder; give the path of a file in it"]
@@ -842,7 +851,8 @@ def test_a_level_as_table_programs_write_it(value, level, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", ["1.5", "12", "0.1", "-0", "1e0", "\u0661", "nan", "1 2", "+1"]
+    "value",
+    ["1.5", "12", "0.1", "-0", "1e0", "\u0661", "nan", "1 2", "+1", "1.0000000000000000005"],
 )
 def test_what_is_no_level(value, tmp_path):
     (tmp_path / "x.csv").write_text(
@@ -934,7 +944,7 @@ RECORDS = {
         1,
         "is there twice",
     ),
-    "a field missing": ('{"context": "a"}', 1, "no response; add"),
+    "a field missing": ('{"context": "a"}', 1, "no field response; add"),
     "cut": (f"{GOOD}\n{GOOD[:-2]}", 2, "not a record in JSON: Unterminated string"),
     "a list as id": ('{"context": "a", "response": "b", "id": []}', 1, "id is a list"),
 }
@@ -949,7 +959,7 @@ def test_a_record_that_can_not_be_used_is_told_why_and_where(name, tmp_path):
 
 
 def test_nested_json_of_any_depth_is_refused(tmp_path):
-    """Python's own reader gives up at some depth, and at another one its writer, for the message."""
+    """Python's own reader gives up at some depth, its writer at another one."""
     limit = sys.getrecursionlimit()
     for depth in (10, *range(limit - 140, limit + 5, 16), 40_000):
         deep = "[" * depth + "]" * depth
@@ -979,35 +989,39 @@ def conversation(number, turns, **more):
     """A record for each listener turn, as one has them who has unrolled conversations."""
     said = [f"This is conversation {number}."] + [f"{number}, {i}." for i in range(2 * turns)]
     rng = random.Random(number)
-    return [
-        {"context": said[: 2 * i + 1], "response": said[2 * i + 1]}
-        | {m: rng.randrange(3) for m in data.MECHANISMS}
-        | more
-        for i in range(turns)
-    ]
+    records = []
+    for i in range(turns):
+        levels = {name: rng.randrange(3) for name in data.MECHANISMS}
+        texts = {"context": said[: 2 * i + 1], "response": said[2 * i + 1]}
+        records.append({**texts, **levels, **more})
+    return records
+
+
+def conversations(count, turns=1):
+    """The records of several."""
+    return joined(conversation(number, turns) for number in range(count))
 
 
 def parts_of(corpus):
     """The five labelled parts; the policy's three are made of the same dialogues."""
     assert corpus.dialogues["valid"] == corpus.labelled["valid"]
     assert corpus.dialogues["test"] == corpus.labelled["test"]
-    trained = [
-        d for part in ("train", "judge_train", "judge_valid") for d in corpus.labelled[part]
-    ]
-    assert sorted(d.id for d in corpus.dialogues["train"]) == sorted(d.id for d in trained)
+    learnt = joined(corpus.labelled[part] for part in ("train", "judge_train", "judge_valid"))
+    assert sorted(d.id for d in corpus.dialogues["train"]) == sorted(d.id for d in learnt)
     return corpus.labelled
 
 
 def nothing_shared(parts, what):
-    seen = [{what(d) for d in part} for part in parts.values()]
-    assert all(seen) and not any(a & b for a, b in itertools.combinations(seen, 2))
+    seen = [set(map(what, part)) for part in parts.values()]
+    assert all(seen)
+    assert not any(a & b for a, b in itertools.combinations(seen, 2))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_own_conversations_and_equal_records_stay_in_one_part(seed, tmp_path):
-    """The judge sees nothing of the reward's data, and the test part holds nothing that anyone has seen."""
+    """The judge sees nothing of the reward's data, nobody anything of the test part."""
     rng = random.Random(seed)
-    records = [r for n in range(40) for r in conversation(n, rng.choice((1, 2, 3, 5)))]
+    records = joined(conversation(n, rng.choice((1, 2, 3, 5))) for n in range(40))
     again = [rng.choice(records) | {"er": 0} for _ in range(20)]  # with other levels, perhaps
     records += [r | {"response": r["response"].upper() + " "} for r in again]  # and other case
     rng.shuffle(records)
@@ -1020,10 +1034,8 @@ def test_own_conversations_and_equal_records_stay_in_one_part(seed, tmp_path):
 
 
 def test_own_conversations_by_id(tmp_path):
-    """All begin alike, so the first utterance tells nothing; the id does, and it joins others."""
-    records = [
-        r for n in range(60) for r in conversation(n, 2, id=f"a very long name, {n // 2}")
-    ]
+    """All begin alike, so the first utterance tells nothing; the id does, and joins others."""
+    records = joined(conversation(n, 2, id=f"a long name, {n // 2}") for n in range(60))
     for record in records:
         record["context"] = ["Hello.", *record["context"]]
     corpus = data.own_corpus(write_own(tmp_path / "x.jsonl", records))
@@ -1031,7 +1043,9 @@ def test_own_conversations_by_id(tmp_path):
     assert "of 30 conversations" in corpus.notes[0]
     for record in records:
         del record["id"]
-    with pytest.raises(DataError, match="120 dialogues of 1 conversations .*needs 50 of 20"):
+    with pytest.raises(
+        DataError, match="120 dialogues of 1 conversations .*50 dialogues from 20"
+    ):
         data.own_corpus(write_own(tmp_path / "x.jsonl", records))
 
 
@@ -1048,7 +1062,8 @@ def test_own_equal_records_join_conversations_with_different_ids(tmp_path):
 
 def test_own_ids_in_a_csv(tmp_path):
     (tmp_path / "x.csv").write_text(
-        "id,context,response\n7,Hello.,One.\n8,Hello.,Two.\n7,Hello </s> One. </s> Go on.,Three.\n,Hello.,Four.\n",
+        "id,context,response\n7,Hello.,One.\n8,Hello.,Two.\n"
+        "7,Hello </s> One. </s> Go on.,Three.\n,Hello.,Four.\n",
         encoding="utf-8",
     )
     speakers = [d.id.rpartition("/")[0] for d in data.read_dialogues(tmp_path / "x.csv")]
@@ -1063,7 +1078,7 @@ def test_own_parts_are_never_empty(count):
 
 
 def test_own_levels_that_never_differ_are_noted(tmp_path):
-    records = [r | {"ip": 2} for n in range(60) for r in conversation(n, 1)]
+    records = [record | {"ip": 2} for record in conversations(60)]
     notes = data.own_corpus(write_own(tmp_path / "x.jsonl", records)).notes
     assert [note.partition(": ")[2] for note in notes[1:]] == [
         "ip is 2 everywhere, nothing to learn from"
@@ -1071,12 +1086,12 @@ def test_own_levels_that_never_differ_are_noted(tmp_path):
 
 
 def test_own_dialogue_without_levels_is_named_by_its_line(tmp_path):
-    records = [r for n in range(60) for r in conversation(n, 1)]
+    records = conversations(60)
     for name in data.MECHANISMS:
         del records[36][name]
     with pytest.raises(DataError, match="x.jsonl:37: no levels; training needs"):
         data.own_corpus(write_own(tmp_path / "x.jsonl", records))
-    with pytest.raises(DataError, match="x.jsonl: 30 dialogues .*needs 50"):
+    with pytest.raises(DataError, match="x.jsonl: 30 dialogues .*needs at least 50"):
         data.own_corpus(write_own(tmp_path / "x.jsonl", records[:30]))
 
 
@@ -1145,17 +1160,16 @@ def many_ed_rows(count):
         "I do not know.",
         '"Hm" he says',
     )
-    return [
-        row.replace("A situation.", 'I asked_comma_ he said "no"')
-        for i in range(count // 4)
-        for row in ed_rows(f"hit:{i}_conv:{i}", *texts)
-    ]
+    rows = joined(ed_rows(f"hit:{i}_conv:{i}", *texts) for i in range(count // 4))
+    return [row.replace("A situation.", 'I asked_comma_ he said "no"') for row in rows]
+
+
+def with_commas(fields):
+    return [text.replace("_comma_", ",") for text in fields]
 
 
 REWRITTEN = {  # how programs write a file that they have read
-    "real commas, quoted": lambda rows: [
-        [f.replace("_comma_", ",") for f in row] for row in rows
-    ],
+    "real commas, quoted": lambda rows: [*map(with_commas, rows)],
     "quotes doubled": lambda rows: rows,
     "an utterance's comma alone": lambda rows: [
         [*row[:5], row[5].replace("_comma_", ",").replace('"', ""), *row[6:]] for row in rows
@@ -1168,7 +1182,7 @@ REWRITTEN = {  # how programs write a file that they have read
 
 @pytest.mark.parametrize("change", REWRITTEN)
 def test_ed_rewritten_by_a_table_program_is_refused(change, tmp_path):
-    """Else half the pairs are lost, and those that are read have cut texts or another column's."""
+    """Else half the pairs are lost, and others have cut texts or another column's."""
     rows = [row.split(",") for row in many_ed_rows(400)]
     assert len(read_ed(tmp_path, *map(",".join, rows))[0]) == 200
     text = io.StringIO()
@@ -1178,7 +1192,7 @@ def test_ed_rewritten_by_a_table_program_is_refused(change, tmp_path):
 
 
 def test_ed_read_and_written_by_csv_is_refused(tmp_path):
-    """A reader with quoting swallows rows: a quote at the beginning of a text opens a field."""
+    """A reader with quoting swallows rows: a quote that begins a text opens a field."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(csv.reader(many_ed_rows(400)))
     with pytest.raises(DataError, match="fetch it again"):
@@ -1207,7 +1221,7 @@ def test_ed_real_rewritten_is_refused(tmp_path):
             .read_text(encoding="utf-8")
             .splitlines()
         )
-        rows = [[f.replace("_comma_", ",") for f in line.split(",")] for line in lines]
+        rows = [with_commas(line.split(",")) for line in lines]
         with open(tmp_path / f"{part}.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
         with pytest.raises(DataError, match="rows are not as they were published"):
@@ -1216,7 +1230,7 @@ def test_ed_real_rewritten_is_refused(tmp_path):
 
 @real
 def test_ed_real_counts():
-    """Listener pairs of shared/data/README.md. All its utterances can be used, so nothing is cut."""
+    """The listener's pairs. All utterances can be used, so nothing is cut."""
     for name, pairs in (("valid", 4880), ("test", 4463), ("train", 34225)):
         dialogues, note = data.read_empathetic_dialogues(
             REAL / "empatheticdialogues" / f"{name}.csv"
@@ -1232,7 +1246,7 @@ def test_ed_real_counts():
 
 
 def write_epitome(folder, rows, change=None):
-    """rows: (sp_id, rp_id, seeker, response, (er, ip, ex)); change(file number, row number, fields)."""
+    """rows: (sp_id, rp_id, seeker, response, (er, ip, ex)); change(file, row, fields)."""
     folder.mkdir(exist_ok=True)
     for m, name in enumerate(data.EPITOME_FILES):
         with open(folder / name, "w", newline="", encoding="utf-8") as file:
@@ -1245,30 +1259,28 @@ def write_epitome(folder, rows, change=None):
                 writer.writerow(change(m, i, fields) if change else fields)
 
 
+POSTS = [  # a tie, a majority, texts to clean, a response without any text
+    ("s1", "r1", "Rain, &amp;amp; wind", 'He said\n"go"  &gt;&#x200B; on\ufffd', (0, 1, 2)),
+    ("s2", "r2", "a", "b", (0, 0, 0)),
+    ("s2", "r2", "a", "b", (0, 0, 2)),
+    ("s2", "r2", "a", "b", (0, 0, 2)),
+    ("s2", "r3", "a", "c", (1, 0, 0)),
+    ("s2", "r3", "a", "c", (0, 0, 0)),
+    ("s3", "r4", "a", "d", (1, 1, 1)),
+    ("s3", "r4", "a", "d", (1, 1, 1)),
+    ("s4", "r5", "a", "&#x200B;", (0, 0, 0)),
+]
+
+
 def test_epitome_join_cleaning_and_duplicates(tmp_path):
-    write_epitome(
-        tmp_path,
-        [
-            (
-                "s1",
-                "r1",
-                "Rain, &amp;amp; wind",
-                'He said\n"go"  &gt;&#x200B; on\ufffd',
-                (0, 1, 2),
-            ),
-            ("s2", "r2", "a", "b", (0, 0, 0)),
-            ("s2", "r2", "a", "b", (0, 0, 2)),
-            ("s2", "r2", "a", "b", (0, 0, 2)),
-            ("s2", "r3", "a", "c", (1, 0, 0)),
-            ("s2", "r3", "a", "c", (0, 0, 0)),
-            ("s3", "r4", "a", "d", (1, 1, 1)),
-            ("s3", "r4", "a", "d", (1, 1, 1)),
-            ("s4", "r5", "a", "&#x200B;", (0, 0, 0)),
-        ],
-        change=lambda m, i, fields: fields
-        if m == 0
-        else [*fields[:2], fields[2] + "  ", "other text", *fields[4:]],
-    )
+    def other_texts(file, row, fields):
+        """As in the original, the texts of the three files differ a little."""
+        speaker, responder, post, _, *rest = fields
+        if file == 0:
+            return fields
+        return [speaker, responder, post + "  ", "other text", *rest]
+
+    write_epitome(tmp_path, POSTS, other_texts)
     dialogues, note = data.read_epitome(tmp_path)
     assert dialogues == [
         Dialogue(("Rain, & wind",), 'He said "go" > on', "", (0, 1, 2), "s1/r1"),
@@ -1309,12 +1321,17 @@ def test_epitome_files_of_different_length(tmp_path):
         data.read_epitome(tmp_path)
 
 
+def conversations_of(dialogues):
+    """What stands before the "/" of their ids: in EPITOME the speaker."""
+    return {dialogue.id.partition("/")[0] for dialogue in dialogues}
+
+
 def test_split_labelled_by_seeker():
     dialogues = [
         Dialogue(("a",), "b", "", (0, 0, 0), f"s{i % 1000}/r{i}") for i in range(1300)
     ]
     parts = data.split_labelled(dialogues, seed=0)
-    seekers = {name: {d.id.split("/")[0] for d in part} for name, part in parts.items()}
+    seekers = {name: conversations_of(part) for name, part in parts.items()}
     assert {name: len(s) for name, s in seekers.items()} == {
         "train": 375,
         "judge_train": 337,
@@ -1323,26 +1340,22 @@ def test_split_labelled_by_seeker():
         "test": 200,
     }
     assert not any(a & b for a, b in itertools.combinations(seekers.values(), 2))
-    assert sorted(d.id for part in parts.values() for d in part) == sorted(
-        d.id for d in dialogues
-    )
+    shared_out = joined(parts.values())
+    assert len(shared_out) == len(dialogues) and ids_of(shared_out) == ids_of(dialogues)
     again = data.split_labelled(dialogues[::-1], seed=0)
-    assert {n: {d.id for d in p} for n, p in again.items()} == {
-        n: {d.id for d in p} for n, p in parts.items()
-    }
+    assert again.keys() == parts.keys()
+    assert all(ids_of(again[name]) == ids_of(parts[name]) for name in parts)
     assert data.split_labelled(dialogues, seed=1) != parts
 
 
 @real
 def test_real_corpus():
     corpus = data.real_corpus(REAL)
-    labelled = [d for part in corpus.labelled.values() for d in part]
-    # 3,023 distinct pairs in the original; a response that is empty once cleaned is left out and counted
+    labelled = joined(corpus.labelled.values())
+    # 3,023 distinct pairs in the original; empty responses are left out and counted
     assert 3015 <= len(labelled) <= 3023 and any("3084 rows" in note for note in corpus.notes)
     assert all(d.levels and d.response and all(d.context) for d in labelled)
-    assert not any(
-        c in t for d in labelled for t in (*d.context, d.response) for c in "\u200b\ufffd\n"
-    )
+    assert {*"\u200b\ufffd\n"}.isdisjoint("".join(joined(map(texts_of, labelled))))
     assert (
         set(corpus.dialogues) == {"train", "valid", "test", "turns"}
         and corpus.level_probs == {}
@@ -1352,76 +1365,78 @@ def test_real_corpus():
 
 @real
 def test_turns_for_pretraining_are_of_the_training_parts_only():
-    """Both speakers' turns of the training conversations and the labelled training pairs; nothing of another part."""
+    """Both speakers' turns of the training conversations and the labelled training pairs."""
     corpus = data.real_corpus(REAL)
     turns, train = corpus.dialogues["turns"], corpus.dialogues["train"]
-    assert {d.id for d in train} < {d.id for d in turns}, (
-        "each of them, and the speakers' turns beside"
-    )
-    allowed = {d.id.partition("/")[0] for d in train}
-    conversations = [d for d in turns if d.levels is None]
-    assert {d.id.partition("/")[0] for d in conversations} == allowed
-    assert [d for d in turns if d.levels] == corpus.labelled["train"] + corpus.labelled[
-        "judge_train"
-    ]
-    kept_out = {
-        d.id.partition("/")[0] for part in ("valid", "test") for d in corpus.dialogues[part]
-    }
-    assert (
-        not kept_out & allowed and sum(len(d.context) % 2 == 0 for d in conversations) > 20_000
-    )
+    assert ids_of(train) < ids_of(turns), "each of them, and the speakers' turns beside"
+    allowed = conversations_of(train)
+    talks = [d for d in turns if d.levels is None]
+    assert conversations_of(talks) == allowed
+    learnt = corpus.labelled["train"] + corpus.labelled["judge_train"]
+    assert [d for d in turns if d.levels] == learnt
+    kept_out = conversations_of(corpus.dialogues["valid"] + corpus.dialogues["test"])
+    assert not kept_out & allowed
+    assert sum(len(d.context) % 2 == 0 for d in talks) > 20_000
 
 
 # ---- download, from a server on this machine
 
 
-@pytest.fixture
-def server(tmp_path):
-    """A server on a free port: `files` {path: bytes}; `log` of (path, Range); `limit` bytes before it hangs up."""
+class Files(http.server.BaseHTTPRequestHandler):
+    """Serves what the fixture `server` has."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            state = self.server.state
-            state["log"].append((self.path, self.headers.get("Range")))
-            if self.path in state["moved"]:
-                self.send_response(302)
-                self.send_header("Location", state["moved"][self.path])
-                return self.end_headers()
-            body, start = state["files"].get(self.path), 0
-            if body is None:
-                return self.send_error(404)
-            if state["ranges"] and self.headers.get("Range"):
-                start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-                if start >= len(body):
-                    return self.send_error(416)
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(body) - start))
+    def do_GET(self):
+        state = self.server.state
+        state["log"].append((self.path, self.headers.get("Range")))
+        if self.path in state["moved"]:
+            self.send_response(302)
+            self.send_header("Location", state["moved"][self.path])
             self.end_headers()
-            for at in range(start, len(body), 100_000):
-                self.wfile.write(body[at : at + 100_000][: state["limit"]])
-                time.sleep(state["pause"])
-                if state["limit"]:
-                    break
+        elif self.path not in state["files"]:
+            self.send_error(404)
+        else:
+            self.send_file(state["files"][self.path], state)
 
-        def log_message(self, *args):
-            pass
+    def send_file(self, body, state):
+        start = 0
+        if state["ranges"] and self.headers.get("Range"):
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        if start >= len(body) > 0:
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        for at in range(start, len(body), 100_000):
+            self.wfile.write(body[at : at + 100_000][: state["limit"]])
+            time.sleep(state["pause"])
+            if state["limit"]:
+                break
 
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.state = {
-        "files": {},
-        "log": [],
-        "ranges": True,
-        "limit": None,
-        "moved": {},
-        "pause": 0,
-    }
-    threading.Thread(
-        target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-    ).start()
-    httpd.state["url"] = f"http://127.0.0.1:{httpd.server_address[1]}"
-    yield httpd.state
-    httpd.shutdown()
-    httpd.server_close()
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def serving(handler):
+    """A server on a free port of this machine, and its address."""
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    often = {"poll_interval": 0.01}
+    threading.Thread(target=httpd.serve_forever, kwargs=often, daemon=True).start()
+    try:
+        yield httpd, f"http://127.0.0.1:{httpd.server_address[1]}"
+    finally:
+        httpd.shutdown()
+        httpd.server_close()
+
+
+@pytest.fixture
+def server():
+    """`files` {path: bytes}; `log` of (path, Range); `limit` bytes before it hangs up."""
+    with serving(Files) as (httpd, url):
+        httpd.state = {"url": url, "files": {}, "moved": {}, "log": []}
+        httpd.state.update(ranges=True, limit=None, pause=0)
+        yield httpd.state
 
 
 BODY = bytes(i * 7 % 251 for i in range(300_000))
@@ -1442,12 +1457,12 @@ def source(server, body=BODY, members=(), digest=None):
 def test_download_then_nothing_to_do(server, tmp_path):
     lines = []
     sources = source(server)
-    download.download(tmp_path / "new", sources, lines.append)
+    data.download(tmp_path / "new", sources, lines.append)
     assert (tmp_path / "new/sub/f.csv").read_bytes() == BODY and os.listdir(
         tmp_path / "new/sub"
     ) == ["f.csv"]
     assert any("100 %" in line for line in lines)
-    download.download(tmp_path / "new", sources, lines.append)
+    data.download(tmp_path / "new", sources, lines.append)
     assert server["log"] == [("/f", None)] and "already there" in lines[-1]
 
 
@@ -1458,13 +1473,13 @@ def test_download_goes_on_after_a_cut(ranges, server, tmp_path):
     with pytest.raises(
         DataError, match="cut off at 100000 of 300000|IncompleteRead|same command"
     ):
-        download.download(tmp_path, sources, str)
+        data.download(tmp_path, sources, str)
     assert (
         os.listdir(tmp_path / "sub") == ["f.csv.part"]
         and (tmp_path / "sub/f.csv.part").stat().st_size == 100_000
     )
     server["limit"] = None
-    download.download(tmp_path, sources, str)
+    data.download(tmp_path, sources, str)
     assert (tmp_path / "sub/f.csv").read_bytes() == BODY
     assert server["log"] == [("/f", None), ("/f", "bytes=100000-")]
 
@@ -1472,7 +1487,7 @@ def test_download_goes_on_after_a_cut(ranges, server, tmp_path):
 def test_download_follows_a_redirection(server, tmp_path):
     sources = source(server)
     server["moved"]["/f"], server["files"]["/g"] = "/g", BODY
-    download.download(tmp_path, sources, str)
+    data.download(tmp_path, sources, str)
     assert (tmp_path / "sub/f.csv").read_bytes() == BODY and [
         path for path, _ in server["log"]
     ] == ["/f", "/g"]
@@ -1480,18 +1495,18 @@ def test_download_follows_a_redirection(server, tmp_path):
 
 def test_download_slow_and_stalled(server, tmp_path, monkeypatch):
     """A slow server is waited for, a silent one is given up; what came is kept."""
-    urlopen = download.urlopen
+    urlopen = data.urlopen
     monkeypatch.setattr(
-        download, "urlopen", lambda request, timeout: urlopen(request, timeout=0.5)
+        data, "urlopen", lambda request, timeout: urlopen(request, timeout=0.5)
     )
     server["pause"] = 0.1
-    download.download(tmp_path / "slow", source(server), str)
+    data.download(tmp_path / "slow", source(server), str)
     assert (tmp_path / "slow/sub/f.csv").read_bytes() == BODY
     server["pause"] = 1.0
     with pytest.raises(DataError, match="timed out; run the same command again"):
-        download.download(tmp_path / "stalled", source(server), str)
+        data.download(tmp_path / "stalled", source(server), str)
     server["pause"] = 0
-    download.download(tmp_path / "stalled", source(server), str)
+    data.download(tmp_path / "stalled", source(server), str)
     assert (tmp_path / "stalled/sub/f.csv").read_bytes() == BODY
 
 
@@ -1499,7 +1514,7 @@ def test_download_finished_part_needs_no_server(server, tmp_path):
     sources = source(server)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/f.csv.part").write_bytes(BODY)
-    download.download(tmp_path, sources, str)
+    data.download(tmp_path, sources, str)
     assert (tmp_path / "sub/f.csv").read_bytes() == BODY and server["log"] == []
 
 
@@ -1508,22 +1523,22 @@ def test_download_part_of_something_else_starts_over(server, tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/f.csv.part").write_bytes(BODY + b"more")
     with pytest.raises(DataError, match="416"):
-        download.download(tmp_path, sources, str)
-    download.download(tmp_path, sources, str)
+        data.download(tmp_path, sources, str)
+    data.download(tmp_path, sources, str)
     assert (tmp_path / "sub/f.csv").read_bytes() == BODY
 
 
 def test_download_wrong_hash(server, tmp_path):
     with pytest.raises(DataError, match="SHA-256"):
-        download.download(tmp_path, source(server, digest="0" * 64), str)
+        data.download(tmp_path, source(server, digest="0" * 64), str)
     assert os.listdir(tmp_path / "sub") == []
 
 
 def test_download_refused_and_missing(server, tmp_path):
     with pytest.raises(DataError, match="404"):
-        download.download(tmp_path, [(server["url"] + "/none", "f.csv", "0" * 64, [])], str)
+        data.download(tmp_path, [(server["url"] + "/none", "f.csv", "0" * 64, [])], str)
     with pytest.raises(DataError, match="refused"):
-        download.download(tmp_path, [("http://127.0.0.1:1/f", "f.csv", "0" * 64, [])], str)
+        data.download(tmp_path, [("http://127.0.0.1:1/f", "f.csv", "0" * 64, [])], str)
     assert os.listdir(tmp_path) == []
 
 
@@ -1546,7 +1561,7 @@ def test_download_unpacks_what_is_expected_only(server, tmp_path):
     body = archive(folder, ("./d/a.csv", b"A"), ("d/b.csv", b"B"), ("d/extra.sh", b"X"))
     sources = source(server, body, ["d/a.csv", "d/b.csv"])
     for _ in range(2):
-        download.download(tmp_path, sources, str)
+        data.download(tmp_path, sources, str)
     assert len(server["log"]) == 1 and os.listdir(tmp_path / "sub") == []
     assert sorted(os.listdir(tmp_path / "d")) == ["SHA256SUMS", "a.csv", "b.csv"]
     assert (tmp_path / "d/a.csv").read_bytes() == b"A"
@@ -1561,7 +1576,7 @@ def test_download_unpacks_again_what_is_not_as_it_was_unpacked(damage, server, t
     files = {"a.csv": random.Random(1).randbytes(5000), "b.csv": b"B" * 5000}
     body = archive(*((f"d/{name}", content) for name, content in files.items()))
     sources = source(server, body, ["d/a.csv", "d/b.csv"])
-    download.download(tmp_path, sources, str)
+    data.download(tmp_path, sources, str)
     if damage == "cut":
         os.truncate(tmp_path / "d/b.csv", 10)
     elif damage == "changed":
@@ -1573,7 +1588,7 @@ def test_download_unpacks_again_what_is_not_as_it_was_unpacked(damage, server, t
     else:
         (tmp_path / "d/SHA256SUMS").write_bytes(b"\xff rubbish")
     for _ in range(2):
-        download.download(tmp_path, sources, str)
+        data.download(tmp_path, sources, str)
         assert {name: (tmp_path / "d" / name).read_bytes() for name in files} == files
     assert len(server["log"]) == 2, "fetched once more, and then no more"
 
@@ -1585,63 +1600,54 @@ def test_download_takes_what_was_put_in_place_by_hand(members, server, tmp_path)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/f.csv").write_bytes(body)
     for _ in range(2):
-        download.download(tmp_path, sources, str)
+        data.download(tmp_path, sources, str)
     assert server["log"] == [] and os.listdir(tmp_path / "sub") == ["f.csv"]
     assert not members or (tmp_path / "d/a.csv").read_bytes() == b"A"
     (tmp_path / "sub/f.csv").write_bytes(body[:-1])  # not the right one, after all
     if members:
         (tmp_path / "d/a.csv").unlink()
     lines = []
-    download.download(tmp_path, sources, lines.append)
+    data.download(tmp_path, sources, lines.append)
     assert len(server["log"]) == 1 and "not the published file" in lines[0]
 
 
-def endless(server, length=None):
-    """A server whose answer has no end; it may promise one."""
+class Endless(http.server.BaseHTTPRequestHandler):
+    """An answer without an end, of which only so much is promised."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            if length:
-                self.send_header("Content-Length", str(length))
-            self.end_headers()
-            try:
-                for _ in range(10**4):
-                    self.wfile.write(bytes(1 << 20))
-                    server["sent"] += 1 << 20
-            except OSError:
-                pass
+    length = None
+    sent = 0
 
-        def log_message(self, *args):
-            pass
+    def do_GET(self):
+        self.send_response(200)
+        if self.length:
+            self.send_header("Content-Length", str(self.length))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(10**4):
+                self.wfile.write(bytes(1 << 20))
+                Endless.sent += 1 << 20
 
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server["sent"] = 0
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    return httpd
+    def log_message(self, *args):
+        pass
 
 
 @pytest.mark.parametrize("length", [None, 10**10])
 @pytest.mark.parametrize(
     "name, limit", [("empatheticdialogues.tar.gz", 28_022_709), ("other.csv", 50_000_000)]
 )
-def test_download_has_an_end(name, limit, length, tmp_path):
-    state = {}
-    httpd = endless(state, length)
-    url = f"http://127.0.0.1:{httpd.server_address[1]}/f"
-    try:
+def test_download_has_an_end(name, limit, length, tmp_path, monkeypatch):
+    monkeypatch.setattr(Endless, "length", length)
+    monkeypatch.setattr(Endless, "sent", 0)
+    with serving(Endless) as (_, url):
         with pytest.raises(DataError, match=f"more than the {limit:,} bytes.*with a browser"):
-            download.download(tmp_path, [(url, name, "0" * 64, [])], str)
-    finally:
-        httpd.shutdown()
-        httpd.server_close()
-    assert os.listdir(tmp_path) == [] and state["sent"] < limit + 20_000_000
+            data.download(tmp_path, [(url, name, "0" * 64, [])], str)
+    assert os.listdir(tmp_path) == [] and Endless.sent < limit + 20_000_000
 
 
 @real
 def test_the_limits_leave_room_for_the_published_files():
     for path in (REAL / "epitome").iterdir():
-        assert path.stat().st_size < download.LARGEST / 5
+        assert path.stat().st_size < data.LARGEST / 5
 
 
 @pytest.mark.parametrize(
@@ -1672,8 +1678,8 @@ def test_download_names_the_remedy_that_helps(error, remedy, tmp_path, monkeypat
     def fails(request, timeout):
         raise error if isinstance(error, HTTPError) else URLError(error)
 
-    monkeypatch.setattr(download, "urlopen", fails)
-    assert download.main(["download", str(tmp_path / "new")]) == 2
+    monkeypatch.setattr(data, "urlopen", fails)
+    assert emprl.main(["download", str(tmp_path / "new")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and re.search(remedy, err)
     archive_path = str(tmp_path / "new" / "empatheticdialogues.tar.gz")
@@ -1686,14 +1692,14 @@ def test_download_tells_a_full_disk_from_the_network(server, tmp_path, monkeypat
             raise OSError(errno.ENOSPC, "No space left on device")
         return open(path, mode, **options, encoding="utf-8")
 
-    monkeypatch.setattr(download, "open", full, raising=False)
-    with pytest.raises(DataError, match="f.csv.part: can not be written .*; make room"):
-        download.download(tmp_path, source(server), str)
+    monkeypatch.setattr(data, "open", full, raising=False)
+    with pytest.raises(DataError, match="f.csv.part: cannot be written .*; make room"):
+        data.download(tmp_path, source(server), str)
 
 
 def test_download_into_what_is_no_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("", encoding="utf-8")
-    assert download.main(["download", str(tmp_path / "file")]) == 2
+    assert emprl.main(["download", str(tmp_path / "file")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "choose another folder" in err
 
@@ -1719,7 +1725,7 @@ def special(name, kind):
 )
 def test_download_refuses_unsafe_archives(entry, server, tmp_path):
     with pytest.raises(DataError, match="unsafe entry"):
-        download.download(
+        data.download(
             tmp_path / "in",
             source(server, archive(("d/a.csv", b"A"), entry), ["d/a.csv"]),
             str,
@@ -1744,32 +1750,21 @@ def test_download_bad_archives(server, tmp_path):
         )
     ):
         with pytest.raises(DataError, match=problem):
-            download.download(tmp_path / str(i), source(server, body, ["d/a.csv"]), str)
+            data.download(tmp_path / str(i), source(server, body, ["d/a.csv"]), str)
         assert not (tmp_path / str(i) / "d").exists()
 
 
 def test_official_sources():
-    assert [name for _, name, _, _ in download.SOURCES] == [
+    assert [name for _, name, _, _ in data.SOURCES] == [
         "empatheticdialogues.tar.gz",
         *(f"epitome/{name}" for name in data.EPITOME_FILES),
     ]
     assert all(
-        url.startswith("https://") and len(digest) == 64
-        for url, _, digest, _ in download.SOURCES
+        url.startswith("https://") and len(digest) == 64 for url, _, digest, _ in data.SOURCES
     )
 
 
-def test_command_line():
-    usage = subprocess.run(
-        [sys.executable, data.__file__], capture_output=True, text=True, encoding="utf-8"
-    )
-    assert (
-        usage.returncode == 2
-        and usage.stderr == "data.py: usage: python data.py download DIR\n"
-    )
-
-
-# ---- span corruption -------------------------------------------------------------------------------
+# ---- span corruption
 
 
 def test_span_corruption():
@@ -1818,3 +1813,25 @@ def test_random_spans():
     assert len(draws) >= 15, "spans are hardly random"
     half = data.random_spans(100, density=0.5, mean_span=5.0)
     assert sum(n for _, n in half) == 50 and len(half) == 10
+
+
+# ---- the ids of a corpus in one array
+
+
+def test_rows_of_ids_are_read_like_a_list_of_lists():
+    lists = [[5, 6, 7], [], [40_000], [1]]
+    rows = data.IdRows(iter(lists))
+    assert len(rows) == 4 and list(rows) == lists
+    assert rows[-1] == [1] and rows[torch.tensor(2)] == [40_000]
+    with pytest.raises(IndexError):
+        rows[4]
+
+
+def test_pairs_take_no_more_memory_than_their_ids(corpus, tokenizer):
+    """4 bytes an id, 8 a row and 24 for its levels; what a list has in reserve beside."""
+    dialogues = corpus.dialogues["train"]
+    tracemalloc.start()
+    pairs = data.Pairs(dialogues, tokenizer, 64, 32)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 1.3 * (4 * sum(pairs.lengths()) + 2 * 8 * len(pairs)) + 10_000

@@ -1,369 +1,512 @@
-"""The whole program on the smoke preset: every stage, its files, resuming, the command line."""
+"""The whole program on the preset `smoke`: its files, its last screen, its pages, its commands."""
 
-import builtins
 import io
 import json
 import math
-import shutil
+import os
+import re
 import sys
-import types
 from pathlib import Path
-from unittest import mock
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 import emprl
 import t5_small
+from tests.tools import (
+    MECHANISMS,
+    official,
+    read_json,
+    read_lines,
+    records,
+    smoke,
+    stages_of,
+    words,
+)
+
+ROOT = Path(emprl.__file__).parent
+SYSTEMS = {"mle", "best_of_n", "emprl", "mle_greedy", "emprl_greedy"}
+PICTURES = ("losses", "ppo", "emp_f1", "levels", "learnt_vs_truth")
+PREFIXES = {"identifiers": "", "judge": "judge_", "oracle": "oracle_"}
+FIGURES = """
+emp_f1 emp_f1_er emp_f1_ip emp_f1_ex emp_macro_f1 exact_match mutual_information
+judge_emp_f1 judge_emp_macro_f1 judge_exact_match oracle_emp_f1 oracle_exact_match
+perplexity perplexity_per_word bleu dist1 dist2 unique length kl
+""".split()
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished smoke run: (folder, metrics)."""
-    folder = tmp_path_factory.mktemp("run") / "smoke"
-    return folder, emprl.run_all(emprl.Run(folder, emprl.make_config("smoke")))
+def told_by(records, who, system):
+    """(N, M) levels of a system's replies in responses.jsonl."""
+    return torch.tensor([record["levels"][who][system] for record in records])
 
 
-def weights(folder):
-    return t5_small.from_pretrained(folder / "emprl").state_dict()
+# ---- what a run leaves --------------------------------------------------------------------------
 
 
-def test_run_folder_holds_what_the_readme_says(finished):
-    folder, metrics = finished
+def test_the_folder_holds_what_the_readme_says(finished):
     for name in (
         "config.json",
+        "environment.json",
         "metrics.jsonl",
         "metrics.json",
+        "responses.jsonl",
         "report.md",
         "samples.md",
         "tokenizer.model",
-        "sft/pytorch_model.bin",
+        "mle/pytorch_model.bin",
         "emprl/pytorch_model.bin",
     ):
-        assert (folder / name).stat().st_size > 0, name
-    for name in ("losses", "ppo", "emp_f1", "levels", "learnt_vs_truth"):
-        assert (folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
-    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8")) == json.loads(
-        json.dumps(metrics)
-    )
-    stages = [
-        json.loads(line)["stage"]
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    assert {s: stages.count(s) for s in stages} == {
-        "pretrain": 4,
-        "sft": 12,
-        "identifiers": 8,
-        "judge": 8,
-        "context": 4,
-        "ppo": 4,
-    }
-    assert (folder / "samples.md").read_text(encoding="utf-8").count("* target: ") >= 20
+        assert (finished / name).stat().st_size > 0, name
+    for name in PICTURES:
+        assert (finished / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+    steps = {"pretrain": 4, "mle": 12, "identifiers": 8, "judge": 8, "context": 4, "ppo": 4}
+    stages = [record["stage"] for record in read_lines(finished / "metrics.jsonl")]
+    assert {stage: stages.count(stage) for stage in stages} == steps
 
 
-def test_metrics_have_every_figure_of_the_issue(finished):
-    _, m = finished
+def test_metrics_have_every_figure(finished):
+    metrics = read_json(finished / "metrics.json")
     for who in ("identifiers", "judge"):
-        for mechanism in ("er", "ip", "ex"):
-            assert {"accuracy", "macro_f1", "weighted_f1"} <= set(m[who][mechanism])
-    assert {"emp_f1", "judge_emp_f1", "oracle_emp_f1"} <= set(m["floors"]["majority"]) & set(
-        m["floors"]["random_copy"]
-    )
-    assert (
-        m["ceiling"]["best"]["oracle_emp_f1"] > m["ceiling"]["mle_ideal"]["oracle_emp_f1"] > 0
-    )
-    for policy in ("sft", "emprl"):
-        assert {
-            "emp_f1",
-            "emp_f1_er",
-            "emp_f1_ip",
-            "emp_f1_ex",
-            "emp_macro_f1",
-            "judge_emp_f1",
-            "judge_emp_macro_f1",
-            "oracle_emp_f1",
-            "mutual_information",
-            "reward",
-            "perplexity",
-            "bleu",
-            "dist1",
-            "dist2",
-            "unique",
-            "length",
-            "kl",
-        } <= set(m[policy])
-    for gain in ("emp_f1", "judge_emp_f1", "oracle_emp_f1"):
-        assert m["gain"][gain]["low"] <= m["gain"][gain]["relative"] <= m["gain"][gain]["high"]
-    assert m["sft"]["kl"] == pytest.approx(0, abs=1e-6), (
-        "the MLE policy has no distance to itself"
-    )
-    assert (
-        m["config"]["preset"] == "smoke"
-        and m["seed"] == 0
-        and {"sft", "ppo", "evaluate"} <= set(m["seconds"])
-    )
+        for mechanism in MECHANISMS:
+            assert {"accuracy", "macro_f1", "weighted_f1"} <= set(metrics[who][mechanism])
+    levels = {"emp_f1", "judge_emp_f1", "oracle_emp_f1"}
+    for floor in ("majority", "random_copy"):
+        assert levels <= set(metrics["floors"][floor])
+    best, ideal = metrics["ceiling"]["best"], metrics["ceiling"]["mle_ideal"]
+    assert best["oracle_emp_f1"] > ideal["oracle_emp_f1"] > 0
+    for policy in SYSTEMS:
+        assert set(FIGURES) <= set(metrics[policy]), policy
+    for name in levels:
+        gain = metrics["gain"][name]
+        assert gain["low"] <= gain["relative"] <= gain["high"]
+    assert metrics["mle"]["kl"] == pytest.approx(0, abs=1e-6), "no distance to itself"
+    assert metrics["human"]["length"] > 3
+    assert metrics["human"]["bleu"] == pytest.approx(100)
+    assert metrics["config"]["preset"] == "smoke"
+    assert metrics["config"]["seed"] == 0
+    assert {"mle", "ppo", "evaluate"} <= set(metrics["seconds"])
+    assert min(metrics["seconds"].values()) >= 0
 
 
-def test_responses_have_the_levels_of_every_reader(finished):
-    folder, m = finished
-    records = [
-        json.loads(line)
-        for line in (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    assert len(records) == 40 and all(
-        set(r["levels"]) == {"identifiers", "judge", "oracle"} for r in records
-    )
-    systems = {"sft", "best_of_n", "emprl", "sft_greedy", "emprl_greedy"}
-    assert all(
-        set(r["responses"]) == systems and set(table) == {"target", *systems}
-        for r in records
-        for table in r["levels"].values()
-    )
-    for reader, prefix in (("identifiers", ""), ("judge", "judge_"), ("oracle", "oracle_")):
-        one, gold = (
-            torch.tensor([r["levels"][reader][name] for r in records])
-            for name in ("best_of_n", "target")
-        )
-        assert emprl.level_scores(one, gold)["emp_f1"] == m["best_of_n"][f"{prefix}emp_f1"], (
-            "the figures can be had from them again"
-        )
-    assert m["target"]["length"] > 3 and m["target"]["bleu"] == pytest.approx(100)
+def test_the_figures_can_be_had_again_from_the_replies(finished):
+    metrics = read_json(finished / "metrics.json")
+    found = read_lines(finished / "responses.jsonl")
+    assert len(found) == 40
+    for record in found:
+        assert set(record["replies"]) == SYSTEMS
+        assert set(record["levels"]) == set(PREFIXES)
+        for table in record["levels"].values():
+            assert set(table) == {"human", *SYSTEMS}
+    for who, prefix in PREFIXES.items():
+        gold = told_by(found, who, "human")
+        for system in SYSTEMS:
+            figures = emprl.compare_levels(told_by(found, who, system), gold)
+            for name, value in figures.items():
+                assert metrics[system][prefix + name] == value, (who, system, name)
 
 
-def test_best_of_one_is_plain_sampling_and_of_many_no_worse(finished, tmp_path):
-    """The first of n samples is MLE's own; perplexities are MLE's either way; n is taken from eval.best_of."""
-    folder, m = shutil.copytree(finished[0], tmp_path / "run"), finished[1]
-    (folder / "config.json").unlink()  # its stages are taken, its results written over
-    one = emprl.run_all(
-        emprl.Run(folder, emprl.make_config("smoke", settings=["eval.best_of=1"]))
-    )
-    assert one["best_of_n"] == one["sft"] and one["best_of_n"]["kl"] == pytest.approx(
-        0, abs=1e-9
-    )
+def test_best_of_one_is_plain_sampling_and_of_many_no_worse(finished, tmp_path, no_pictures):
+    """The first of n samples is MLE's own; perplexities are MLE's either way."""
+    one = smoke(stages_of(finished, tmp_path / "run"), "eval.best_of=1")
+    assert one["best_of_n"] == pytest.approx(one["mle"])
+    many = read_json(finished / "metrics.json")
     for key in ("perplexity", "perplexity_per_word"):
-        assert m["best_of_n"][key] == pytest.approx(m["sft"][key], rel=1e-4)
-    assert m["best_of_n"]["kl"] == pytest.approx(math.log(4) - 3 / 4)
+        assert many["best_of_n"][key] == pytest.approx(many["mle"][key], rel=1e-4)
+    assert many["best_of_n"]["kl"] == pytest.approx(math.log(4) - 3 / 4)
 
 
 def test_ratio_is_one_at_the_first_minibatch_of_every_iteration(finished):
-    records = [
-        json.loads(line)
-        for line in (finished[0] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    assert all(r["first_ratio_error"] < 1e-5 for r in records if r["stage"] == "ppo")
+    log = read_lines(finished / "metrics.jsonl")
+    errors = [record["first_ratio_error"] for record in log if record["stage"] == "ppo"]
+    assert len(errors) == 4
+    assert max(errors) < 1e-5
 
 
-def test_a_second_call_skips_every_stage(finished, monkeypatch):
-    folder, metrics = finished
-    monkeypatch.setattr(t5_small.Trainer, "step", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(emprl.PPOTrainer, "step", lambda *_: pytest.fail("trained again"))
-    again = emprl.run_all(emprl.Run(folder, emprl.make_config("smoke")))
-    assert {**again, "seconds": 0} == {**metrics, "seconds": 0}
+# ---- the end of a run ---------------------------------------------------------------------------
 
 
-def test_another_configuration_repeats_only_what_depends_on_it(finished, tmp_path):
-    run = emprl.Run(tmp_path, emprl.make_config("smoke"))
-    done = []
-    run.stage("sft", lambda *_: done.append(1) or {"weights": {}})
-    run.stage("sft", lambda *_: done.append(2) or {"weights": {}})
-    emprl.Run(tmp_path, emprl.make_config("smoke", settings=["ppo.lr=1"])).stage(
-        "sft", lambda *_: done.append(3) or {}
+def fits(screen):
+    lines = screen.splitlines()
+    return len(lines) <= 20 and max(map(len, lines)) <= 80
+
+
+def test_the_last_screen_says_what_it_must(finished):
+    printed = finished.with_suffix(".txt").read_text(encoding="utf-8")
+    screen = printed[printed.index("A T5 learned") :]
+    assert fits(screen.replace(str(finished), "run")), screen
+    for row in ("human", "always the commonest", "MLE ", "best of 4", "EmpRL "):
+        assert re.search(f"^{row}.* [01][.][0-9]{{3}}", screen, re.M), row
+    head = next(line for line in screen.splitlines() if "judge" in line)
+    assert re.search("judge +oracle +perplex.* +distinct", head)
+    assert re.search(
+        r"EmpRL over MLE: .*% \(95 % interval .*% to .*%\), by the oracle", screen
     )
-    assert done == [1], (
-        "neither a second call nor another PPO learning rate touches the MLE stage"
-    )
-    emprl.Run(tmp_path, emprl.make_config("smoke", settings=["sft.lr=1"])).stage(
-        "sft", lambda *_: done.append(4) or {}
-    )
-    assert done == [1, 4]
-
-
-def test_targets_are_what_the_context_tells_or_the_one_humans(finished, tmp_path, monkeypatch):
-    """Of the reward (training pairs) and of best of n (test pairs), by reward.target and reward.balance. Nothing is trained."""
-
-    def targets(**options):
-        seen, settings = [], [f"reward.{name}={x}" for name, x in options.items()]
-        (folder / "config.json").unlink()  # of the settings before
-        monkeypatch.setattr(
-            emprl, "make_reward", lambda reader, targets, **_: seen.append(targets)
-        )
-        monkeypatch.setattr(
-            emprl.Evaluation, "compare", lambda *arguments: seen.extend(arguments[3:]) or 1 / 0
-        )
-        with pytest.raises(ZeroDivisionError):  # as far as needed
-            emprl.run_all(
-                emprl.Run(
-                    folder, emprl.make_config("smoke", settings=["ppo.steps=0", *settings])
-                )
-            )
-        return seen  # of the reward, the humans', {of the ceiling}, of best of n
-
-    folder = shutil.copytree(finished[0], tmp_path / "run")
-    plain, levels, told, promised = targets(target="expected")
-    assert torch.allclose(plain.sum(-1), torch.ones(200, 3)) and torch.allclose(
-        promised, told["context"]
-    ), "as the context's reader says"
-    share = plain.mean(0)
-    for balance in (0, 0.7):
-        train, test = (emprl.even(probs, share, balance) for probs in (plain, told["context"]))
-        for target, of_train, of_test in (
-            ("expected", train, test),
-            ("human", levels, test),
-            ("likeliest", train.argmax(-1), test.argmax(-1)),
-        ):
-            found = targets(target=target, balance=balance)
-            assert all(
-                x.shape == y.shape and torch.allclose(x.double(), y.double())
-                for x, y in ((found[0], of_train), (found[3], of_test))
-            ), target
-    assert not torch.equal(train.argmax(-1), plain.argmax(-1)), (
-        "balance makes no difference: the test is blind"
-    )
+    level = "(none|weak|strong)"
+    levels = re.findall(rf"^(\w+) +\[ER {level}, IP {level}, EX {level}\]$", screen, re.M)
+    assert [found[0] for found in levels] == ["human", "MLE", "EmpRL"]
+    assert "report.md" in screen
+    assert "chat --run" in screen
+    assert "reward      0 to 1" in printed, "what a reward of 0.03 means"
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "name", ["x", "x" * 200, "two words and läufe 😀", "line\nbreak\x1b[1m"]
+)
+def test_the_last_screen_fits_whatever_the_folder_is_called(name, tmp_path, capsys, copied):
+    folder = copied.rename(tmp_path / name)
+    assert emprl.main(words(folder)) == 0
+    printed = capsys.readouterr().out
+    screen = printed[printed.index("A T5 learned") :]
+    assert fits(screen), screen
+    assert "\x1b" not in screen
+
+
+N = 40  # contexts of the small evaluations below
+
+
+def seen(improved, worse, truth="oracle", text="A reply."):
+    """An evaluation: EmpRL is closer than MLE in some contexts, less close in others."""
+    human = torch.zeros(N, 3, dtype=torch.long)
+    mle, policy = human.clone(), human.clone()
+    mle[:improved, 1] = 2
+    policy[improved : improved + worse, 0] = 1
+    tables = {"mle": mle, "best_of_n": human, "emprl": policy}
+    replies = {}
+    for system, levels in tables.items():
+        texts = [f"{system} {i}: {text}" for i in range(N)]
+        replies[system] = emprl.Replies(texts, {truth: levels, "judge": levels})
+    dialogues = [emprl.Dialogue((f"context {i} {text}",), text, "sad") for i in range(N)]
+    pairs = MagicMock(dialogues=dialogues)
+    pairs.__len__.return_value = N
+    gold = {truth: human, "judge": human}
+    return SimpleNamespace(truth=truth, human=gold, replies=replies, pairs=pairs)
+
+
+def gain(low, high):
+    return {"relative": (low + high) / 2, "low": low, "high": high}
+
+
+def figures_of(own, judge, oracle=None, perplexity=4.0):
+    """Figures with these gains: (low, high) by the identifiers, the judge and the oracle."""
+    gains = {"emp_f1": gain(*own), "judge_emp_f1": gain(*judge)}
+    if oracle:
+        gains["oracle_emp_f1"] = gain(*oracle)
+    system = {"emp_f1": 0.5, "judge_emp_f1": 0.5, "oracle_emp_f1": 0.5}
+    system |= {"perplexity": perplexity, "unique": 0.9}
+    return {
+        "gain": gains,
+        "floors": {"majority": system},
+        "human": {"unique": 1.0},
+        **dict.fromkeys(("mle", "best_of_n", "emprl"), system),
+    }
+
+
+UP, DOWN, UNSURE = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    "own, judge, oracle, says",
     [
-        (["--set", "reward.target=best"], "expected or likeliest or human"),
+        (UP, UP, UP, ["better than MLE's", "+20.0%", "no sign that the reward was gamed"]),
+        (UNSURE, UNSURE, UNSURE, ["no better than MLE's", "+0.0%", "no sign"]),
+        (DOWN, DOWN, DOWN, ["worse than MLE's", "-20.0%", "no sign"]),
+        (UP, UNSURE, UNSURE, ["no better than MLE's", "may have been gamed"]),
+        (UP, DOWN, DOWN, ["worse than MLE's", "may have been gamed"]),
+        (UP, UNSURE, None, ["no better than MLE's", "by the judge", "may have been gamed"]),
+        (UP, UP, None, ["better than MLE's", "by the judge", "no sign"]),
+    ],
+)
+def test_the_answer_is_three_sentences_and_honest(own, judge, oracle, says):
+    truth = "oracle" if oracle else "judge"
+    text = emprl.answer(figures_of(own, judge, oracle), truth)
+    assert len(re.findall(r"[.](?= [A-Z]|$)", text)) == 3, text
+    for said in says:
+        assert said in text
+    assert ("no better" in text) == ("no better than MLE's" in says), text
+
+
+@pytest.mark.parametrize("truth", ["oracle", "judge"])
+@pytest.mark.parametrize("improved, worse", [(10, 4), (0, 7), (0, 0), (40, 0), (0, 40)])
+def test_the_last_screen_of_any_outcome_fits(improved, worse, truth):
+    """Figures without a bound, texts without an end; an example that improved if there is one."""
+    run = SimpleNamespace(folder=Path("run"), config=emprl.make_config("smoke"))
+    run.config.eval.best_of = 10**4
+    for size in (0.1, 1e9, math.inf, math.nan):
+        metrics = figures_of((0, size), (0, size), (0, size), perplexity=1e300 * size)
+        test = seen(improved, worse, truth, "so\x1b[1m sad " * 40)
+        screen = emprl.last_screen(run, metrics, test)
+        assert fits(screen), screen
+        assert "\x1b" not in screen
+        assert f"In {improved / N:.0%} of the contexts" in screen
+        assert f"in {worse / N:.0%} less close" in screen
+        assert ("As here" in screen) == (improved > 0)
+        assert ("oracle" in screen) == (truth == "oracle")
+        assert ("IP strong" in screen) == (improved > 0), "MLE's reply, EmpRL's is better"
+
+
+@pytest.mark.parametrize(
+    "improved, worse, shown",
+    [(10, 10, [3, 6, 3]), (0, 0, [0, 12, 0]), (40, 0, [12, 0, 0]), (14, 13, [4, 4, 4])],
+)
+def test_samples_are_twelve_in_their_true_proportion(improved, worse, shown):
+    page = emprl.samples_page(seen(improved, worse))
+    sections = re.split("^## EmpRL is ", page, flags=re.M)[1:]
+    assert [section.split(":")[0] for section in sections] == [
+        "closer than MLE",
+        "as close",
+        "less close",
+    ]
+    assert [section.count("* human: ") for section in sections] == shown
+    shares = [improved, N - improved - worse, worse]
+    for section, share, count in zip(sections, shares, shown):
+        assert f": {share / N:.0%}\n" in section
+        assert section.count("* EmpRL: ") == section.count("* best of n: ") == count
+    assert "emotional reaction (ER)" in page
+    assert len(set(re.findall(r"context \d+", page))) == 12, "each once"
+
+
+def test_the_report_is_a_page(finished):
+    page = (finished / "report.md").read_text(encoding="utf-8")
+    metrics = read_json(finished / "metrics.json")
+    parts = page.split("\n\n")
+    assert parts[1].strip("*").endswith("?"), "the question"
+    assert parts[2] == emprl.answer(metrics, "oracle")
+    for name in PICTURES:
+        (i,) = [i for i, part in enumerate(parts) if f"](plots/{name}.png)" in part]
+        assert re.fullmatch(r"\*[A-Z].*[.?]\*", parts[i + 1]), "how to read it"
+    topics = re.findall("^## (.*)", page, re.M)
+    assert topics == [
+        "Levels",
+        "By mechanism",
+        "Floors and ceilings",
+        "Text",
+        "The classifiers",
+    ]
+    rows = {}  # in brackets behind a plain name: the key
+    for name, key, cells in re.findall(r"^\| (.*?) \[([\w.]+)\] \| (.*) \|$", page, re.M):
+        assert re.match("[A-Za-z]", name), key
+        rows.setdefault(key, [cell.strip() for cell in cells.split("|")])
+    systems = ("mle", "best_of_n", "emprl", "mle_greedy", "emprl_greedy")
+    for key in ("emp_f1", "judge_exact_match", "perplexity", "bleu", "unique"):
+        wanted = [f"{metrics[system][key]:.3f}" for system in systems]
+        assert rows[key][:5] == wanted, key
+    majority = metrics["floors"]["majority"]
+    wanted = [f"{majority[prefix + 'emp_f1']:.3f}" for prefix in PREFIXES.values()]
+    assert rows["floors.majority"] == wanted
+    floor, *middle, ceiling = rows["oracle_emp_f1_er"]
+    assert middle == [f"{metrics[system]['oracle_emp_f1_er']:.3f}" for system in systems[:3]]
+    assert floor == f"{majority['oracle_emp_f1_er']:.3f}"
+    balanced = metrics["ceiling"]["context_balanced"]
+    assert ceiling == f"{balanced['oracle_emp_f1_er']:.3f}"
+
+
+def test_a_picture_that_fails_costs_nothing_else(copied, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise ZeroDivisionError("in a changed copy")
+
+    monkeypatch.setattr(emprl, "curve", broken)  # ppo and losses need it
+    (copied / "report.md").unlink()
+    assert emprl.main(words(copied)) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("ZeroDivisionError: in a changed copy") == 2
+    page = (copied / "report.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\(plots/(\w+)[.]png\)", page))
+    assert shown == {"emp_f1", "levels", "learnt_vs_truth"}
+    assert "A T5 learned" in printed
+
+
+# ---- settings: each has the effect that it names, or is refused ---------------------------------
+
+
+def test_every_set_counts(tmp_path, monkeypatch):
+    """`--set a=1 --set b=2` is `--set a=1 b=2`."""
+    seen = []
+    monkeypatch.setattr(emprl, "run_all", lambda run: seen.append(run.config))
+    run = ["--run", str(tmp_path / "run")]
+    one = ["--set", "ppo.lr=1", "--set", "mle.lr=2", "ppo.steps=3", *run]
+    assert emprl.main(one) == emprl.main(run) == 0
+    assert (seen[0].ppo.lr, seen[0].mle.lr, seen[0].ppo.steps) == (1, 2, 3)
+    assert seen[1] == emprl.toy(), "and nothing is left over for the next call"
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--data", "/dev/null"], "--data /dev/null"),
+        (["--data", "pipe"], "--data pipe"),
+        (["--t5", "t5", "--set", "t5.d_model=64"], "t5.d_model=64: has no effect"),
+        (["--t5", "t5", "--set", "data.vocab_size=600"], "data.vocab_size=600: has no"),
+        (["--data", "mine.jsonl", "--set", "data.num_train=9"], "data.num_train=9: has"),
+        (["--preset", "real", "--data", "folder", "--set", "data.num_test=9"], "num_test=9"),
+        (["--set", "pretrain.task=turns"], "pretrain.task=turns: has no effect"),
+        (["--set", "identifiers.kind=ngrams", "identifiers.lr=1"], "identifiers.lr=1: has no"),
+        (
+            ["--set", "identifiers.kind=ngrams", "identifiers.eval_every=1"],
+            "eval_every=1: has",
+        ),
+        (["--set", "identifiers.kind=ngrams", "context.lr=1"], "context.lr=1: has no"),
+        (["--set", "context.penalty=1"], "context.penalty=1: has no effect"),
+        (["--set", "mle.epochs=1", "mle.steps=1"], "mle.steps=1: has no effect"),
+        (["--set", "t5.vocab_size=600"], "t5.vocab_size=600: no such option"),
+        (["--set", "data.__class__=1"], "data.__class__=1: no such option"),
+        (["--set", "data.__dict__=1"], "data.__dict__=1: no such option"),
+        (["--set", "__class__.preset=1"], "__class__.preset=1: no such option"),
+        (["--set", "reward.options=1"], "reward.options=1: no such option"),
         (["--set", "ppo.learning_rate=1"], "no such option"),
-        (["--set", "ppo.steps=many"], "not a valid int"),
         (["--set", "ppo"], "no such option"),
+        (["--set", "ppo.steps=many"], "a whole number from 0"),
+        (["--set", "ppo.steps=-1"], "a whole number from 0"),
+        (["--set", "ppo.lr=nan"], "ppo.lr=nan"),
+        (["--set", "ppo.lr=inf"], "ppo.lr=inf"),
+        (["--set", "ppo.adaptive_kl=yes"], "on or off"),
+        (["--set", "reward.target=best"], "one of expected | likeliest | human"),
+        (["--set", "reward.mechanisms=all"], "reward.mechanisms=all"),
+        (["--set", "reward.mechanisms="], "reward.mechanisms="),
+        (["--set", "replying.min_length=99", "replying.max_length=9"], "replying.min_length"),
+        (["--set", "ppo.batch_size=8", "ppo.minibatch_size=9"], "ppo.minibatch_size"),
+        (["--seed", "-1"], "--seed"),
         (["--preset", "real"], "--data DIR"),
-        (["--preset", "paper", "--data", "."], "--t5"),
-        (["--preset", "real", "--data", "missing"], "download DIR"),
+        (["--preset", "paper", "--data", "folder"], "--t5"),
+        (["--preset", "real", "--data", "missing"], "--data missing"),
+        (["--t5", "t5"], "config.json"),
         (["evaluate", "--run", "missing", "--data", "x"], "no finished run"),
         (["chat", "--run", "missing"], "no finished run"),
-        (["rate"], "only rate takes RUN"),
-        (["rate", "a", "b", "c"], "only rate takes"),
-        (["rate", "missing"], "missing/responses.jsonl"),
-        (["rate", "x", "--data", "y"], "takes --run"),
-        (["rate", "x", "--run", "y"], "see --help"),
-        (["run", "x"], "only rate takes RUN"),
-        (["chat", "x"], "only rate takes RUN"),
+        (["run", "x"], "see python emprl.py --help"),
+        (["chat", "--run", "x", "y"], "see python emprl.py --help"),
+        (["rate"], "invalid choice"),
         (["--again"], "--again"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(
-    arguments, words, capsys, tmp_path, monkeypatch
-):
+def test_bad_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(emprl, "run_all", lambda run: pytest.fail("accepted"))
+    (tmp_path / "mine.jsonl").write_text("".join(records(60)), encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "t5").mkdir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+    before = set(tmp_path.iterdir())
     assert emprl.main(arguments) == 2
     err = capsys.readouterr().err
-    assert words in err and err.count("\n") == 1, err
-    assert not list(tmp_path.iterdir()), "nothing was written"
+    assert says in err, err
+    assert err.count("\n") == 1, err
+    assert set(tmp_path.iterdir()) == before, "nothing was written"
 
 
-def test_evaluate_and_chat_commands(finished, tmp_path, capsys, monkeypatch):
-    folder, _ = finished
-    file = tmp_path / "mine.jsonl"
-    file.write_text(
-        '{"context": ["My dog is sick."], "response": "I am so sorry."}\n' * 3,
-        encoding="utf-8",
-    )
-    assert emprl.main(["evaluate", "--run", str(folder), "--data", str(file)]) == 0
-    out = capsys.readouterr().out
-    assert "| emp_f1 |" in out and "best_of_n" not in out, (
-        "which needs what the context tells, of the run's own data"
-    )
-    (written,) = folder.glob("evaluate-mine-*.json")
-    assert 0 <= json.loads(written.read_text(encoding="utf-8"))["emprl"]["emp_f1"] <= 1
+def test_settings_with_an_effect_stay(finished, tmp_path, monkeypatch):
+    """The sources' own options, and those of the parts that are used."""
+    t5 = official(tmp_path / "t5", finished)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(emprl, "run_all", lambda run: None)
+    (tmp_path / "mine.jsonl").write_text("".join(records(60)), encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    for arguments in (
+        ["--data", "mine.jsonl", "--set", "t5.d_model=64", "data.vocab_size=300"],
+        ["--preset", "real", "--data", "folder", "--set", "data.max_source=50"],
+        ["--t5", t5, "--set", "data.num_train=99", "data.max_source=50"],
+        ["--set", "pretrain.steps=5", "pretrain.task=turns"],
+        ["--set", "identifiers.kind=ngrams", "context.penalty=1", "identifiers.penalty=1"],
+        ["--set", "reward.mechanisms=er,ex", "identifiers.lr=1"],
+    ):
+        assert emprl.main(arguments) == 0, arguments
+
+
+def test_config_json_says_which_t5_was_used(finished, tmp_path, no_pictures):
+    config = emprl.make_config("smoke", t5_dir=official(tmp_path / "t5", finished))
+    config.t5.d_model = 999  # of what --t5 replaces
+    emprl.run_all(emprl.Run(tmp_path / "run", config))
+    used = read_json(finished / "mle" / "config.json")
+    said = read_json(tmp_path / "run" / "config.json")["t5"]
+    assert said == {name: used[name] for name in said}
+
+
+@pytest.mark.parametrize("name", ["pad_token_id", "eos_token_id", "decoder_start_token_id"])
+def test_a_t5_with_other_ids_is_refused(name, finished, tmp_path):
+    official(tmp_path / "t5", finished)
+    path = tmp_path / "t5" / "config.json"
+    path.write_text(json.dumps({**read_json(path), name: 2}), encoding="utf-8")
+    with pytest.raises(t5_small.CheckpointError, match=f"{name} is 2"):
+        t5_small.from_pretrained(tmp_path / "t5")
+
+
+# ---- the other commands -------------------------------------------------------------------------
+
+
+def test_evaluations_of_different_files_are_kept_apart(copied, tmp_path, capsys):
+    """a/mine.jsonl, b/mine.csv and a changed a/mine.jsonl; the same file again is the same."""
+
+    def evaluate(file, text):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+        assert emprl.main(["evaluate", "--run", str(copied), "--data", str(file)]) == 0
+        return len([*copied.glob("evaluate-mine-*.json")])
+
+    one, two = tmp_path / "a" / "mine.jsonl", tmp_path / "b" / "mine.csv"
+    line = '{"context": ["My dog is %s."], "response": "I am so sorry."}\n'
+    assert evaluate(one, line % "sick" * 3) == 1
+    printed = capsys.readouterr().out
+    assert "[emp_f1]" in printed
+    assert "oracle" not in printed, "there is none for other dialogues"
+    assert evaluate(two, "context,response\nMy cat is sick.,Oh no\n") == 2
+    assert evaluate(one, line % "sick" * 3) == 2
+    assert evaluate(one, line % "sad") == 3
+
+    for path in copied.glob("evaluate-*.json"):
+        found = read_json(path)
+        assert 0 <= found["emprl"]["emp_f1"] <= 1
+        assert found["mle"]["perplexity"] > 1
+    texts = []
+    for path in copied.glob("evaluate-*.jsonl"):
+        replies = read_lines(path)
+        texts.append([record["context"][0] for record in replies])
+        assert all(set(record["replies"]) >= {"mle", "emprl"} for record in replies)
+    assert sorted(texts) == [["My cat is sick."], ["My dog is sad."], ["My dog is sick."] * 3]
+
+
+def test_chat_replies_with_both_models_and_their_levels(finished, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("My dog is sick.\n\nHello\n"))
-    assert emprl.main(["chat", "--run", str(folder)]) == 0
+    assert emprl.main(["chat", "--run", str(finished)]) == 0
     out = capsys.readouterr().out
-    assert "not a counsellor" in out and out.count("sft ") == 2 and out.count("emprl ") == 2
-
-
-def test_rate_command(finished, capsys, monkeypatch):
-    folder, _ = finished
-    monkeypatch.setattr(builtins, "input", lambda _: "t")
-    assert emprl.main(["rate", str(folder), "ann"]) == 0
-    assert (
-        "raters: 1" in capsys.readouterr().out
-        and len((folder / "ratings-ann.jsonl").read_text(encoding="utf-8").splitlines()) == 30
-    )
-    monkeypatch.setattr(builtins, "input", lambda _: "")
-    assert emprl.main(["rate", str(folder)]) == 0 and "raters: 1" in capsys.readouterr().out, (
-        "your login name, if you give none"
-    )
-
-
-@pytest.mark.parametrize("error", [OSError, AttributeError, TypeError])
-def test_memory_is_kept_where_the_c_library_can(error, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        emprl.ctypes,
-        "CDLL",
-        lambda name: types.SimpleNamespace(mallopt=lambda *option: asked.append(option) or 1),
-    )
-    emprl.keep_memory()
-    assert asked == [(-1, 2**30), (-3, 2**30)], "M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (malloc.h)"
-    monkeypatch.setattr(emprl.ctypes, "CDLL", mock.Mock(side_effect=error))
-    emprl.keep_memory()  # elsewhere nothing happens
+    assert out.splitlines()[0] == emprl.OPENING[0]
+    for name in ("mle", "emprl"):
+        assert len(re.findall(rf"^{name} .*\[ER \w+, IP \w+, EX \w+\]$", out, re.M)) == 2
 
 
 def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit) as ended:
         emprl.main(["--help"])
+    assert ended.value.code == 0
     out = capsys.readouterr().out
-    assert ended.value.code == 0 and "--again" in out
-    assert all(
-        f"python emprl.py {command}" in out
-        for command in ("evaluate", "chat", "rate", "ablate")
-    )
+    for command in ("evaluate", "chat", "download", "options"):
+        assert f"python emprl.py {command}" in out
 
 
-def test_own_data_runs_end_to_end(tmp_path):
-    """60 dialogues with levels in a .jsonl: the same path to its report."""
-    corpus = emprl.data.embedded_corpus(3, 60, 1, 1, 1)
-    file = tmp_path / "mine.jsonl"
-    file.write_text(
-        "".join(
-            json.dumps(
-                {
-                    "context": list(d.context),
-                    "response": d.response,
-                    **dict(zip(emprl.MECHANISMS, d.levels)),
-                }
-            )
-            + "\n"
-            for d in corpus.dialogues["train"]
-        ),
-        encoding="utf-8",
-    )
-    assert (
-        emprl.main(
-            [
-                "--preset",
-                "smoke",
-                "--data",
-                str(file),
-                "--run",
-                str(tmp_path / "run"),
-                "--set",
-                "data.vocab_size=300",
-            ]
-        )
-        == 0
-    )
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
-    assert "oracle_emp_f1" not in metrics["sft"] and metrics["sft"]["perplexity"] > 1
+def test_options_lists_all_with_their_range_and_meaning(capsys):
+    assert emprl.main(["options"]) == 0
+    out = capsys.readouterr().out
+    options = emprl.settings_of(emprl.toy())
+    assert len(options) <= 80
+    assert f"{len(options)} options" in out
+    for name, (_, field) in options.items():
+        assert re.search(rf"^  {re.escape(name)} = .*\(.+\)\n      \S", out, re.M), name
+        assert field.metadata["help"] in out
+    assert "er,ip,ex" in out
+    assert "0 to 1e+09" not in out.split("reward.mechanisms")[1].split("\n")[0], "it is a text"
 
 
 def test_modules_keep_to_the_design():
-    """DESIGN: arrows point one way; no excluded package; no fp16 and no fixed device."""
-    root = Path(emprl.__file__).parent
+    """Arrows point one way; no excluded package; no fp16 and no fixed device."""
     allowed = {
         "t5_small": set(),
         "data": set(),
         "ppo": {"t5_small"},
-        "identifiers": {"t5_small"},
+        "identifiers": {"data", "t5_small"},
     }
     for name, imports in allowed.items():
-        source = (root / f"{name}.py").read_text(encoding="utf-8")
-        found = {
-            m
-            for m in ("t5_small", "data", "ppo", "identifiers", "emprl")
-            if f"from {m} import" in source or f"\nimport {m}" in source
-        }
-        assert found == imports, name
-        assert ".cuda(" not in source and "float16" not in source.replace("bfloat16", "")
+        source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+        found = set(re.findall(r"^(?:import|from) (\w+)", source, re.M))
+        assert found & {*allowed, "emprl"} == imports, name
+        assert ".cuda(" not in source
+        assert "float16" not in source.replace("bfloat16", "")

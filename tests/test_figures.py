@@ -2,49 +2,44 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-import ablate
 import data
 import emprl
-import finished
 import identifiers
 import ppo
-import publish
 import t5_small
+from tests.tools import read_json, read_lines, smoke, stages_of, weights
 
 
-def smoke(folder, *settings):
-    """The metrics of a run of `smoke` with some settings."""
-    return emprl.run_all(emprl.Run(folder, emprl.make_config("smoke", settings=settings)))
+def parts_of(config):
+    """The dialogues that a run of the embedded world has."""
+    sizes = config.data
+    corpus = data.embedded_corpus(
+        config.seed, sizes.num_train, sizes.num_valid, sizes.num_test, sizes.num_labelled
+    )
+    return corpus.dialogues
 
 
-def weights(folder):
-    return t5_small.load_state(folder / "pytorch_model.bin")
-
-
-def test_without_a_validation_the_last_weights_stay(tmp_path):
+def test_without_a_validation_the_last_weights_stay(tmp_path, no_pictures):
     """Pre-training has nothing to validate by: how often it would makes no difference."""
     for every in (2, 6):
-        settings = [f"pretrain.eval_every={every}", "sft.steps=0", "ppo.steps=0"]
+        settings = [f"mle.eval_every={every}", "mle.steps=0", "ppo.steps=0"]
         smoke(tmp_path / str(every), "pretrain.steps=6", *settings)
-    often, once = (weights(tmp_path / str(every) / "sft") for every in (2, 6))
-    assert all((often[name] == once[name]).all() for name in once)
-    logs = [
-        (tmp_path / str(every) / "metrics.jsonl").read_text(encoding="utf-8")
-        for every in (2, 6)
-    ]
-    assert logs[0] == logs[1] and logs[0].count('"pretrain"') == 6
+    often, once = tmp_path / "2", tmp_path / "6"
+    assert weights(often, "mle") == weights(once, "mle")
+    logs = [read_lines(folder / "metrics.jsonl") for folder in (often, once)]
+    assert logs[0] == logs[1]
+    assert [record["stage"] for record in logs[0]].count("pretrain") == 6
 
 
-# ---- kl
+# ---- kl -------------------------------------------------------------------------------------
 
-
-FAR = (
-    "ppo.lr=0.5 ppo.steps=2 ppo.warmup=0 ppo.kl_coef=0 ppo.max_update_kl=1e9 ppo.max_ratio=1e9"
-)
+FAR = "ppo.lr=0.5 ppo.steps=2 ppo.warmup=0 ppo.kl_coef=0".split()
 SAMPLINGS = [
     [],
     ["temperature=0.5", "top_k=5", "min_length=4"],
@@ -53,207 +48,231 @@ SAMPLINGS = [
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_kl_is_that_of_the_distribution_sampled_from(sampling, tmp_path):
-    """As PPO's log has it, worked out anew by a rollout to the same contexts; and never far below 0."""
-    both = [f"{part}.{x}" for part in ("sampling", "replying") for x in sampling]
-    metrics = smoke(tmp_path, *FAR.split(), *both)
-    run, tokenizer, _, models = finished.load_run(tmp_path)
-    c = run.config.data
-    corpus = data.embedded_corpus(0, c.num_train, c.num_valid, c.num_test, c.num_labelled)
-    pairs = data.Pairs(corpus.dialogues["test"], tokenizer, c.max_source, c.max_target)
-    policy = ppo.Policy(models["emprl"])
+def test_kl_is_that_of_the_distribution_sampled_from(
+    sampling, finished, tmp_path, monkeypatch, no_pictures
+):
+    """As PPO's log has it, worked out anew by a rollout to the same contexts."""
+    monkeypatch.setattr(ppo, "MAX_UPDATE_KL", math.inf)
+    monkeypatch.setattr(ppo, "MAX_RATIO", math.inf)
+    both = [f"exploring.{x}" for x in sampling] + [f"replying.{x}" for x in sampling]
+    metrics = smoke(stages_of(finished, tmp_path / "run", "ppo"), *FAR, *both)
+    run = emprl.load_run(tmp_path / "run", "cpu")
+    config, policies = run.run.config, run.policies
+    sizes = config.data
+    dialogues = parts_of(config)["test"]
+    pairs = data.Pairs(dialogues, run.tokenizer, sizes.max_source, sizes.max_scored)
     (rows,) = pairs.chunks(128)
-    run.seed("evaluate emprl")
-    r = ppo.rollout(
-        policy,
-        models["sft"],
-        lambda source, ids, index: index.float(),
-        pairs.batch(rows)[0],
-        torch.tensor(rows),
-        run.config.sampling,
-    )
-    expected = ppo.kl_estimate(r.log_probs, r.ref_log_probs).sum(1).mean().item()
-    assert expected > 0.3, "no distance: the test is blind"
-    assert metrics["emprl"]["kl"] == pytest.approx(expected, rel=1e-3)
-    assert metrics["sft"]["kl"] == 0
+    source, human = pairs.batch(rows)
+    prompts = ppo.Prompts(source, torch.tensor(rows), human)
+    policy = ppo.Policy(policies["emprl"])
+    run.run.seed("evaluate emprl")
+    sampled = ppo.rollout(policy, policies["mle"], no_reward, prompts, config.replying)
+    kl = ppo.kl_estimate(sampled.log_probs, sampled.ref_log_probs).sum(1).mean().item()
+    assert kl > 0.3, "no distance: the test is blind"
+    assert metrics["emprl"]["kl"] == pytest.approx(kl, rel=1e-3)
+    assert metrics["mle"]["kl"] == 0
 
 
-def test_greedy_replies_have_no_kl(tmp_path):
+def no_reward(source, response, targets):
+    return targets.float()
+
+
+def test_greedy_replies_have_no_kl(finished):
     """Null in metrics.json, blank in the table; the bound of the best of n stays."""
-    metrics = smoke(tmp_path, "ppo.steps=0")
-    assert metrics["sft_greedy"]["kl"] is metrics["emprl_greedy"]["kl"] is None
-    (row,) = (
-        line
-        for line in (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
-        if "| kl |" in line
-    )
-    assert [cell.strip() for cell in row.split("|")[4:7]] == ["0.000", "", ""], row
+    metrics = read_json(finished / "metrics.json")
+    assert metrics["mle_greedy"]["kl"] is metrics["emprl_greedy"]["kl"] is None
     assert metrics["best_of_n"]["kl"] > 0
+    page = (finished / "report.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if "[kl] |" in line]
+    _, _, mle, best, emprl_, *greedy, human, _ = [cell.strip() for cell in row.split("|")]
+    assert mle == "0.000"
+    assert best
+    assert emprl_
+    assert [*greedy, human] == ["", "", ""], row
 
 
-# ---- what is read in human responses, and measured on them
+# ---- what is read in human responses, and measured on them ----------------------------------
 
 
-def test_human_responses_are_cut_for_training_only(tmp_path, monkeypatch):
-    """Training sees 8 tokens of a response; targets, gold levels and perplexities are of the whole text."""
-    learnt, plain = [], t5_small.T5.loss_sum
+def of_each(dialogues, tokenizer, max_source, value):
+    """value(context ids, whole response's ids) of each dialogue, one by one."""
+    found = []
+    for dialogue in dialogues:
+        context = tokenizer.encode_context(dialogue.context, max_source)
+        response = [*tokenizer.encode(dialogue.response), 1]
+        with torch.no_grad():
+            found.append(value(torch.tensor([context]), torch.tensor([response])))
+    return found
 
-    def spy(self, source, response):
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A run that trains on 8 tokens of a response: (folder, figures, lengths, targets)."""
+    learnt, targets = [], []
+    loss_sum, find_targets = t5_small.T5.loss_sum, emprl.find_targets
+
+    def watched_loss(model, source, response):
         if torch.is_grad_enabled():
             learnt.append(response.shape[1])
-        return plain(self, source, response)
+        return loss_sum(model, source, response)
 
-    monkeypatch.setattr(t5_small.T5, "loss_sum", spy)
-    settings = ["data.max_target=8", "ppo.ptx_coef=0.5", "pretrain.task=turns", "ppo.steps=2"]
-    metrics = smoke(tmp_path, *settings)
-    assert len(learnt) == 4 + 12 + 2 * 2 and max(learnt) == 8
-    run, tokenizer, readers, models = finished.load_run(tmp_path)
-    c = run.config.data
-    corpus = data.embedded_corpus(0, c.num_train, c.num_valid, c.num_test, c.num_labelled)
-    test, train = corpus.dialogues["test"], corpus.dialogues["train"]
+    def watched_targets(*arguments):
+        targets.append(find_targets(*arguments))
+        return targets[0]
 
-    def one_by_one(dialogues, value):
-        found = []
-        for d in dialogues:
-            context = torch.tensor([tokenizer.encode_context(d.context, c.max_source)])
-            response = torch.tensor([[*tokenizer.encode(d.response), 1]])
-            with torch.no_grad():
-                found.append(value(context, response))
-        return found
+    folder = tmp_path_factory.mktemp("short") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t5_small.T5, "loss_sum", watched_loss)
+        patch.setattr(emprl, "find_targets", watched_targets)
+        patch.setattr(emprl, "draw_plots", lambda *_: {})
+        settings = ["data.max_target=8", "ppo.ptx_coef=0.5", "pretrain.task=turns"]
+        metrics = smoke(folder, *settings, "ppo.steps=2")
+    return folder, metrics, learnt, targets[0]
 
-    for system in ("sft", "emprl"):
-        losses, tokens = zip(*one_by_one(test, models[system].loss_sum))
+
+def test_human_responses_are_cut_for_training(short):
+    _, _, learnt, _ = short
+    assert len(learnt) == 4 + 12 + 2 * 2, "pre-training, MLE, and PPO's two minibatches twice"
+    assert max(learnt) == 8
+
+
+def test_perplexities_are_of_whole_human_responses(short):
+    folder, metrics, _, _ = short
+    run = emprl.load_run(folder, "cpu")
+    test = parts_of(run.run.config)["test"]
+    count = sum(len(identifiers.words(dialogue.response)) + 1 for dialogue in test)
+    for name, policy in run.policies.items():
+        measured = of_each(test, run.tokenizer, 72, policy.loss_sum)
+        losses, tokens = zip(*measured)
         loss = sum(x.item() for x in losses)  # in double precision
-        assert metrics[system]["perplexity"] == pytest.approx(math.exp(loss / sum(tokens)))
-        count = sum(len(identifiers.words(d.response)) + 1 for d in test)
-        per_word = metrics[system]["perplexity_per_word"]
+        assert metrics[name]["perplexity"] == pytest.approx(math.exp(loss / sum(tokens)))
+        per_word = metrics[name]["perplexity_per_word"]
         assert per_word == pytest.approx(math.exp(loss / count))
-    records = map(
-        json.loads, (tmp_path / "responses.jsonl").read_text(encoding="utf-8").splitlines()
-    )
-    gold = [r["levels"] for r in records]
-    assert [tuple(levels["oracle"]["target"]) for levels in gold] == [d.levels for d in test]
-    for name, reader in zip(("identifiers", "judge"), readers):
-        read = one_by_one(test, lambda *ids: reader(*ids).argmax(-1)[0].tolist())
-        assert [levels[name]["target"] for levels in gold] == read
-    targets = t5_small.load_state(tmp_path / "checkpoints" / "label.pt")["train"]
-    read = one_by_one(train, lambda *ids: readers[0](*ids).argmax(-1)[0].tolist())
-    assert targets.tolist() == read
 
 
-def test_one_endless_response_does_not_make_the_perplexity_look_low(tmp_path, capsys):
+def test_gold_levels_and_targets_are_of_whole_human_responses(short):
+    folder, _, _, targets = short
+    run = emprl.load_run(folder, "cpu")
+    parts = parts_of(run.run.config)
+    gold = [record["levels"] for record in read_lines(folder / "responses.jsonl")]
+    assert [tuple(levels["oracle"]["human"]) for levels in gold] == [
+        dialogue.levels for dialogue in parts["test"]
+    ]
+    for name, classifier in run.classifiers.items():
+
+        def told(context, response, classifier=classifier):
+            return classifier(context, response).argmax(-1)[0].tolist()
+
+        read = of_each(parts["test"], run.tokenizer, 72, told)
+        assert [levels[name]["human"] for levels in gold] == read
+        if name == "identifiers":
+            read = of_each(parts["train"], run.tokenizer, 72, told)
+            assert targets.human.tolist() == read
+
+
+def test_one_endless_response_does_not_make_the_perplexity_look_low(copied, tmp_path):
     """18,000 words among ten short responses: what is not scored is not counted."""
-    smoke(tmp_path, "ppo.steps=0")
     short = {"context": ["My dog is sick."], "response": "I am so sorry to hear that."}
     long = {"context": ["My dog is sick."], "response": "so sad " * 9000}
     file = tmp_path / "long.jsonl"
-    file.write_text("\n".join(json.dumps(x) for x in [short] * 10 + [long]), encoding="utf-8")
-    assert emprl.main(["evaluate", "--run", str(tmp_path), "--data", str(file)]) == 0
-    (written,) = tmp_path.glob("evaluate-long-*.json")
-    found = json.loads(written.read_text(encoding="utf-8"))["sft"]
+    lines = [json.dumps(record) for record in [short] * 10 + [long]]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert emprl.main(["evaluate", "--run", str(copied), "--data", str(file)]) == 0
+    (written,) = copied.glob("evaluate-long-*.json")
+    found = read_json(written)["mle"]
     assert found["perplexity_per_word"] >= found["perplexity"] > 50, (
-        "a word has a token or more"
+        "a word is a token or more"
     )
 
 
-def test_lots_have_a_limit_of_memory():
-    """Every row once, like lengths together; long ones in smaller lots, an endless one alone."""
+class Letters:
+    """A tokenizer: each letter is an id."""
 
-    class Words:
-        encode = staticmethod(lambda text: [5] * len(text))
-        eos_id = 1
+    encode = staticmethod(lambda text: [5] * len(text))
 
-        def encode_context(self, context, limit):
-            return self.encode(context[0])
+    def encode_context(self, context, limit):
+        return self.encode(context[0])
 
-        def encode_response(self, text, limit):
-            return self.encode(text)
+    def encode_response(self, text, limit):
+        return self.encode(text)
 
+
+def test_chunks_have_a_limit_of_memory():
+    """Every row once, like lengths together; fewer long ones, an endless one alone."""
     lengths = [*range(1, 40), 900, 5000]
     dialogues = [data.Dialogue(("c",), "w" * (n - 1)) for n in lengths]
-    pairs = data.Pairs(dialogues, Words(), 10**6, 10**6)
-    lots = pairs.chunks(16, 1000)
-    assert sorted(sum(lots, [])) == list(range(41)) and lots[-2:] == [[39], [40]]
-    assert all(len(lot) * max(lengths[i] for i in lot) <= 1000 for lot in lots[:-1])
+    pairs = data.Pairs(dialogues, Letters(), 10**6, 10**6)
+    chunks = pairs.chunks(16, 1000)
+    assert sorted(sum(chunks, [])) == list(range(41))
+    assert chunks[-2:] == [[39], [40]]
+    for rows in chunks[:-1]:
+        assert len(rows) * max(lengths[row] for row in rows) <= 1000
     assert pairs.chunks(16, 10**6) == [[*range(16)], [*range(16, 32)], [*range(32, 41)]]
 
 
-# ---- what the identifiers see, and the truth
+# ---- what the identifiers see, and the truth ------------------------------------------------
+
+
+@pytest.fixture
+def all_see_the_same(monkeypatch):
+    """Every classifier tells what the identifiers tell."""
+    levels = emprl.Evaluator.levels
+
+    def same_for_all(test, responses):
+        tables = levels(test, responses)
+        return dict.fromkeys(tables, tables["identifiers"])
+
+    monkeypatch.setattr(emprl.Evaluator, "levels", same_for_all)
+
+
+def without_oracle(monkeypatch):
+    """The embedded world, whose rule nobody knows."""
+    world = data.embedded_corpus
+
+    def unknown(*sizes):
+        corpus = world(*sizes)
+        corpus.level_probs = {}
+        for part, dialogues in corpus.dialogues.items():
+            corpus.dialogues[part] = [replace(d, levels=None) for d in dialogues]
+        return corpus
+
+    monkeypatch.setattr(data, "embedded_corpus", unknown)
+
+
+def heights(figure):
+    """{label: heights} of a picture's lines."""
+    return {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
 
 
 @pytest.mark.parametrize("truth", ["oracle", "judge"])
-def test_the_learnt_and_the_true_are_of_one_kind(truth, tmp_path, monkeypatch):
-    """In the log, the picture and the ablations: shares of replies with all three levels right, by either reader. With readers
-    that see the same the two are equal, however unsure the identifiers are."""
-    pictures = []
-    monkeypatch.setattr(
-        emprl, "draw_plots", lambda run, metrics, e: pictures.append(e.matches)
-    )
-    if truth == "judge":  # a world without an oracle
-        world = data.embedded_corpus
+def test_the_learnt_and_the_true_are_of_one_kind(
+    truth, tmp_path, monkeypatch, all_see_the_same
+):
+    """In the log, the picture and the replies: shares of replies with all three levels right.
 
-        def blind(*sizes):
-            (corpus := world(*sizes)).level_probs = {}
-            return corpus
-
-        monkeypatch.setattr(data, "embedded_corpus", blind)
-    seen = emprl.Evaluation.levels
-
-    def same_for_all(self, responses):
-        tables = seen(self, responses)
-        return dict.fromkeys(tables, tables[""])
-
-    monkeypatch.setattr(emprl.Evaluation, "levels", same_for_all)
+    Where all classifiers see the same the two are equal, however unsure the identifiers are.
+    """
+    if truth == "judge":
+        without_oracle(monkeypatch)
+    figure = Figure()
+    drawn = {lambda _, *seen: emprl.draw_learnt_vs_truth(figure, *seen): ""}
+    monkeypatch.setattr(emprl, "PICTURES", drawn)
     metrics = smoke(tmp_path)
-    learnt, true = pictures[0]
-    log = [
-        json.loads(line)
-        for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    checked = [record for record in log if f"valid_{true}" in record]
-    assert truth in true and len(checked) == 2
-    assert all(r[f"valid_{learnt}"] == r[f"valid_{true}"] for r in checked)
-    after = ablate.figures_of(metrics)
-    assert after["match, identifiers"] == after["match, truth"] == metrics["emprl"][true]
-    records = map(
-        json.loads, (tmp_path / "responses.jsonl").read_text(encoding="utf-8").splitlines()
-    )
-    right = [r["levels"][truth]["emprl"] == r["levels"][truth]["target"] for r in records]
-    assert metrics["emprl"][true] == sum(right) / len(right)
+    by_learnt, by_true, floor, ceiling = heights(figure).values()
 
+    log = read_lines(tmp_path / "metrics.jsonl")
+    points = [record["start"] for record in log if "start" in record]
+    points += [record for record in log if "valid_exact_match" in record]
+    assert len(points) == 4, "MLE, and after iterations 1, 2 and 4"
+    learnt = [record["valid_exact_match"] for record in points]
+    true = [record[f"valid_{truth}_exact_match"] for record in points]
+    assert learnt == true == by_learnt == by_true
 
-# ---- intervals over seeds
-
-
-def test_shared_contexts_are_drawn_jointly():
-    """Three seeds with the same replies to the same contexts tell no more than one of them; with contexts of their own three times
-    as much: an interval narrower by the root of 3."""
-    g = torch.Generator().manual_seed(0)
-    gold, before = torch.randint(3, (2, 400, 3), generator=g)
-    after = torch.where(torch.rand(400, 3, generator=g) < 0.3, gold, before)
-    one = (gold, before, after)
-
-    def width(runs, shared):
-        found = publish.gain_over_seeds(runs, "emp_f1", shared)
-        assert found["relative"] == pytest.approx(alone["relative"])
-        assert found["low"] < found["relative"] < found["high"]
-        return found["high"] - found["low"]
-
-    alone = identifiers.paired_bootstrap(before, after, gold, gold)
-    single = width([one], True)
-    assert single == pytest.approx(alone["high"] - alone["low"], rel=0.1)
-    assert width([one] * 3, True) == pytest.approx(single, rel=0.1)
-    assert width([one] * 3, False) == pytest.approx(single / 3**0.5, rel=0.1)
-
-
-def test_the_interval_is_also_over_seeds():
-    """One seed of two gains nothing, the other all: the interval reaches from one to the other."""
-    gold = torch.arange(300).view(100, 3) % 3
-    wrong = (gold + (torch.arange(3) == 0)) % 3  # one mechanism of three
-    for shared in (True, False):
-        runs = [(gold, wrong, gold), (gold, wrong, wrong)]
-        found = publish.gain_over_seeds(runs, "emp_f1", shared)
-        assert found["low"] == pytest.approx(0) and found["high"] == pytest.approx(
-            0.5, rel=0.1
-        )
-        assert found["relative"] == pytest.approx(0.25)
+    found = read_lines(tmp_path / "responses.jsonl")
+    right = [r["levels"][truth]["emprl"] == r["levels"][truth]["human"] for r in found]
+    for name in ("exact_match", f"{truth}_exact_match"):
+        assert metrics["emprl"][name] == sum(right) / len(right)
+    assert list(heights(figure))[1].startswith(truth)
+    assert set(floor) == {metrics["floors"]["majority"][f"{truth}_exact_match"]}
+    balanced = metrics["ceiling"]["context_balanced"]
+    assert set(ceiling) == {balanced[f"{truth}_exact_match"]}

@@ -1,6 +1,7 @@
-"""The wiring: who saw which data, whose weights moved, which figure comes from which classifier.
+"""The wiring: who saw which data, whose weights moved, which figure is of which classifier.
 
-Two smoke runs are watched from outside. What the tests need of the program's inside is in `Watched`, nowhere else.
+Two small runs are watched from outside. What the tests need of the program's inside is in
+`Watched`, nowhere else.
 """
 
 import functools
@@ -8,7 +9,6 @@ import inspect
 import itertools
 import json
 import math
-import shutil
 import signal
 
 import pytest
@@ -20,67 +20,72 @@ import emprl
 import identifiers
 import ppo
 import t5_small
+from tests.tools import MECHANISMS, read_json, read_lines, records, stages_of, words
 
-MECHANISMS = ("er", "ip", "ex")
-
-# every option that could be taken for another has a value of its own
+# Every option that could be taken for another has a value of its own.
 SETTINGS = """
-pretrain.task=turns sft.micro_batch=5 context.class_weight=1 reward.balance=0
-ppo.batch_size=8 ppo.minibatch_size=8 ppo.gamma=0.95 ppo.lam=0.8 ppo.clip_range=0.21 ppo.value_clip_range=0.34
-ppo.kl_coef=0.05 ppo.ptx_coef=0.5 ppo.lr=2e-2 ppo.average=0 ppo.steps=4 eval.valid_contexts=8 eval.best_of=2
+pretrain.task=turns mle.micro_batch=5 identifiers.class_weight=1
+ppo.batch_size=8 ppo.minibatch_size=8 ppo.lam=0.8 ppo.clip_range=0.21
+ppo.value_clip_range=0.34 ppo.kl_coef=0.05 ppo.ptx_coef=0.5 ppo.lr=2e-2 eval.best_of=2
 """.split()
 
 
 class Watched:
     """A run, and what passed through a handful of places of the program while it went on."""
 
-    def __init__(self, folder, settings=(), data_file="", on_reward=None):
-        self.folder, self.stage, self.on_reward = folder, "", on_reward
+    def __init__(self, folder, settings=(), data_file="", on_reward=lambda calls: None):
+        self.folder = folder
+        self.stage = ""
+        self.on_reward = on_reward
         self.batches = []  # (stage, learning?, dialogue, (context, response) ids) of a row
-        self.read = []  # (classifier, stage, learning?, contexts, responses, log-probs) of a call
+        self.read = []  # (classifier, stage, learning?, contexts, responses, log-probs), a call
         self.rewarded = []  # (contexts, targets, rewards) of every call of the reward
         self.calls = []  # (name, arguments by name, result) of PPO's equations
         self.pairs = {}  # id -> (context ids, response ids), as a person wrote them
-        arguments = ["--preset", "smoke", "--run", str(folder), "--set", *SETTINGS, *settings]
-        arguments += ["--data", str(data_file)] if data_file else []
-        handler = signal.getsignal(signal.SIGINT)
-        try:
-            with pytest.MonkeyPatch.context() as patch:
-                self.watch_stages(patch)
-                self.watch_pairs(patch)
-                self.watch_classifiers(patch)
-                self.watch_equations(patch)
-                self.code = emprl.main(arguments)
-        finally:
-            signal.signal(signal.SIGINT, handler)
+        self.gold = {}  # (context ids, response ids) -> levels of the corpus
+        self.targets = None  # what find_targets returned
+        self.known = {}  # classifier -> the stages whose weights it has
+        command = [*words(folder, *SETTINGS, *settings), "--data", str(data_file)]
+        with pytest.MonkeyPatch.context() as patch:
+            self.watch_stages(patch)
+            self.watch_pairs(patch)
+            self.watch_classifiers(patch)
+            for name in ("gae", "policy_loss", "value_loss"):
+                self.watch_equation(patch, name)
+            self.code = emprl.main(command)
 
     def watch_stages(self, patch):
-        train = emprl.Run.train
+        train, find_targets = emprl.Run.train, emprl.find_targets
 
-        def watched(run, name, *arguments, **options):
+        def watched(run, name, *arguments, **named):
             self.stage = name
-            train(run, name, *arguments, **options)
+            train(run, name, *arguments, **named)
             self.stage = f"after {name}"
+
+        def watched_targets(*arguments):
+            self.targets = find_targets(*arguments)
+            return self.targets
 
         patch.setattr(emprl.Run, "train", watched)
         patch.setattr(emprl.Run, "save_every", math.inf)
-        patch.setattr(
-            emprl, "draw_plots", lambda *_: None
-        )  # which take longer than all the rest
+        patch.setattr(emprl, "find_targets", watched_targets)
+        patch.setattr(emprl, "draw_plots", lambda *_: {})  # longer than all the rest
 
     def watch_pairs(self, patch):
         make, batch = data.Pairs.__init__, data.Pairs.batch
 
-        def watched_make(pairs, *arguments, **options):
-            make(pairs, *arguments, **options)
+        def watched_make(pairs, *arguments):
+            make(pairs, *arguments)
             for d, context, response in zip(pairs.dialogues, pairs.contexts, pairs.responses):
-                self.pairs[d.id] = (tuple(context), tuple(response))
+                ids = (tuple(context), tuple(response))
+                self.pairs[d.id] = ids
+                self.gold[ids] = d.levels
 
         def watched_batch(pairs, rows):
-            rows = [int(i) for i in rows]
-            for i in rows:
-                ids = (tuple(pairs.contexts[i]), tuple(pairs.responses[i]))
-                seen = (self.stage, torch.is_grad_enabled(), pairs.dialogues[i], ids)
+            rows = [int(row) for row in rows]
+            for row in rows:
+                ids = (tuple(pairs.contexts[row]), tuple(pairs.responses[row]))
+                seen = (self.stage, torch.is_grad_enabled(), pairs.dialogues[row], ids)
                 self.batches.append(seen)
             return batch(pairs, rows)
 
@@ -88,7 +93,20 @@ class Watched:
         patch.setattr(data.Pairs, "batch", watched_batch)
 
     def watch_classifiers(self, patch):
-        read, reward = identifiers.Identifiers.forward, identifiers.empathy_reward
+        for kind in (identifiers.NetworkClassifier, identifiers.NGramClassifier):
+            self.watch_classifier(patch, kind)
+        reward = identifiers.EmpathyReward.__call__
+
+        def watched_reward(rewarder, source, response, targets):
+            result = reward(rewarder, source, response, targets)
+            self.rewarded.append((plain(source), targets, result))
+            self.on_reward(len(self.rewarded))
+            return result
+
+        patch.setattr(identifiers.EmpathyReward, "__call__", watched_reward)
+
+    def watch_classifier(self, patch, kind):
+        read = kind.forward
 
         def watched_read(classifier, context, response):
             log_probs = read(classifier, context, response)
@@ -96,47 +114,30 @@ class Watched:
             self.read.append((classifier, self.stage, torch.is_grad_enabled(), *sides))
             return log_probs
 
-        def watched_reward(log_probs, target, *arguments, **options):
-            result = reward(log_probs, target, *arguments, **options)
-            if self.stage == "ppo":
-                self.rewarded.append((self.read[-1][3], target, result))
-                if self.on_reward:
-                    self.on_reward(len(self.rewarded))
+        patch.setattr(kind, "forward", watched_read)
+
+    def watch_equation(self, patch, name):
+        function = getattr(ppo, name)
+
+        def call(*arguments, **options):
+            result = function(*arguments, **options)
+            bound = inspect.signature(function).bind(*arguments, **options)
+            bound.apply_defaults()
+            self.calls.append((name, bound.arguments, result))
             return result
 
-        patch.setattr(identifiers.Identifiers, "forward", watched_read)
-        patch.setattr(identifiers, "empathy_reward", watched_reward)
-
-    def watch_equations(self, patch):
-        def watched(name, function):
-            def call(*arguments, **options):
-                result = function(*arguments, **options)
-                bound = inspect.signature(function).bind(*arguments, **options)
-                bound.apply_defaults()
-                self.calls.append((name, bound.arguments, result))
-                return result
-
-            patch.setattr(ppo, name, call)
-
-        for name in ("gae", "policy_loss", "value_loss"):
-            watched(name, getattr(ppo, name))
+        patch.setattr(ppo, name, call)
 
     # what a finished run left in its folder
     def figures(self):
-        return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+        return read_json(self.folder / "metrics.json")
 
     def log(self, stage):
-        lines = map(
-            json.loads,
-            (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(),
-        )
-        return [record for record in lines if record["stage"] == stage]
+        log = read_lines(self.folder / "metrics.jsonl")
+        return [record for record in log if record["stage"] == stage]
 
     def responses(self):
-        return [
-            json.loads(x)
-            for x in (self.folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
+        return read_lines(self.folder / "responses.jsonl")
 
     def checkpoint(self, stage):
         return t5_small.load_state(self.folder / "checkpoints" / f"{stage}.pt")
@@ -160,14 +161,16 @@ class Watched:
         """(context ids, response ids) of every row of these batches, in order."""
         return [ids for s, learns, _, ids in self.batches if (s, learns) == (stage, learning)]
 
-    @functools.cache
     def stages_of(self, classifier):
         """Which stage's weights a classifier has, now that the run is over."""
-        state = classifier.state_dict()
-        return [name for name, weights in self.trained.items() if same(weights, state)]
+        if classifier not in self.known:
+            state = classifier.state_dict()
+            found = [name for name, trained in self.trained.items() if same(trained, state)]
+            self.known[classifier] = found
+        return self.known[classifier]
 
     def levels_read(self, name):
-        """{(context ids, response ids): (M, L) probabilities} of a trained classifier's looks."""
+        """{(context ids, response ids): (M, L) probabilities} of a trained classifier."""
         found = {}
         for classifier, _, learns, contexts, responses, log_probs in self.read:
             if not learns and self.stages_of(classifier) == [name]:
@@ -180,7 +183,7 @@ class Watched:
 
 def plain(ids):
     """Rows of ids as tuples, without padding."""
-    return [tuple(i for i in row if i) for row in ids.tolist()]
+    return [tuple(filter(None, row)) for row in ids.tolist()]
 
 
 def same(one, other):
@@ -188,7 +191,7 @@ def same(one, other):
 
 
 def nll(model, pairs):
-    """-log p(response | context) of each pair, summed over its tokens: plain cross-entropy, one pair at a time."""
+    """-log p(response | context) of each pair, summed over its tokens, one pair at a time."""
     losses = []
     for context, response in pairs:
         source, ids = torch.tensor([context]), torch.tensor([response])
@@ -212,17 +215,15 @@ def run(tmp_path_factory):
 
 def again(run, folder, *settings, **options):
     """PPO once more with other settings, on the stages before it of the finished run."""
-    shutil.copytree(run.folder / "checkpoints", folder / "checkpoints")
-    (folder / "checkpoints" / "ppo.pt").unlink()
-    return Watched(folder, settings, **options)
+    return Watched(stages_of(run.folder, folder, "ppo"), settings, **options)
 
 
-# ---- who saw which data -------------------------------------------------------------------------
+# ---- who saw which data ---------------------------------------------------------------------
 @pytest.mark.parametrize(
     "stage, learns_from, looks_at",
     [
         ("pretrain", {"train"}, set()),
-        ("sft", {"train"}, {"valid"}),
+        ("mle", {"train"}, {"valid"}),
         ("identifiers", {"labelled/train"}, {"labelled/valid"}),
         ("judge", {"labelled/judge_train"}, {"labelled/judge_valid"}),
         ("context", {"train"}, {"valid"}),
@@ -239,24 +240,27 @@ def test_each_stage_sees_its_own_part(stage, learns_from, looks_at, run):
 
 def test_the_context_classifier_sees_no_response(run):
     calls = [c for c in run.read if run.stages_of(c[0]) == ["context"] or c[1] == "context"]
-    assert calls and {r for call in calls for r in call[4]} == {(1,)}, "only </s>"
+    assert calls
+    assert all(set(responses) == {(1,)} for *_, responses, _ in calls), "only </s>"
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     """A run on a file of one's own, with dropout."""
     folder = tmp_path_factory.mktemp("own")
-    world = data.embedded_corpus(3, 120, 1, 1, 1).dialogues["train"]
-    rows = [
-        {"context": d.context, "response": d.response, **dict(zip(MECHANISMS, d.levels))}
-        for d in world
-    ]
     file = folder / "mine.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    file.write_text("".join(records(120)), encoding="utf-8")
     settings = ("data.vocab_size=300", "t5.dropout_rate=0.3")
     watched = Watched(folder / "run", settings, data_file=file)
     assert watched.code == 0
     return watched
+
+
+def test_own_data_has_no_oracle(own):
+    figures = own.figures()
+    assert figures["mle"]["perplexity"] > 1
+    assert "judge_emp_f1" in figures["mle"]
+    assert not [name for name in figures["mle"] if name.startswith("oracle_")]
 
 
 def test_own_data_keeps_its_test_part_and_its_judge_apart(own):
@@ -266,19 +270,19 @@ def test_own_data_keeps_its_test_part_and_its_judge_apart(own):
             learnt.setdefault(stage, set()).add(dialogue.context)
     tested = {tuple(r["context"]) for r in own.responses()}
     assert len(tested) > 10
-    assert {"sft", "identifiers", "judge", "context", "ppo"} <= set(learnt)
+    assert {"mle", "identifiers", "judge", "context", "ppo"} <= set(learnt)
     assert not tested & set.union(*learnt.values())
     assert not learnt["identifiers"] & learnt["judge"]
 
 
-# ---- whose weights moved ------------------------------------------------------------------------
+# ---- whose weights moved --------------------------------------------------------------------
 def test_ppo_moves_its_own_policy_only(run):
     assert run.code == 0
-    before, after = run.model("sft"), run.model("emprl")
+    before, after = run.model("mle"), run.model("emprl")
     assert not same(before.state_dict(), after.state_dict())
-    assert same(before.state_dict(), run.checkpoint("sft")["weights"]), "MLE as it was"
+    assert same(before.state_dict(), run.checkpoint("mle")["weights"]), "MLE as it was"
     test = [*run.part("test").values()]
-    for name, model in (("sft", before), ("emprl", after)):
+    for name, model in (("mle", before), ("emprl", after)):
         expected = math.exp(per_token(model, test))
         assert run.figures()[name]["perplexity"] == pytest.approx(expected, rel=1e-4), name
 
@@ -291,14 +295,15 @@ def test_classifiers_stay_as_they_were_trained(run):
 
 def test_kl_starts_at_zero_against_the_mle_policy(run):
     kl = [record["kl"] for record in run.log("ppo")]
-    assert kl[0] == pytest.approx(0, abs=1e-4) and abs(kl[-1]) > 1e-3
+    assert kl[0] == pytest.approx(0, abs=1e-4) and max(map(abs, kl)) > 1e-3
 
 
 def test_human_responses_pull_the_policy(run, tmp_path):
-    """ptx_coef: the loss is that of the policy that is trained, on the responses to the very contexts it answered."""
+    """ptx_coef: the loss is of the policy in training, on the responses to the very contexts it
+    answered."""
     first = run.rewarded[0][0]
-    human = {context: response for context, response in run.part("train").values()}
-    mle = run.model("sft")
+    human = dict(run.part("train").values())
+    mle = run.model("mle")
     expected = per_token(mle, [(context, human[context]) for context in first])
     assert run.log("ppo")[0]["human_loss"] == pytest.approx(expected, rel=1e-4)
 
@@ -312,15 +317,16 @@ def test_human_responses_pull_the_policy(run, tmp_path):
 
 
 def test_dropout_is_for_learning_only(own):
-    """Not in a validation, not in a rollout, not in what the classifiers say: all of that is what the saved weights say."""
-    best = min(r["valid"] for r in own.log("sft") if "valid" in r)
-    valid = dict.fromkeys(own.ids("sft", False))
-    assert best == pytest.approx(per_token(own.model("sft"), valid), rel=1e-4)
-    start = own.model("sft")
+    """Not in a validation, a rollout or what the classifiers say: all that is what the saved
+    weights say."""
+    best = min(r["valid"] for r in own.log("mle") if "valid" in r)
+    valid = dict.fromkeys(own.ids("mle", False))
+    assert best == pytest.approx(per_token(own.model("mle"), valid), rel=1e-4)
+    start = own.model("mle")
     start.load_state_dict(own.checkpoint("pretrain")["weights"])
     loss, rows = (
-        own.log("sft")[0]["loss"],
-        own.ids("sft", True),
+        own.log("mle")[0]["loss"],
+        own.ids("mle", True),
     )  # the first batch may be short
     plainly = [per_token(start, rows[:size]) for size in range(1, 17)]
     assert min(abs(loss - x) for x in plainly) > 1e-5, "it learns without dropout"
@@ -340,22 +346,22 @@ def test_the_value_head_moves_with_the_whole_learning_rate(run):
     assert values[0] == 0 and abs(values[-1]) > 0.05, values
 
 
-# ---- maximum likelihood -------------------------------------------------------------------------
+# ---- maximum likelihood ---------------------------------------------------------------------
 def test_mle_loss_is_a_mean_over_tokens(run):
     """Of the first step, in parts; and the validation that chose the weights."""
-    start = run.model("sft")
+    start = run.model("mle")
     start.load_state_dict(run.checkpoint("pretrain")["weights"])
-    first = run.ids("sft", True)[:16]
+    first = run.ids("mle", True)[:16]
     lengths = {len(response) for _, response in first}
     assert len(lengths) > 2, "of one length the two means would be equal"
-    assert run.log("sft")[0]["loss"] == pytest.approx(per_token(start, first), rel=1e-4)
+    assert run.log("mle")[0]["loss"] == pytest.approx(per_token(start, first), rel=1e-4)
 
-    best = min(r["valid"] for r in run.log("sft") if "valid" in r)
+    best = min(r["valid"] for r in run.log("mle") if "valid" in r)
     valid = [*run.part("valid").values()]
-    assert best == pytest.approx(per_token(run.model("sft"), valid), rel=1e-4)
+    assert best == pytest.approx(per_token(run.model("mle"), valid), rel=1e-4)
 
 
-# ---- the classifiers ----------------------------------------------------------------------------
+# ---- the classifiers ------------------------------------------------------------------------
 def human_levels(run, part):
     """{context ids: the levels that the identifiers read in the human response}."""
     read = run.levels_read("identifiers")
@@ -363,36 +369,49 @@ def human_levels(run, part):
 
 
 def losses_of(calls, levels):
-    """Cross-entropy of each row, (N, M), of calls of a classifier whose levels are known."""
-    rows = [(c, r, p) for call in calls for c, r, p in zip(*call[3:])]
-    log_probs = torch.stack([p for _, _, p in rows])
-    gold = torch.stack([levels[context] for context, _, _ in rows])
-    losses = F.nll_loss(log_probs.flatten(0, 1), gold.flatten(), reduction="none")
-    return losses.view(-1, 3), gold
+    """Cross-entropy of each row, (N, M), of calls of a classifier; and the levels, (N, M).
+
+    levels: (context ids, response ids) -> (M,).
+    """
+    losses, gold = [], []
+    for *_, contexts, responses, log_probs in calls:
+        rows = [torch.as_tensor(levels(*ids)) for ids in zip(contexts, responses)]
+        gold += rows
+        loss = F.nll_loss(log_probs.mT, torch.stack(rows), reduction="none")
+        losses.append(loss)
+    return torch.cat(losses), torch.stack(gold)
 
 
 def test_validation_counts_every_example_the_same(run):
-    """Weights of the classes are for training; the validation loss of `context` has none."""
-    levels = human_levels(run, "valid")
+    """The validation loss of `context`, which is trained and chosen by plain cross-entropy."""
+    human = human_levels(run, "valid")
     calls = [c for c in run.read if c[1] == "context" and not c[2]]
-    loss, _ = losses_of(calls, levels)
+    loss, _ = losses_of(calls, lambda context, response: human[context])
     valid = [r["valid"] for r in run.log("context") if "valid" in r]
     assert len(loss) == 40 * len(valid)
     expected = loss.view(len(valid), 40, 3).sum(2).mean(1)
     assert valid == pytest.approx(expected.tolist(), rel=1e-4)
 
-
-def test_training_weighs_classes_by_their_share_in_training(run):
-    levels = human_levels(run, "train")
+    human = human_levels(run, "train")
     first = next(c for c in run.read if c[1] == "context" and c[2])
-    loss, gold = losses_of([first], levels)
-    share = F.one_hot(torch.stack([*levels.values()]), 3).float().mean(0)  # (M, L)
-    weights = 1 / share.clamp(min=1 / len(levels))
+    loss, _ = losses_of([first], lambda context, response: human[context])
+    expected = loss.sum(1).mean().item()
+    assert run.log("context")[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["identifiers", "judge"])
+def test_training_weighs_classes_by_their_share_in_training(stage, run):
+    part = {"identifiers": "labelled/train", "judge": "labelled/judge_train"}[stage]
+    all_levels = torch.tensor([run.gold[ids] for ids in run.part(part).values()])
+    first = next(c for c in run.read if c[1] == stage and c[2])
+    loss, gold = losses_of([first], lambda *ids: run.gold[ids])
+    share = F.one_hot(all_levels, 3).float().mean(0)  # (M, L)
+    weights = 1 / share.clamp(min=1 / len(all_levels))
     weights /= (weights * share).sum(1, keepdim=True)
     weighted = loss * weights[torch.arange(3), gold]
-    assert run.log("context")[0]["loss"] == pytest.approx(
-        weighted.sum(1).mean().item(), rel=1e-4
-    )
+    expected = weighted.sum(1).mean().item()
+    assert run.log(stage)[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert run.log(stage)[0]["loss"] != pytest.approx(loss.sum(1).mean().item(), rel=1e-4)
 
 
 def test_judge_and_identifiers_are_two(run):
@@ -404,13 +423,8 @@ def test_judge_and_identifiers_are_two(run):
 
 
 def test_ngrams_are_fitted_each_to_its_own_part(tmp_path):
-    settings = (
-        "identifiers.ngrams=512",
-        "context.ngrams=512",
-        "eval.contexts=4",
-        "ppo.steps=1",
-    )
-    watched = Watched(tmp_path / "run", settings)
+    settings = ("identifiers.kind=ngrams", "identifiers.size=512", "eval.contexts=4")
+    watched = Watched(tmp_path / "run", (*settings, "ppo.steps=1"))
     expected = {
         "identifiers": "labelled/train",
         "judge": "labelled/judge_train",
@@ -418,18 +432,15 @@ def test_ngrams_are_fitted_each_to_its_own_part(tmp_path):
     }
     for stage, part in expected.items():
         assert watched.parts(stage, True) == {part}
-        rows = [
-            row
-            for one in watched.read
-            if watched.stages_of(one[0]) == [stage]
-            for row in one[5]
-        ]
-        assert torch.stack(rows).std(0).max() > 0.01, f"{stage}: the same to every response"
+        calls = [call for call in watched.read if watched.stages_of(call[0]) == [stage]]
+        rows = torch.cat([log_probs for *_, log_probs in calls])
+        assert rows.std(0).max() > 0.01, f"{stage}: the same to every response"
 
 
-# ---- targets and reward -------------------------------------------------------------------------
+# ---- targets and reward ---------------------------------------------------------------------
 def test_a_target_is_that_of_its_context(run, tmp_path):
-    """Expected: what the context classifier says of this context. Human: the levels of this context's response."""
+    """Expected: what the context classifier says of this context. Human: the levels of this
+    context's response."""
     told = run.levels_read("context")
     human = human_levels(run, "train")
     copied = again(run, tmp_path / "human", "reward.target=human", "eval.contexts=4")
@@ -445,25 +456,49 @@ def test_a_target_is_that_of_its_context(run, tmp_path):
             assert torch.allclose(wanted.float(), targets.float(), atol=1e-5)
 
 
+def test_targets_are_balanced_and_chosen_as_the_reward_says(run, tmp_path):
+    """Of the reward (training contexts), and of best of n (test contexts)."""
+    plain, told = run.targets.train, run.targets.probs
+    assert torch.allclose(plain.sum(-1), torch.ones(200, 3))
+    assert torch.allclose(run.targets.test, told), "as the context classifier says"
+    share = plain.mean(0)
+    train, test = (probs / share**0.7 for probs in (plain, told))
+    train, test = (probs / probs.sum(-1, keepdim=True) for probs in (train, test))
+    assert not torch.equal(train.argmax(-1), plain.argmax(-1)), "the test is blind"
+    likeliest = [F.one_hot(probs.argmax(-1), 3) for probs in (train, test)]
+    levels = torch.stack(list(human_levels(run, "train").values()))
+    for target, of_train, of_test in (
+        ("expected", train, test),
+        ("likeliest", *likeliest),
+        ("human", levels, test),
+    ):
+        settings = (f"reward.target={target}", "reward.balance=0.7", "ppo.steps=0")
+        found = again(run, tmp_path / target, *settings).targets
+        assert found.train.shape == of_train.shape, target
+        assert torch.allclose(found.train.double(), of_train.double(), atol=1e-6), target
+        assert torch.allclose(found.test.double(), of_test.double(), atol=1e-6), target
+
+
 def test_only_the_identifiers_give_reward(run):
-    """From log-probs to the figure in the log: prod over mechanisms of the sum over levels of target times p."""
+    """From log-probs to the figure in the log: the product over mechanisms of the sum over
+    levels of target times p."""
     train = {context for context, _ in run.part("train").values()}
     calls = [c for c in run.read if c[1] == "ppo" and set(c[3]) <= train]
     assert len(calls) == len(run.rewarded) == 4
-    assert {name for c in calls for name in run.stages_of(c[0])} == {"identifiers"}
+    assert all(run.stages_of(call[0]) == ["identifiers"] for call in calls)
     assert not any(c[2] for c in calls), "no gradient"
     for call, (_, targets, _), record in zip(calls, run.rewarded, run.log("ppo")):
         reward = (call[5].exp() * targets).sum(-1).prod(-1)
         assert record["reward"] == pytest.approx(reward.mean().item(), rel=1e-4)
 
 
-# ---- PPO's equations, as they are called --------------------------------------------------------
+# ---- PPO's equations, as they are called ----------------------------------------------------
 def calls_of(run, name):
     return [(arguments, result) for one, arguments, result in run.calls if one == name]
 
 
 def test_every_option_reaches_its_own_place(run):
-    assert {(a["gamma"], a["lam"]) for a, _ in calls_of(run, "gae")} == {(0.95, 0.8)}
+    assert {(a["gamma"], a["lam"]) for a, _ in calls_of(run, "gae")} == {(1, 0.8)}
     assert {a["clip_range"] for a, _ in calls_of(run, "policy_loss")} == {0.21}
     assert {a["clip_range"] for a, _ in calls_of(run, "value_loss")} == {0.34}
 
@@ -485,9 +520,10 @@ def test_the_value_head_learns_plain_returns_the_policy_whitened_advantages(run)
         assert not torch.allclose(advantages[advantages != 0].mean(), torch.tensor(0.0))
 
 
-def test_an_early_stop_ends_all_epochs(run, tmp_path):
-    settings = ("ppo.max_update_kl=1e-9", "ppo.ppo_epochs=4", "eval.contexts=4")
-    stopped = again(run, tmp_path / "stopped", *settings)
+def test_an_early_stop_ends_all_epochs_and_is_marked(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo, "MAX_UPDATE_KL", 1e-9)
+    stopped = again(run, tmp_path / "stopped", "ppo.ppo_epochs=4", "eval.contexts=4")
+    assert [r["stopped_early"] for r in stopped.log("ppo")][1:] == [1, 1, 1]
     assert [r["optimizer_steps"] for r in stopped.log("ppo")][1:] == [1, 1, 1]
     assert len(calls_of(stopped, "policy_loss")) <= 2 * 4, "one step, one look that stops"
 
@@ -509,12 +545,12 @@ def test_a_resumed_run_goes_on_with_its_beta(run, tmp_path):
     assert resumed.log("ppo") == whole.log("ppo")
 
 
-# ---- figures ------------------------------------------------------------------------------------
-SYSTEMS = ("sft", "emprl", "best_of_n", "sft_greedy", "emprl_greedy")
+# ---- figures --------------------------------------------------------------------------------
+SYSTEMS = ("mle", "emprl", "best_of_n", "mle_greedy", "emprl_greedy")
 
 
-@pytest.mark.parametrize("who, prefix", [("identifiers", ""), ("judge", "judge_")])
-def test_levels_and_figures_are_those_of_their_classifier(who, prefix, run):
+@pytest.mark.parametrize("who", ["identifiers", "judge"])
+def test_levels_are_those_of_their_classifier(who, run):
     decode = data.Tokenizer(run.folder / "tokenizer.model").decode
     read = run.levels_read(who)
     by_text = {
@@ -527,23 +563,15 @@ def test_levels_and_figures_are_those_of_their_classifier(who, prefix, run):
     for record in run.responses():
         context, response = run.pairs[record["id"]]
         table = record["levels"][who]
-        assert table["target"] == read[context, response].argmax(-1).tolist()
+        assert table["human"] == read[context, response].argmax(-1).tolist()
         for system in SYSTEMS:
-            assert table[system] == by_text[context, record["responses"][system]], system
-
-    for system in SYSTEMS:
-        made, gold = (
-            torch.tensor([r["levels"][who][name] for r in run.responses()])
-            for name in (system, "target")
-        )
-        figure = run.figures()[system][f"{prefix}emp_f1"]
-        assert figure == pytest.approx(identifiers.emp_f1(made, gold))
+            assert table[system] == by_text[context, record["replies"][system]], system
 
 
 def test_the_oracles_levels_are_read_from_the_texts(run):
     for record in run.responses():
-        for system in ("target", *SYSTEMS):
-            text = record["responses"].get(system, record["target"])
+        for system in ("human", *SYSTEMS):
+            text = record["replies"].get(system, record["human"])
             levels = data.oracle_levels(record["context"], text)
             assert record["levels"]["oracle"][system] == list(levels), system
 
@@ -556,20 +584,18 @@ def test_best_of_n_is_the_one_that_promises_most(run):
     better = []
     for record in run.responses():
         context = run.pairs[record["id"]][0]
-        promised = {
-            name: (by_text[context, record["responses"][name]] * told[context, (1,)])
-            .sum(-1)
-            .prod()
-            for name in ("sft", "best_of_n")
-        }
-        better.append((promised["best_of_n"] - promised["sft"]).item())
+        promised = {}
+        for name in ("mle", "best_of_n"):
+            earned = by_text[context, record["replies"][name]] * told[context, (1,)]
+            promised[name] = earned.sum(-1).prod()
+        better.append((promised["best_of_n"] - promised["mle"]).item())
     assert min(better) > -1e-6 and max(better) > 0, "its first candidate is MLE's own sample"
 
 
 def test_the_majority_is_that_of_the_training_responses(run):
     majority = torch.stack([*human_levels(run, "train").values()]).mode(0).values
     for who, prefix in (("identifiers", ""), ("judge", "judge_"), ("oracle", "oracle_")):
-        gold = torch.tensor([r["levels"][who]["target"] for r in run.responses()])
+        gold = torch.tensor([r["levels"][who]["human"] for r in run.responses()])
         expected = identifiers.emp_f1(majority.expand_as(gold), gold)
         floor = run.figures()["floors"]["majority"][f"{prefix}emp_f1"]
         assert floor == pytest.approx(expected)
@@ -578,28 +604,29 @@ def test_the_majority_is_that_of_the_training_responses(run):
 def test_gain_is_of_emprl_over_mle(run):
     figures = run.figures()
     for name, gain in figures["gain"].items():
-        before, after = figures["sft"][name], figures["emprl"][name]
+        before, after = figures["mle"][name], figures["emprl"][name]
         assert gain["relative"] == pytest.approx((after - before) / before, abs=1e-6)
     assert any(gain["relative"] for gain in figures["gain"].values())
 
 
 def test_kl_in_the_table_is_of_emprl_from_mle(run):
-    """From the two saved policies, on the responses that were sampled: log p - log p_ref, a response."""
+    """From the two saved policies, on the sampled responses: log p - log p_ref, a response."""
     decode = data.Tokenizer(run.folder / "tokenizer.model").decode
     ids = {(c, decode(r)): r for c, r in run.levels_read("identifiers")}
     contexts = {name: context for name, (context, _) in run.part("test").items()}
-    sampled = [(contexts[r["id"]], r["responses"]["emprl"]) for r in run.responses()]
+    sampled = [(contexts[r["id"]], r["replies"]["emprl"]) for r in run.responses()]
     pairs = [(context, ids[context, text]) for context, text in sampled]
-    mle, policy = (sum(nll(run.model(name), pairs)) for name in ("sft", "emprl"))
+    mle, policy = (sum(nll(run.model(name), pairs)) for name in ("mle", "emprl"))
     expected = (mle - policy) / len(pairs)
     assert abs(expected) > 0.05
     # sampling leaves out two tokens, padding and unknown: hence not to the last digit
     assert run.figures()["emprl"]["kl"] == pytest.approx(expected, rel=0.1)
 
 
-# ---- an interval, a corpus and the oracle -------------------------------------------------------
+# ---- an interval, a corpus and the oracle ---------------------------------------------------
 def test_the_interval_is_of_95_percent():
-    """`after` is right in h of 400 contexts, h binomial: Emp-F1 is 2 h / (400 + h), and the ends of h are known."""
+    """`after` is right in h of 400 contexts, h binomial: Emp-F1 is 2 h / (400 + h), and the
+    ends of h are known."""
     n = 400
     gold = torch.ones(n, 3, dtype=torch.long)
     after = gold.clone()
@@ -673,7 +700,7 @@ def test_a_level_that_occurs_once_counts_in_macro_f1():
     assert macro == pytest.approx((2 * 2 / 5 + 0) / 2)
 
 
-# ---- files --------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------
 def test_own_data_needs_levels_everywhere_and_fifty_dialogues(tmp_path):
     def refused(count, without=()):
         file = tmp_path / "mine.jsonl"

@@ -1,12 +1,14 @@
-"""What each silent bug does to the curves: python tests/coursework/measure_bugs.py RUN0 RUN1 RUN2
+"""What each silent bug does to the curves: python -m tests.coursework.measure_bugs RUN0 RUN1 RUN2
 
-RUN0.. are finished toy runs of different seeds. For each bug and run PPO's first iterations are repeated in a copy with the
-bug planted (bug 7 also retrains the identifiers there, bug 8 the MLE policy; bug 9 is in a metric only and is left out).
-Writes bugs.json and bugs.png beside this file; a figure that is there already is not measured again.
+RUN0 .. are finished toy runs of different seeds. For each bug and run, PPO's first 15 iterations
+are repeated in a copy with the bug (bug 7 also retrains the identifiers there, bug 8 the MLE
+policy; bug 9 changes a figure only and is left out). About an hour for three runs. Writes
+bugs.json and bugs.png beside this file; what bugs.json has already is not measured again.
 """
 
+import argparse
 import json
-import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,109 +19,94 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from plant_bug import BUGS, plant
+from tests.coursework.plant import BUGS, plant
 
 HERE = Path(__file__).resolve().parent
-DRIVER = """
-import json, sys
-from pathlib import Path
-import torch
-import data, emprl, identifiers, ppo, t5_small
-folder, bug, steps = Path(sys.argv[1]), int(sys.argv[2]), 15
-config = emprl.make_config("toy", json.loads((folder / "config.json").read_text())["seed"],
-                           settings=[f"ppo.steps={steps}", "ppo.batch_size=192", "ppo.lr=4e-3", "ppo.kl_coef=0.1", "sft.steps=600"])
-c, seed = config.data, config.seed
-corpus, tokenizer = data.embedded_corpus(seed), data.Tokenizer(folder / "tokenizer.model")
-pairs = {part: data.Pairs(corpus.dialogues[part], tokenizer, c.max_source, c.max_target) for part in ("train", "valid")}
-t5 = t5_small.from_pretrained(folder / "sft").eval()
-
-def fit(trainer, n):
-    for i in range(n):
-        torch.manual_seed(1000 * seed + i)
-        yield trainer.step(i)
-    trainer.finish()
-
-if bug == 8:
-    torch.manual_seed(seed)
-    t5 = t5_small.T5(t5.config)
-    rows_at = data.batches(pairs["train"].lengths(), config.sft.batch_size, seed)
-    list(fit(t5_small.mle_trainer(t5, pairs["train"], pairs["valid"], rows_at, config.sft), config.sft.steps))
-reader = identifiers.Identifiers(t5.config)
-targets = t5_small.load_state(folder / "checkpoints" / "label.pt")["train"]
-if bug == 7:
-    labelled = {part: data.Pairs(corpus.labelled[part], tokenizer, c.identifier_source, c.identifier_target) for part in ("train", "valid")}
-    torch.manual_seed(seed)
-    reader.start_from(t5)
-    rows_at = data.batches(labelled["train"].lengths(), config.identifiers.batch_size, seed)
-    list(fit(identifiers.identifier_trainer(reader, labelled["train"], labelled["valid"], rows_at, config.identifiers), config.identifiers.steps))
-    targets = identifiers.predict_levels(reader.eval(), pairs["train"])
-else:
-    reader.load_state_dict(t5_small.load_state(folder / "checkpoints" / "identifiers.pt")["weights"])
-rows_at, train = data.batches([0] * len(pairs["train"]), config.ppo.batch_size, seed), pairs["train"]
-trainer = ppo.PPOTrainer(t5, identifiers.make_reward(reader.eval(), targets), lambda i: (train.batch(rows_at(i))[0], torch.tensor(rows_at(i))),
-                         lambda t5: {}, config.sampling, config.ppo)
-print(json.dumps([{k: record[k] for k in ("reward", "kl", "length", "value_loss")} for record in fit(trainer, steps)]))
-"""
+PANELS = ("reward", "kl", "length", "value_loss")
 
 
-def measure(runs):
-    path = HERE / "bugs.json"
-    figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    todo = [
-        (bug, i, run)
-        for bug in [0, *(b for b in BUGS if b != 9)]
-        for i, run in enumerate(runs)
-        if f"{bug}/{i}" not in figures
-    ]
-    for done, (bug, i, run) in enumerate(todo, 1):
-        with tempfile.TemporaryDirectory() as folder:
-            plant(bug, f"{folder}/copy")
-            out = subprocess.run(
-                [sys.executable, "-c", DRIVER, str(Path(run).resolve()), str(bug)],
-                cwd=f"{folder}/copy",
-                env={**os.environ, "PYTHONPATH": f"{folder}/copy"},
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-                encoding="utf-8",
-            ).stdout
-        figures[f"{bug}/{i}"] = json.loads(out.splitlines()[-1])
-        path.with_suffix(".tmp").write_text(json.dumps(figures) + "\n", encoding="utf-8")
-        path.with_suffix(".tmp").replace(path)
-        print(f"{done}/{len(todo)}: bug {bug}, run {i}", flush=True)
+def short_run(bug, run, settings=()):
+    """The records of a short run with a bug (0: none): see short_run.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        plant(bug, copy)
+        shutil.copy(HERE / "short_run.py", copy)
+        command = [sys.executable, "short_run.py", str(Path(run).resolve()), str(bug)]
+        done = subprocess.run(
+            [*command, *settings],
+            cwd=copy,
+            stdout=subprocess.PIPE,
+            check=True,
+            encoding="utf-8",
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(runs, path):
+    """Records of all bugs and runs, by "bug/number of the run", kept in a file as they come."""
+    figures = {}
+    if path.exists():
+        figures = json.loads(path.read_text(encoding="utf-8"))
+    for bug in [0, *BUGS]:
+        for i, run in enumerate(runs):
+            name = f"{bug}/{i}"
+            if bug == 9 or name in figures:
+                continue
+            figures[name] = short_run(bug, run)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+            temporary.replace(path)
+            print(f"bug {bug}, run {i}", flush=True)
     return figures
 
 
-def draw(figures, keys=("reward", "kl", "length", "value_loss")):
-    """One row a figure, one column a bug; the grey curves are the correct program's."""
+def draw(figures, path):
+    """A row for each quantity, a column for each bug; the grey curves are without a bug."""
     bugs = sorted({int(name.split("/")[0]) for name in figures} - {0})
-    fig, axes = plt.subplots(
-        len(keys),
+    figure, axes = plt.subplots(
+        len(PANELS),
         len(bugs),
-        figsize=(1.9 * len(bugs), 1.7 * len(keys)),
+        figsize=(1.9 * len(bugs), 1.7 * len(PANELS)),
         sharex=True,
+        squeeze=False,
         layout="constrained",
     )
-    for row, key in zip(axes, keys):
-        for axis, bug in zip(row, bugs):
-            for number, colour in ((0, "#888888"), (bug, "#E69F00")):
-                for name, records in figures.items():
-                    if name.startswith(f"{number}/"):
-                        axis.plot([r[key] for r in records], color=colour, lw=1)
-            axis.tick_params(labelsize=6)
-            if key == keys[0]:
-                axis.set_title(f"bug {bug}", fontsize=8)
+    for row, key in zip(axes, PANELS):
         row[0].set_ylabel(key.replace("_", " "), fontsize=8)
-    fig.supxlabel(
+        for axis, bug in zip(row, bugs):
+            draw_curves(axis, figures, 0, key, "#888888")
+            draw_curves(axis, figures, bug, key, "#E69F00")
+            axis.tick_params(labelsize=6)
+    for axis, bug in zip(axes[0], bugs):
+        axis.set_title(f"bug {bug}", fontsize=8)
+    figure.supxlabel(
         "PPO iteration (grey: correct, orange: with the bug; one line a seed)", fontsize=8
     )
-    fig.savefig(HERE / "bugs.png", dpi=80)
+    figure.savefig(path, dpi=80)
+
+
+def draw_curves(axis, figures, bug, key, colour):
+    """A quantity of all runs with a bug."""
+    for name, records in figures.items():
+        if name.startswith(f"{bug}/"):
+            axis.plot([record[key] for record in records], color=colour, lw=1)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.coursework.measure_bugs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished toy run")
+    runs = parser.parse_args().runs
+    for run in runs:
+        if not (Path(run) / "metrics.json").exists():
+            parser.exit(2, f"{run}: no finished run there; make one with python emprl.py\n")
+    figures = measure(runs, HERE / "bugs.json")
+    draw(figures, HERE / "bugs.png")
+    print(f"written: {HERE / 'bugs.json'}, {HERE / 'bugs.png'}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(
-            "usage: python tests/coursework/measure_bugs.py RUN0 [RUN1 ..] (finished toy runs)"
-        )
-    draw(measure(sys.argv[1:]))
-    print(f"written: {HERE / 'bugs.json'}, {HERE / 'bugs.png'}")
+    sys.exit(main())

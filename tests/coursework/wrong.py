@@ -1,4 +1,7 @@
-"""Plausible wrong solutions of every graded function: (right, wrong) pieces of the project's own source. All must be caught."""
+"""Plausible wrong solutions of every graded function; test_coursework.py sees that all are caught.
+
+Each is a pair of pieces: what stands in the project's own source, and what takes its place.
+"""
 
 WRONG = {
     "RMSNorm": [
@@ -9,7 +12,7 @@ WRONG = {
     "padding_bias": [
         ("ids == pad_id", "ids != pad_id"),
         ("[:, None, None, :]", "[:, None, :]"),
-        ("* -1e9", "* -1.0"),
+        ("* HIDDEN", "* -1.0"),
     ],
     "Attention": [
         (".transpose(-1, -2) + bias", ".transpose(-1, -2) / self.d_kv ** 0.5 + bias"),
@@ -19,24 +22,24 @@ WRONG = {
     "relative_position_bucket": [
         ("relative_position > 0", "relative_position >= 0"),
         ("(-relative_position).clamp", "relative_position.clamp"),
-        ("num_buckets //= 2", "num_buckets //= 1"),
+        ("num_buckets = num_buckets // 2", "num_buckets = num_buckets // 1"),
     ],
     "response_mask": [
         ("return ended_before == 0", "return (ids != eos_id) & (ended_before == 0)"),
-        (" - (ids == eos_id).long()", ""),
+        ("is_eos.cumsum(1) - is_eos", "is_eos.cumsum(1)"),
         ("return ended_before == 0", "return ids != 0"),
     ],
     "span_corrupt": [
-        ("source + ids[end:] + [eos_id]", "source + [eos_id]"),
+        ("[*ids[end:], eos_id]", "[eos_id]"),
         ("[sentinels[len(spans)], eos_id]", "[eos_id]"),
         ("end = start + length", "end = start + length + 1"),
     ],
     "filter_logits": [
-        ("before >= top_p", "before + ordered.softmax(-1) >= top_p"),
+        ("mass_before >= top_p", "mass_before + probs >= top_p"),
         ("if top_p < 1:", "if False:"),
-        ("logits < logits.topk", "logits <= logits.topk"),
+        ("logits < kth", "logits <= kth"),
     ],
-    "masked_mean": [
+    "mean_pool": [
         ("weight.sum(1)", "weight.shape[1]"),
         ("(x * weight).sum(1)", "x.sum(1)"),
         ("(x * weight).sum(1) / weight.sum(1)", "x.mean(1)"),
@@ -44,31 +47,28 @@ WRONG = {
     "class_weights": [
         ("** exponent", "* exponent"),
         ("(len(levels) / counts.clamp(min=1))", "(counts.clamp(min=1) / len(levels))"),
-        (
-            "return weights / ((weights * counts).sum(1, keepdim=True) / len(levels))",
-            "return weights",
-        ),
+        ("return weights / mean", "return weights"),
     ],
     "empathy_reward": [
-        ("likeness = probs  ", "likeness = log_probs  "),
+        ("earned = probs\n", "earned = log_probs\n"),
         (".prod(-1)", ".sum(-1)"),
         (".abs()", ""),
-        ("target[..., None] == level", "target[..., None] != level"),
+        ("F.one_hot(target, LEVELS)", "(1 - F.one_hot(target, LEVELS))"),
     ],
     "f1_scores": [
         ("(f1 * gold).sum(-1) / total", "f1.mean(-1)"),
-        ("2 * hit", "hit"),
-        ("counts.sum(-1), counts.sum(-2)", "counts.sum(-2), counts.sum(-1)"),
+        ("2 * hits", "hits"),
+        ("counts.sum(-1)", "counts.sum(-2)"),
     ],
     "emp_f1": [
-        ("confusion(predicted[:, m], gold[:, m])", "confusion(gold[:, m], predicted[:, m])"),
+        ("confusions(predicted, gold)", "confusions(gold, predicted)"),
         ("[kind]", '["accuracy"]'),
         (".mean().item()", ".max().item()"),
     ],
     "paired_bootstrap": [
         ("(new - old) / old.clamp(min=1e-9)", "new - old"),
         ("[0.025, 0.975]", "[0.25, 0.75]"),
-        ("scores(after, gold_after, draws)", "scores(after, gold_after, draws).roll(1)"),
+        ("gold_after, times)", "gold_after, times).roll(1)"),
     ],
     "token_log_probs": [
         ("logits.float() / temperature", "logits.float()"),
@@ -76,22 +76,22 @@ WRONG = {
         ("-(logits.softmax(-1) * log_probs)", "(logits.softmax(-1) * log_probs)"),
     ],
     "kl_estimate": [
-        ("d = log_probs - ref_log_probs", "d = ref_log_probs - log_probs"),
-        ("torch.exp(-d) - 1 + d", "d ** 2 / 2"),
-        ("torch.exp(-d) - 1 + d", "torch.exp(d) - 1 - d"),
+        ("log_probs - ref_log_probs", "ref_log_probs - log_probs"),
+        ("torch.exp(-difference) - 1 + difference", "difference**2 / 2"),
+        ("torch.exp(-difference) - 1 + difference", "torch.exp(difference) - 1 - difference"),
     ],
     "token_rewards": [
-        ("-kl_coef", "kl_coef"),
+        ("-kl_coef * kl", "kl_coef * kl"),
         ("mask.sum(1) - 1", "mask.sum(1) * 0 + mask.shape[1] - 1"),
         (" * mask\n", "\n"),
     ],
     "gae": [
         ("gamma * lam *", "gamma *"),
         (
-            "(delta + gamma * lam * following_advantage) * mask[:, t]",
-            "delta + gamma * lam * following_advantage",
+            "(delta + gamma * lam * next_advantage) * mask[:, t]",
+            "delta + gamma * lam * next_advantage",
         ),
-        ("(advantages + values) * mask", "advantages * mask"),
+        ("advantages + values", "advantages"),
     ],
     "whiten": [
         ("mean = masked_mean(x, mask)", "mean = x.mean()"),
@@ -106,10 +106,7 @@ WRONG = {
     "value_loss": [
         ("torch.max((values", "torch.min((values"),
         ("0.5 * ", ""),
-        (
-            "old_values + clip_range), old_values - clip_range",
-            "returns + clip_range), returns - clip_range",
-        ),
+        ("old_values + clip_range", "returns + clip_range"),
     ],
     "adapt_kl_coef": [
         ("kl / target - 1", "target / kl - 1"),

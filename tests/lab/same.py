@@ -1,7 +1,9 @@
 """Does a change of form change nothing? Two small runs, and a hash of everything they made.
 
-    python -m tests.lab.same            a minute on two cores; prints a line for each result
-    python -m tests.lab.same > before   ... change the code ...   python -m tests.lab.same | diff before -
+    python -m tests.lab.same            15 seconds; prints a line for each result
+    python -m tests.lab.same > before
+    ... change the code ...
+    python -m tests.lab.same | diff before -
 
 The first run is `smoke`. The second switches on what `real` and `paper` use and `smoke` does not.
 Weights, figures, the log and the replies are hashed; config.json, times and pages are not.
@@ -21,14 +23,27 @@ import emprl
 import t5_small
 
 EVERYTHING = """
-t5.dropout_rate=0.1 pretrain.task=turns pretrain.muon=on sft.muon=on sft.micro_batch=5
-identifiers.ngrams=512 identifiers.class_weight=1 context.ngrams=512 context.penalty=3e-6
-reward.balance=0.6 sampling.top_k=20 sampling.top_p=0.95 sampling.temperature=0.9
-sampling.min_length=3 replying.top_k=20 replying.top_p=0.95 replying.temperature=0.9
+t5.dropout_rate=0.1 pretrain.task=turns mle.muon=on mle.micro_batch=5
+identifiers.kind=ngrams identifiers.size=512 identifiers.class_weight=1 context.penalty=3e-6
+reward.balance=0.6 exploring.top_k=20 exploring.top_p=0.95 exploring.temperature=0.9
+exploring.min_length=3 replying.top_k=20 replying.top_p=0.95 replying.temperature=0.9
 replying.min_length=3 ppo.ptx_coef=0.5 ppo.average=0.9 ppo.adaptive_kl=on ppo.kl_horizon=100
-ppo.ppo_epochs=2 ppo.micro_batch=3 ppo.lam=0.95 ppo.whiten_rewards=on ppo.normalise_scores=on
+ppo.ppo_epochs=2 ppo.micro_batch=3 ppo.lam=0.95 ppo.whiten_rewards=on ppo.centre_rewards=on
 """
 RUNS = {"smoke": "", "everything": EVERYTHING}
+FIGURES = (
+    "mle",
+    "emprl",
+    "mle_greedy",
+    "emprl_greedy",
+    "human",
+    "gain",
+    "best_of_n",
+    "identifiers",
+    "judge",
+    "floors",
+    "ceiling",
+)
 
 
 def digest(content):
@@ -44,23 +59,13 @@ def weights(path):
 
 def results(folder):
     """(name, hash) of each result of a finished run, and each figure of metrics.json."""
-    for name in ("sft", "emprl"):
+    for name in ("mle", "emprl"):
         yield f"{name} weights", digest(weights(folder / name / "pytorch_model.bin"))
     for name in ("metrics.jsonl", "responses.jsonl"):
         yield name, digest((folder / name).read_bytes())
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    for key in (
-        "sft",
-        "emprl",
-        "best_of_n",
-        "identifiers",
-        "judge",
-        "floors",
-        "ceiling",
-        "gain",
-    ):
+    for key in FIGURES:
         yield key, digest(json.dumps(metrics[key], sort_keys=True).encode())
-    yield "emprl reward", metrics["emprl"]["reward"]
 
 
 def main():

@@ -1,0 +1,458 @@
+"""What does each part contribute? PPO and the evaluation, repeated in variants.
+
+    python -m tests.lab.ablate NAME RUN [RUN ...]     finished runs of one preset
+
+Each variant starts from the MLE policy and the classifiers of a finished run, and is shortened
+(see SHORT) unless --whole is given. `frontier` trains nothing: it measures policies between MLE's
+weights and EmpRL's, and beyond. Nor does `ideal`: it measures what any RL with a KL penalty tends
+to. It prints a Markdown table of means over the runs. A variant's own run, with its replies,
+stays in RUN/ablations/, named by what it is made of: the same run, settings and code are not
+measured again.
+
+Cost: a minute for each variant and run of `toy`, 5 minutes of `real`; `ideal` takes longer.
+"""
+
+import contextlib
+import io
+import json
+import math
+import shutil
+import sys
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+import emprl
+from data import LEVELS, MECHANISMS
+from identifiers import f1_scores, mutual_information, predict
+from ppo import PPOTrainer, Prompts, respond, response_log_probs, rollout, whiten
+from t5_small import load_state, save_atomically
+from tests.lab.command import Parser, means, read_runs, sheet, start, write_json
+
+ROOT = Path(emprl.__file__).parent
+SHORT = "ppo.steps=12 ppo.warmup=2 ppo.batch_size=256 eval.contexts=200"
+GROUP = 4  # responses to each context, where they are compared with each other
+TRIES = 32  # of MLE for each context, of which `ideal` is made
+
+
+# ---- rivals of PPO --------------------------------------------------------------------------
+
+
+class Reinforce(PPOTrainer):
+    """Every token's advantage is the whole response's reward, on the batch's scale."""
+
+    def update(self, sampled):
+        total = sampled.returns[:, 0]  # (B,) with lambda 1 the sum of all token rewards
+        sampled.advantages = self.advantages(total)[:, None] * sampled.mask
+        return super().update(sampled)
+
+    def advantages(self, total):
+        return (total - total.mean()) / (total.std() + 1e-6)
+
+
+class GRPO(Reinforce):
+    """GROUP responses to each context: a response counts by how much it is above the others.
+
+    Source: Shao et al. 2024 (arXiv 2402.03300); the KL penalty is part of the reward here.
+    """
+
+    def rollout(self, prompts):
+        """The first contexts of the batch, GROUP times each."""
+        rows = torch.arange(len(prompts.source) // GROUP).repeat_interleave(GROUP)
+        repeated = {name: x[rows] for name, x in vars(prompts).items()}
+        return super().rollout(Prompts(**repeated))
+
+    def advantages(self, total):
+        groups = total.view(-1, GROUP)
+        centred = groups - groups.mean(1, keepdim=True)
+        return (centred / (groups.std(1, keepdim=True) + 1e-6)).flatten()
+
+
+class BestOfGroup(GRPO):
+    """MLE once more, on the best of GROUP samples for each context: the gradient of log p."""
+
+    def advantages(self, total):
+        groups = total.view(-1, GROUP)
+        return F.one_hot(groups.argmax(1), GROUP).float().flatten()
+
+
+# ---- details of PPO, done otherwise ---------------------------------------------------------
+
+
+class WithoutFirstToken(PPOTrainer):
+    """The original's mask: the first token is sampled, but never learnt from.
+
+    Its KL penalty only reaches its own advantage, which is left out with it.
+    """
+
+    def update(self, sampled):
+        sampled.advantages = whiten(sampled.advantages, without_first(sampled.mask))
+        return super().update(sampled)
+
+    def loss(self, part):
+        return super().loss(replace(part, mask=without_first(part.mask)))
+
+
+def without_first(mask):
+    mask = mask.clone()
+    mask[:, 0] = False
+    return mask
+
+
+class Recomputed(PPOTrainer):
+    """Log-probs of the sampled tokens by a forward pass, not from the sampling."""
+
+    def rollout(self, prompts):
+        sampled = super().rollout(prompts)
+        sampled.log_probs = self.scored_by(self.policy.t5, sampled)
+        return sampled
+
+    @torch.no_grad()
+    def scored_by(self, t5, sampled):
+        temperature = self.sampling.temperature
+        log_probs, _, _ = response_log_probs(
+            t5, sampled.source, sampled.ids, sampled.mask, sampled.support, temperature
+        )
+        return log_probs
+
+
+class Unfiltered(Recomputed):
+    """Temperature, top-k and minimum length say what is sampled, not how it is scored."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.exploring = self.sampling
+        self.sampling = replace(self.sampling, temperature=1.0)  # what the loss scores with
+
+    def rollout(self, prompts):
+        sampled = rollout(self.policy, self.reference, self.reward, prompts, self.exploring)
+        sampled.support.fill_(True)
+        sampled.log_probs = self.scored_by(self.policy.t5, sampled)
+        sampled.ref_log_probs = self.scored_by(self.reference, sampled)
+        return sampled
+
+
+# ---- what RL tends to -----------------------------------------------------------------------
+
+
+class Ideal(emprl.Evaluator):
+    """pi*(y) ~ pi_MLE(y) exp(r(y) / beta): the optimum of RL with a KL penalty (Ziegler 2019).
+
+    It takes the place of best of n, and is made of TRIES samples of MLE for each context,
+    weighted by exp(r / beta). beta is such that the human responses' perplexity is `times` MLE's:
+    with Z the mean of exp(r / beta) over a context's samples,
+
+        log pi*(human) = log pi_MLE(human) + r(human) / beta - log Z
+    """
+
+    sampled = {}  # run -> its samples and their levels, the same for all variants
+
+    def __init__(self, times, *arguments):
+        super().__init__(*arguments)
+        self.times = times
+
+    def best_of_n(self, mle, reward, targets):
+        source = self.run.folder.parent
+        if source not in self.sampled:
+            self.sampled[source] = self.sample_often(mle)
+        tries, levels = self.sampled[source]
+        rewards = torch.stack([promised(reward, one, targets) for one in tries])  # (K, N)
+        human = promised(reward, self.pairs, targets)  # (N,)
+        beta, rise = self.find_beta(rewards, human)
+        weights = (rewards / beta).softmax(0)  # (K, N)
+
+        # Texts of one draw; levels of the whole distribution, without a draw's noise.
+        chosen = torch.multinomial(weights.T, 1)[:, 0].tolist()
+        drawn = [tries[k].responses[i] for i, k in enumerate(chosen)]
+        figures = self.measure("best_of_n", drawn)
+        for who, gold in self.human.items():
+            for name, number in expected_figures(levels[who], weights, gold).items():
+                figures[emprl.PREFIX[who] + name] = number
+        before = self.perplexities(mle)
+        figures["perplexity"] = before["perplexity"] * math.exp(rise)
+        kl = (weights * rewards / beta).sum(0) - log_z(rewards, beta)
+        figures["kl"] = kl.mean().item()
+        return figures
+
+    def sample_often(self, mle):
+        """TRIES lots of responses, and {classifier: (K, N, M) levels}."""
+        config = self.run.config
+        self.run.seed("ideal")
+        tries, told = [], []
+        for _ in range(TRIES):
+            responses = respond(mle, self.pairs, config.replying, config.eval.batch_size)
+            tries.append(self.pairs.but(responses))
+            told.append(self.levels(responses))
+        levels = {}
+        for who in self.human:
+            levels[who] = torch.stack([one[who] for one in told])
+        return tries, levels
+
+    def find_beta(self, rewards, human):
+        """beta, and by how much a token's loss rises with it: (K, N), (N,) -> two numbers."""
+        tokens = sum(map(len, self.pairs.responses))
+        low, high = 1e-6, 1e3
+        for _ in range(60):  # halve the interval, on the logarithmic scale
+            beta = math.sqrt(low * high)
+            rise = (log_z(rewards, beta) - human / beta).sum().item() / tokens
+            if rise > math.log(self.times):
+                low = beta
+            else:
+                high = beta
+        return beta, rise
+
+
+def log_z(rewards, beta):
+    """The log of the mean over samples of exp(r / beta): (K, N) -> (N,)."""
+    return (rewards / beta).logsumexp(0) - math.log(len(rewards))
+
+
+def promised(reward, pairs, targets):
+    """The expected reward of a response to each context, (N,)."""
+    return reward.of(predict(reward.identifiers, pairs), targets).double()
+
+
+def expected_figures(levels, weights, gold):
+    """Figures of a policy that gives levels (K, N, M) with probabilities weights (K, N)."""
+    seen = F.one_hot(levels, LEVELS).double()  # (K, N, M, L)
+    meant = F.one_hot(gold, LEVELS).double()  # (N, M, L)
+    counts = torch.einsum("kn,nmg,knml->mgl", weights.double(), meant, seen)
+    right = (levels == gold).all(2).double()  # (K, N)
+    f1 = f1_scores(counts)
+    figures = {
+        "emp_f1": f1["weighted_f1"].mean().item(),
+        "emp_macro_f1": f1["macro_f1"].mean().item(),
+        "mutual_information": mutual_information(counts).mean().item(),
+        "exact_match": (weights * right).sum(0).mean().item(),
+    }
+    for name, number in zip(MECHANISMS, f1["weighted_f1"].tolist()):
+        figures[f"emp_f1_{name}"] = number
+    return figures
+
+
+# ---- the ablations --------------------------------------------------------------------------
+
+
+@dataclass
+class Variant:
+    settings: str = ""  # as of --set
+    trainer: type = PPOTrainer
+    system: str = "emprl"  # which system of metrics.json is compared with MLE
+    share: float = None  # frontier: of the way from MLE's weights to EmpRL's
+    times: float = None  # ideal: MLE's perplexity, times so much
+
+
+TOP_K = (
+    "exploring.top_k=20 exploring.temperature=0.9 replying.top_k=20 replying.temperature=0.9"
+)
+DEFAULT = Variant()
+ABLATIONS = {
+    "mechanisms": {
+        "all three": DEFAULT,
+        "without ER": Variant("reward.mechanisms=ip,ex"),
+        "without IP": Variant("reward.mechanisms=er,ex"),
+        "without EX": Variant("reward.mechanisms=er,ip"),
+        "only ER": Variant("reward.mechanisms=er"),
+        "only IP": Variant("reward.mechanisms=ip"),
+        "only EX": Variant("reward.mechanisms=ex"),
+    },
+    "reward": {
+        "expected, cross-entropy": DEFAULT,
+        "likeliest levels": Variant("reward.target=likeliest"),
+        "one human's levels": Variant("reward.target=human"),
+        "ordinal": Variant("reward.difference=ordinal"),
+    },
+    "kl": {
+        "beta 0": Variant("ppo.kl_coef=0"),
+        "beta 0.1": Variant("ppo.kl_coef=0.1"),
+        "beta 0.3": Variant("ppo.kl_coef=0.3"),
+        "beta 1": Variant("ppo.kl_coef=1"),
+        "adaptive, target 1": Variant("ppo.adaptive_kl=on ppo.kl_target=1 ppo.kl_horizon=256"),
+    },
+    "algorithm": {
+        "MLE": Variant(system="mle"),
+        "best of n": Variant(system="best_of_n"),
+        "PPO": DEFAULT,
+        "REINFORCE": Variant("ppo.value_coef=0 ppo.lam=1", Reinforce),
+        "GRPO": Variant("ppo.value_coef=0 ppo.lam=1", GRPO),
+        "MLE on the best of 4": Variant("ppo.value_coef=0 ppo.lam=1", BestOfGroup),
+    },
+    "details": {
+        "default": DEFAULT,
+        "advantages not whitened": Variant("ppo.whiten_advantages=off"),
+        "values not clipped": Variant("ppo.value_clip_range=1e9"),
+        "rewards not scaled": Variant("ppo.scale_rewards=off"),
+        "lambda 0.95": Variant("ppo.lam=0.95"),
+        "4 epochs": Variant("ppo.ppo_epochs=4"),
+        "rewards whitened": Variant("ppo.whiten_rewards=on"),
+        "log-probs recomputed": Variant(trainer=Recomputed),
+        "first token left out": Variant(trainer=WithoutFirstToken),
+        "top-k 20, temperature 0.9": Variant(TOP_K),
+        "the same, scored without them": Variant(TOP_K, Unfiltered),
+    },
+    "frontier": {
+        f"{share:.0%} of the way": Variant(share=share)
+        for share in (0.25, 0.5, 0.75, 1, 1.25, 1.5)
+    },
+    "ideal": {
+        f"perplexity times {times}": Variant("ppo.steps=0", system="best_of_n", times=times)
+        for times in (1.01, 1.03, 1.06, 1.1, 1.15)
+    },
+}
+BEFORE_PPO = ("pretrain", "mle", "identifiers", "judge", "context")
+AS_IT_IS = ("frontier", "ideal")  # nothing is trained, so nothing is shortened
+MEASURES = {
+    "emp_f1": "weighted",
+    "emp_macro_f1": "macro",
+    "mutual_information": "bits",
+    "exact_match": "all three right",
+}
+PRICE = {
+    "perplexity": "perplexity",
+    "dist2": "Dist-2",
+    "unique": "distinct",
+    "length": "words",
+}
+
+
+# ---- measuring ------------------------------------------------------------------------------
+
+
+def code():
+    """The digest of the modules and of this file: figures of other code are never shown."""
+    paths = [*sorted(ROOT.glob("*.py")), ROOT / "tests" / "lab" / "ablate.py"]
+    return emprl.digest([path.read_text(encoding="utf-8") for path in paths])
+
+
+def measure(source, finished, variant, shortened):
+    """The metrics of a variant of a finished run: those that are there, or measured now."""
+    config = emprl.read_config(finished["config"])
+    for setting in (*shortened.split(), *variant.settings.split()):
+        emprl.apply_setting(config, setting)
+    trainer = variant.trainer.__name__
+    made_of = [finished["made_of"], asdict(config), trainer, variant.share, variant.times]
+    folder = source / "ablations" / emprl.digest([made_of, code()])[:16]
+    if (folder / "metrics.json").exists():
+        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+    # All that comes before PPO is the finished run's.
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "checkpoints").mkdir(parents=True)
+    for stage in BEFORE_PPO:
+        shutil.copy(source / "checkpoints" / f"{stage}.pt", folder / "checkpoints")
+    if variant.share is not None:
+        mixed = mix(source / "checkpoints", variant.share)
+        save_atomically(mixed, folder / "checkpoints" / "ppo.pt")
+
+    evaluator = emprl.Evaluator
+    if variant.times:
+        evaluator = partial(Ideal, variant.times)
+    with mock.patch.object(emprl, "Evaluator", evaluator):
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = emprl.Run(folder, config, emprl.find_device())
+            return emprl.run_all(run, partial(unwatched, variant.trainer))
+
+
+def unwatched(trainer, *arguments):
+    """A trainer without validations: only the end counts here."""
+    return trainer(*arguments[:-1], lambda t5: {})
+
+
+def mix(checkpoints, share):
+    """PPO's checkpoint with weights that are `share` of the way from MLE's to PPO's."""
+    start = load_state(checkpoints / "mle.pt")["weights"]
+    state = load_state(checkpoints / "ppo.pt")
+    for name, end in state["weights"].items():
+        state["weights"][name] = start[name].lerp(end, share)
+    return state
+
+
+def figures_of(metrics, system):
+    """What the table shows of a system, beside MLE."""
+    before, after = metrics["mle"], metrics[system]
+    truth = "oracle" if "oracle_emp_f1" in before else "judge"
+    prefix = emprl.PREFIX[truth]
+    figures = {"gain": after[prefix + "emp_f1"] - before[prefix + "emp_f1"]}
+    for m in MECHANISMS:
+        key = f"{prefix}emp_f1_{m}"
+        figures[m.upper()] = after[key] - before[key]
+    for who in (truth, "identifiers"):
+        for key, name in MEASURES.items():
+            figures[f"{name}, {who}"] = after[emprl.PREFIX[who] + key]
+    figures["KL"] = after["kl"]
+    for key, name in PRICE.items():
+        figures[f"{name}, times"] = float(after[key]) / float(before[key])
+    return figures
+
+
+def rows_of(figures):
+    """{variant: {seed: figures}} -> {variant: means over the runs}, the gain with its range."""
+    rows = {}
+    for variant, by_seed in figures.items():
+        seeds = list(by_seed.values())
+        gains = [one["gain"] for one in seeds]
+        row = means(seeds)
+        row["gain"] = f"{row['gain']:+.3f} ({min(gains):+.3f} to {max(gains):+.3f})"
+        rows[variant] = row
+    return rows
+
+
+def plot(rows, path):
+    """All three levels right, by each classifier, and perplexity, against the KL."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.8, 3.4), layout="constrained", dpi=110)
+    left, right = figure.subplots(1, 2)
+    ordered = sorted(rows.values(), key=lambda row: row["KL"])
+    kl = [row["KL"] for row in ordered]
+    for name in ordered[0]:
+        if name.startswith("all three right"):
+            left.plot(kl, [row[name] for row in ordered], "o-", label=name)
+    right.plot(kl, [row["perplexity, times"] for row in ordered], "ko-")
+    for variant, row in rows.items():
+        right.annotate(variant, (row["KL"], row["perplexity, times"]), fontsize=7)
+    left.set_ylabel("share of replies")
+    left.legend(fontsize=8)
+    right.set_ylabel("perplexity, times MLE's")
+    figure.supxlabel("KL to MLE, nats a response")
+    figure.savefig(path)
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("name", choices=ABLATIONS)
+    parser.add_argument("run", nargs="+", help="folder of a finished run")
+    parser.add_argument("--whole", action="store_true", help="with all of the run's steps")
+    parser.can_write()
+    options = parser.parse_args()
+
+    shortened = "" if options.whole or options.name in AS_IT_IS else SHORT
+    runs = read_runs(options.run)
+    variants = ABLATIONS[options.name]
+    figures = {name: {} for name in variants}
+    with contextlib.ExitStack() as stack:
+        for folder in runs:
+            stack.enter_context(emprl.alone(folder))
+        for folder, finished in runs.items():
+            seed = finished["config"]["seed"]
+            for number, (name, variant) in enumerate(variants.items(), 1):
+                emprl.say(f"seed {seed}, {number} of {len(variants)}: {name}")
+                metrics = measure(folder, finished, variant, shortened)
+                figures[name][seed] = figures_of(metrics, variant.system)
+    rows = rows_of(figures)
+    emprl.say(
+        f"\nMeans over {len(runs)} runs; the gain in Emp-F1 with its range",
+        sheet(rows),
+        sep="\n\n",
+    )
+    write_json(options.write, figures)
+    if options.write:
+        plot(rows, options.write.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    sys.exit(start(main))

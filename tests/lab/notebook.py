@@ -1,0 +1,122 @@
+"""Run the cells of train.ipynb without Jupyter, about six minutes on two cores.
+
+    python -m tests.lab.notebook             prints how long each cell takes
+    python -m tests.lab.notebook --write     also stores in it what the cells print and draw
+
+As Jupyter would. Stored with it is which source the outputs came from, so that test_notebook.py
+can tell when a cell has been changed since.
+"""
+
+import argparse
+import ast
+import base64
+import contextlib
+import hashlib
+import io
+import json
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PATH = Path(__file__).resolve().parent.parent.parent / "train.ipynb"
+
+
+def read():
+    """The notebook, as the dict that its file holds."""
+    return json.loads(PATH.read_text(encoding="utf-8"))
+
+
+def write(notebook):
+    text = json.dumps(notebook, indent=1, ensure_ascii=False)
+    PATH.write_text(text + "\n", encoding="utf-8")
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def source_hash(notebook):
+    """Of all code cells."""
+    sources = ["".join(cell["source"]) for cell in code_cells(notebook)]
+    return hashlib.sha256("\n".join(sources).encode()).hexdigest()
+
+
+def execute(source, namespace):
+    """Run one cell. A last line that is an expression is shown, unless a semicolon ends it."""
+    tree = ast.parse(source)
+    last = None
+    if tree.body and isinstance(tree.body[-1], ast.Expr):
+        last = ast.Expression(tree.body.pop().value)
+    exec(compile(tree, "<cell>", "exec"), namespace)
+    if last is None:
+        return
+    value = eval(compile(last, "<cell>", "eval"), namespace)
+    if value is not None and not source.rstrip().endswith(";"):
+        print(repr(value))
+
+
+def figures():
+    """All figures that are open, as outputs of a cell; they are closed."""
+    outputs = []
+    for number in plt.get_fignums():
+        picture = io.BytesIO()
+        plt.figure(number).savefig(picture, format="png")
+        shown = {
+            "image/png": base64.b64encode(picture.getvalue()).decode(),
+            "text/plain": ["<Figure>"],
+        }
+        outputs.append({"output_type": "display_data", "metadata": {}, "data": shown})
+    plt.close("all")
+    return outputs
+
+
+def outputs_of(source, namespace):
+    """What a cell prints and draws, in the notebook's format."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        execute(source, namespace)
+    outputs = []
+    if printed.getvalue():
+        lines = printed.getvalue().splitlines(keepends=True)
+        outputs.append({"name": "stdout", "output_type": "stream", "text": lines})
+    return outputs + figures()
+
+
+def run(notebook, reduced=False):
+    """Execute all cells in one namespace and store their outputs. Returns the namespace."""
+    namespace = {"__name__": "__main__"}
+    for number, cell in enumerate(code_cells(notebook), 1):
+        source = "".join(cell["source"])
+        if reduced:
+            source = source.replace("REDUCED = False", "REDUCED = True")
+        started = time.time()
+        cell["outputs"] = outputs_of(source, namespace)
+        cell["execution_count"] = number
+        seconds = time.time() - started
+        print(f"cell {number:2d}  {seconds:6.1f} s  {source.splitlines()[0][:70]}", flush=True)
+    return namespace
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.lab.notebook",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--write", action="store_true", help="store the outputs")
+    arguments = parser.parse_args()
+    notebook = read()
+    run(notebook)
+    if arguments.write:
+        notebook["metadata"]["executed_source"] = source_hash(notebook)
+        write(notebook)
+        print(f"outputs stored in {PATH.name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

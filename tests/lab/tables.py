@@ -1,0 +1,214 @@
+"""What came out over several seeds? The tables of tests/results/README.md.
+
+    python -m tests.lab.tables RUN [RUN ...] [--write FILE]     finished runs of one preset
+
+1. Levels, by each classifier: MLE, best of n, EmpRL, floors, ceiling, how much of the way from
+   MLE to the ceiling EmpRL goes, and its gain. The interval of the mean gain is a 95 % percentile
+   bootstrap over seeds and contexts; contexts that the runs share are drawn jointly.
+2. The price: perplexity, variety, length, KL.
+3. F1 of each level.
+4. How much of Emp-F1 comes from how often a level is given, and how much from where:
+   "shuffled" gives the levels to the contexts at random.
+
+--write keeps the figures and the levels of all replies, without texts. Cost: seconds.
+"""
+
+import itertools
+import json
+import sys
+from operator import itemgetter
+
+import torch
+import torch.nn.functional as F
+
+from data import LEVELS, MECHANISMS
+from emprl import PREFIX, SYSTEMS, say
+from identifiers import emp_f1, f1_scores
+from tests.lab.command import Parser, mean, means, read_runs, sheet, start, write_json
+
+MEASURES = {"weighted": "emp_f1", "macro": "emp_macro_f1", "bits": "mutual_information"}
+INTERVAL = "{relative:+.1%} ({low:+.1%} to {high:+.1%})"
+KINDS = {"weighted": "weighted_f1", "macro": "macro_f1"}
+
+
+def read_levels(folder):
+    """responses.jsonl -> {classifier: {"human" or system: (N, M) levels}}, and the contexts."""
+    levels, contexts = {}, []
+    for line in (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        contexts.append(record["context"])
+        for who, systems in record["levels"].items():
+            for system, told in systems.items():
+                levels.setdefault(who, {}).setdefault(system, []).append(told)
+    for systems in levels.values():
+        for system, told in systems.items():
+            systems[system] = torch.tensor(told)
+    return levels, contexts
+
+
+# ---- the joint bootstrap --------------------------------------------------------------------
+
+
+def resampled_emp_f1(levels, human, times, kind):
+    """Emp-F1 where context n counts times[r, n] times: (N, M), (N, M), (R, N) -> (R,)."""
+    cells = F.one_hot(human * LEVELS + levels, LEVELS**2).float()  # (N, M, L * L)
+    counts = torch.einsum("rn,nmc->rmc", times, cells)
+    return f1_scores(counts.unflatten(-1, (LEVELS, LEVELS)))[kind].mean(-1)
+
+
+def gain_over_seeds(runs, kind, shared, resamples=2000):
+    """The relative gain of the mean over seeds, with its interval.
+
+    runs: (human, before, after) levels of each seed, (N, M) each. A resample draws seeds and
+    contexts with replacement: with `shared` the same contexts for all seeds, so that an easy
+    context is easy for all; without it others for each. Returns {"relative", "low", "high"}.
+    """
+    generator = torch.Generator().manual_seed(0)
+    count = len(runs[0][0])
+    seeds = torch.randint(len(runs), (resamples, len(runs)), generator=generator)
+    totals = torch.zeros(2, resamples)  # of before and after
+    times = None
+    for slot in range(len(runs)):
+        for k, (human, *systems) in enumerate(runs):
+            if times is None or not shared:
+                drawn = torch.randint(count, (resamples, count), generator=generator)
+                times = torch.zeros(resamples, count)
+                times.scatter_add_(1, drawn, torch.ones(resamples, count))
+            chosen = seeds[:, slot] == k
+            for total, levels in zip(totals, systems):
+                total += chosen * resampled_emp_f1(levels, human, times, kind)
+    gains = (totals[1] - totals[0]) / totals[0].clamp(min=1e-9)
+    low, high = gains.quantile(torch.tensor([0.025, 0.975])).tolist()
+    old = mean(emp_f1(before, human, kind) for human, before, _ in runs)
+    new = mean(emp_f1(after, human, kind) for human, _, after in runs)
+    return {"relative": (new - old) / max(old, 1e-9), "low": low, "high": high}
+
+
+# ---- the tables -----------------------------------------------------------------------------
+
+
+def level_rows(runs, levels, shared):
+    """A row for each seed, and their mean, for each classifier and measure."""
+    rows = {}
+    for who in reversed(levels[0]):
+        for measure, key in MEASURES.items():
+            by_seed = {}
+            for metrics in runs.values():
+                name = f"{who}, {measure}, seed {metrics['config']['seed']}"
+                by_seed[name] = level_row(metrics, PREFIX[who] + key)
+            total = means(list(by_seed.values()))
+            for row in (*by_seed.values(), total):
+                to_go = row["ceiling"] - row["MLE"]
+                way = f"{(row['EmpRL'] - row['MLE']) / to_go:.0%}" if to_go > 0 else ""
+                row["share of the way"] = way
+            if measure in KINDS:
+                chosen = itemgetter("human", "mle", "emprl")
+                told = [chosen(one[who]) for one in levels]
+                gain = gain_over_seeds(told, KINDS[measure], shared)
+                total["gain, 95 % interval"] = INTERVAL.format(**gain)
+            rows |= by_seed | {f"{who}, {measure}, mean": total}
+    return rows
+
+
+def level_row(metrics, key):
+    row = {name: metrics[system][key] for system, name in SYSTEMS.items()}
+    row["always commonest"] = metrics["floors"]["majority"][key]
+    row["random response"] = metrics["floors"]["random_copy"][key]
+    by_context = metrics["ceiling"]["context_balanced"][key]
+    by_rule = metrics["ceiling"].get("best", {})  # of the generated world
+    row["ceiling"] = by_rule.get(key, by_context)
+    return row
+
+
+def price_rows(runs):
+    """EmpRL's figures over MLE's; length over the humans'; all three levels right."""
+    rows = {}
+    for metrics in runs.values():
+        mle, emprl = metrics["mle"], metrics["emprl"]
+        truth = "oracle" if "oracle_emp_f1" in mle else "judge"
+        row = {"MLE's perplexity a word": float(mle["perplexity_per_word"])}
+        for key in ("perplexity", "dist2", "unique"):
+            row[f"{key}, times"] = float(emprl[key]) / float(mle[key])
+        row["length, times the humans'"] = emprl["length"] / metrics["human"]["length"]
+        row["KL"] = emprl["kl"]
+        for who in ("identifiers", truth):
+            row[f"all three right, {who}"] = emprl[PREFIX[who] + "exact_match"]
+        rows[f"seed {metrics['config']['seed']}"] = row
+    return rows | {"mean": means(list(rows.values()))}
+
+
+def f1_rows(levels):
+    """How often people have a level, and its F1 for each system; means over the seeds."""
+    rows = {}
+    for m, k in itertools.product(range(len(MECHANISMS)), range(LEVELS)):
+        row = {}
+        for who in reversed(levels[0]):
+            human = [one[who]["human"][:, m] == k for one in levels]
+            row[f"{who}: share"] = mean(x.double().mean().item() for x in human)
+            for system, name in SYSTEMS.items():
+                given = [one[who][system][:, m] == k for one in levels]
+                row[f"{who}: {name}"] = mean(map(f1_of, given, human))
+        rows[f"{MECHANISMS[m].upper()} {k}"] = row
+    return rows
+
+
+def f1_of(given, human):
+    """(N,), (N,) bool."""
+    return 2 * (given & human).sum().item() / max((given.sum() + human.sum()).item(), 1)
+
+
+def placement_rows(levels):
+    """Emp-F1, the same with the levels shuffled over the contexts, and the difference."""
+    rows = {}
+    for who, (measure, kind) in itertools.product(reversed(levels[0]), KINDS.items()):
+        row = {}
+        for system, name in SYSTEMS.items():
+            told = [(one[who][system], one[who]["human"]) for one in levels]
+            row[name] = mean(emp_f1(*pair, kind) for pair in told)
+            row[f"{name}, shuffled"] = mean(shuffled_emp_f1(*pair, kind) for pair in told)
+            row[f"{name}, placement"] = row[name] - row[f"{name}, shuffled"]
+        rows[f"{who}, {measure}"] = row
+    return rows
+
+
+def shuffled_emp_f1(levels, human, kind):
+    """Emp-F1 of levels (N, M) given to the contexts at random: by the expected confusion."""
+    given = F.one_hot(levels, LEVELS).double().mean(0)  # (M, L)
+    wanted = F.one_hot(human, LEVELS).double().sum(0)
+    counts = wanted[:, :, None] * given[:, None, :]  # (M, L, L), rows gold
+    return f1_scores(counts)[kind].mean().item()
+
+
+def compact(levels):
+    """{"judge, emprl": one digit a level}: what the intervals need, and no text."""
+    found = {}
+    for who, systems in levels.items():
+        for system in ("human", *SYSTEMS):
+            digits = map(str, systems[system].flatten().tolist())
+            found[f"{who}, {system}"] = "".join(digits)
+    return found
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("run", nargs="+", help="folder of a finished run")
+    parser.can_write()
+    options = parser.parse_args()
+    runs = read_runs(options.run)
+    levels, contexts = zip(*map(read_levels, runs))
+    shared = all(other == contexts[0] for other in contexts)
+    for rows in (
+        level_rows(runs, levels, shared),
+        price_rows(runs),
+        f1_rows(levels),
+        placement_rows(levels),
+    ):
+        say(f"{sheet(rows)}\n")
+    found = {}
+    for metrics, told in zip(runs.values(), levels):
+        found[metrics["config"]["seed"]] = metrics | {"levels": compact(told)}
+    write_json(options.write, found)
+
+
+if __name__ == "__main__":
+    sys.exit(start(main))

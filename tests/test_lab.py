@@ -1,0 +1,934 @@
+"""The lab: its arithmetic by hand and against real tensors; every command on tiny work."""
+
+import builtins
+import json
+import math
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import emprl
+import identifiers
+import ppo
+import t5_small
+from data import DataError, Dialogue, Pairs, Tokenizer
+from identifiers import ClassifierConfig
+from ppo import PPOConfig, PPOTrainer, Prompts
+from t5_small import T5, Sampling, T5Config
+from tests.conftest import check
+from tests.lab import ablate, bench, command, identify, rate, tables
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """call(script, argument, ...) -> its exit code."""
+
+    def start(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+        return command.start(script.main)
+
+    return start
+
+
+def test_errors_are_one_line(call, capsys, finished, tmp_path):
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "metrics.json").write_text("[]", encoding="utf-8")
+    for script, words, arguments in (
+        (ablate, "invalid choice", ["nothing", finished]),
+        (ablate, "missing: no finished run", ["kl", "missing"]),
+        (ablate, "of different seeds", ["kl", finished, finished]),
+        (ablate, "no such folder", ["kl", finished, "--write", "missing/x.json"]),
+        (tables, "cut/metrics.json: damaged", [tmp_path / "cut"]),
+        (bench, "parts are step", ["speed"]),
+        (bench, "from 1", ["--repeats", "0"]),
+        (identify, "none: no such folder", ["--data", tmp_path / "none"]),
+        (identify, "from 1", ["--seeds", "0"]),
+        (rate, "responses.jsonl", [tmp_path]),
+    ):
+        assert call(script, *arguments) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+    assert [path.name for path in tmp_path.iterdir()] == ["cut"]
+
+
+@pytest.mark.parametrize("script", [ablate, bench, identify, rate, tables])
+def test_help_says_what_it_costs(script, call, capsys):
+    with pytest.raises(SystemExit):
+        call(script, "--help")
+    assert "Cost: " in capsys.readouterr().out
+
+
+# ---- ablate
+
+
+def trainer_of(kind, ids, **settings):
+    """A trainer whose rollouts are given: rows of ids, reward i + 1 for row i, no KL."""
+    torch.manual_seed(0)
+    t5 = T5(T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_heads=2)).eval()
+    config = PPOConfig(steps=2, batch_size=len(ids), minibatch_size=len(ids), **settings)
+    source = torch.arange(3, 3 + len(ids))[:, None].repeat(1, 4)
+    prompts = Prompts(source, source, ids)
+    return kind(t5, None, lambda i: prompts, Sampling(max_length=6), config, lambda t5: {})
+
+
+def given_rollout(returns, mask):
+    """A Rollout of which only what an advantage is made of is there."""
+    names = "source human ids support log_probs ref_log_probs values rewards".split()
+    return ppo.Rollout(**dict.fromkeys(names), mask=mask, returns=returns)
+
+
+def advantages_of(kind, totals):
+    """The advantages that a rival gives to responses with these total rewards, (B, 2)."""
+    mask = torch.tensor([[True, True]] * len(totals))
+    mask[-1, 1] = False
+    sampled = given_rollout(torch.tensor(totals)[:, None].repeat(1, 2), mask)
+    seen = []
+
+    class Watched(kind):
+        pass
+
+    trainer = Watched.__new__(Watched)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PPOTrainer, "update", lambda self, sampled: seen.append(sampled))
+        trainer.update(sampled)
+    return seen[0].advantages
+
+
+def test_advantages_of_the_rivals_by_hand():
+    """Totals 1, 3, 2, 2: mean 2, standard deviation (2/3)^0.5. The last response has one token."""
+    high = 1.5**0.5
+    plain = [[-high, -high], [high, high], [0.0, 0.0], [0.0, 0.0]]
+    check("REINFORCE", advantages_of(ablate.Reinforce, [1.0, 3.0, 2.0, 2.0]), plain)
+    two = [1.0, 3.0, 2.0, 2.0, 11.0, 13.0, 12.0, 12.0]
+    check("GRPO: each context by itself", advantages_of(ablate.GRPO, two), plain + plain)
+    best = [[0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+    check("the best of each", advantages_of(ablate.BestOfGroup, two), best + best)
+
+
+def test_a_group_answers_one_context(monkeypatch):
+    monkeypatch.setattr(ppo, "rollout", lambda policy, ref, reward, prompts, s: prompts)
+    ids = torch.arange(16).view(8, 2)
+    trainer = trainer_of(ablate.GRPO, ids)
+    prompts = trainer.rollout(trainer.prompts(0))
+    assert prompts.source[:, 0].tolist() == [3] * 4 + [4] * 4
+    assert prompts.human[:, 0].tolist() == [0] * 4 + [2] * 4
+
+
+def rollout_of(kind, sampling):
+    torch.manual_seed(0)
+    t5 = T5(T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=32, num_heads=2)).eval()
+    source = torch.randint(3, 60, (6, 5))
+    prompts = Prompts(source, source, source)
+    config = PPOConfig(batch_size=6, minibatch_size=6)
+    trainer = kind(
+        t5, lambda s, r, t: torch.ones(6), lambda i: prompts, sampling, config, None
+    )
+    torch.manual_seed(1)
+    return trainer, trainer.rollout(prompts)
+
+
+def test_log_probs_recomputed_and_unfiltered():
+    """The same within noise; without top-k and temperature a token is less likely than it was."""
+    sampling = Sampling(temperature=0.9, top_k=5, max_length=8)
+    _, plain = rollout_of(PPOTrainer, sampling)
+    _, recomputed = rollout_of(ablate.Recomputed, sampling)
+    trainer, unfiltered = rollout_of(ablate.Unfiltered, sampling)
+    assert torch.equal(plain.ids, recomputed.ids) and torch.equal(plain.ids, unfiltered.ids)
+    assert torch.allclose(plain.log_probs, recomputed.log_probs, atol=1e-5)
+    assert unfiltered.log_probs.sum() < plain.log_probs.sum() - 10
+    t5 = trainer.policy.t5
+    logits = t5.logits(t5.response_states(plain.source, plain.ids)).log_softmax(-1)
+    wanted = logits.gather(-1, plain.ids[..., None])[..., 0] * plain.mask
+    assert torch.allclose(unfiltered.log_probs, wanted, atol=1e-5)
+
+    # What the loss scores with is what the rollout was scored with: the ratio is 1.
+    unfiltered.advantages = unfiltered.returns = torch.zeros_like(plain.log_probs)
+    _, _, ratio_error = trainer.loss(unfiltered)
+    assert ratio_error < 1e-4
+
+
+def test_the_first_token_counts_for_nothing():
+    trainer, sampled = rollout_of(ablate.WithoutFirstToken, Sampling(max_length=8))
+    losses = []
+    for first in (0.0, 9.0):
+        sampled.advantages = torch.arange(sampled.ids.numel()).view(sampled.ids.shape) / 10.0
+        sampled.returns = sampled.advantages.clone()
+        sampled.advantages[:, 0] = sampled.returns[:, 0] = first
+        losses.append(trainer.loss(sampled)[0].item())
+    assert losses[0] == losses[1]
+    trainer, plain = rollout_of(PPOTrainer, Sampling(max_length=8))
+    plain.advantages, plain.returns = sampled.advantages, sampled.returns
+    assert trainer.loss(plain)[0].item() != losses[1]
+
+
+def test_every_variant_is_another_one():
+    for variants in ablate.ABLATIONS.values():
+        made = []
+        for variant in variants.values():
+            config = emprl.make_config("toy")
+            for setting in (*ablate.SHORT.split(), *variant.settings.split()):
+                emprl.apply_setting(config, setting)
+            made.append((config, replace(variant, settings="")))
+        assert all(made.count(one) == 1 for one in made)
+
+
+TINY = "ppo.steps=2 ppo.warmup=1 ppo.batch_size=16 ppo.minibatch_size=8 eval.contexts=12"
+
+
+@pytest.fixture
+def short(monkeypatch, no_pictures):
+    """Variants of next to no work; only PPO may be trained."""
+    monkeypatch.setattr(ablate, "SHORT", TINY)
+    monkeypatch.setattr(ablate, "plot", lambda *_: None)
+    monkeypatch.setattr(emprl, "gflops", lambda threads: 50.0)
+    for trainer in (t5_small.Trainer, identifiers.NGramTrainer):
+        monkeypatch.setattr(trainer, "step", lambda *_: pytest.fail("only PPO is repeated"))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The folders in which something has been measured."""
+    folders, run_all = [], emprl.run_all
+
+    def watched(run, *arguments):
+        folders.append(run.folder)
+        return run_all(run, *arguments)
+
+    monkeypatch.setattr(emprl, "run_all", watched)
+    return folders
+
+
+def figures(path):
+    """{variant: figures} of a single run, as --write wrote them."""
+    written = json.loads(path.read_text(encoding="utf-8"))
+    return {variant: by_seed["0"] for variant, by_seed in written.items()}
+
+
+def test_every_variant_runs_and_stays(copied, short, counted, call, tmp_path, capsys):
+    file = tmp_path / "all.json"
+    assert call(ablate, "algorithm", copied, "--write", file) == 0
+    found = figures(file)
+    assert list(found) == list(ablate.ABLATIONS["algorithm"])
+    assert len(counted) == 4, "MLE, best of n and PPO are of one run"
+    assert found["MLE"]["gain"] == 0 and found["best of n"]["KL"] > 0
+    for one in found.values():
+        assert all(math.isfinite(x) for x in one.values())
+    out = capsys.readouterr().out
+    assert all(f"| {variant} |" in out for variant in found)
+
+    assert call(ablate, "details", copied) == 0
+    assert len(counted) == 4 + 10, "the default is known"
+    out = capsys.readouterr().out
+    assert all(f"| {variant} |" in out for variant in ablate.ABLATIONS["details"])
+    assert call(ablate, "details", copied) == 0 and len(counted) == 14
+    assert all(folder.parent == copied / "ablations" for folder in counted)
+    assert (counted[0] / "responses.jsonl").exists(), "a variant's replies can be read"
+
+
+def test_other_runs_and_other_code_are_measured(
+    copied, short, counted, call, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(ablate.ABLATIONS, "reward", {"default": ablate.DEFAULT})
+    assert call(ablate, "reward", copied) == 0 and len(counted) == 1
+    assert call(ablate, "reward", copied) == 0 and len(counted) == 1
+    assert call(ablate, "reward", copied, "--whole") == 0 and len(counted) == 2
+
+    project = tmp_path / "project"
+    (project / "tests" / "lab").mkdir(parents=True)
+    for path in (*ablate.ROOT.glob("*.py"), ablate.ROOT / "tests" / "lab" / "ablate.py"):
+        shutil.copy(path, project / path.relative_to(ablate.ROOT))
+    monkeypatch.setattr(ablate, "ROOT", project)
+    assert call(ablate, "reward", copied) == 0 and len(counted) == 2, "the same code elsewhere"
+    (project / "ppo.py").write_text("changed", encoding="utf-8")
+    assert call(ablate, "reward", copied) == 0 and len(counted) == 3
+
+    metrics = json.loads((copied / "metrics.json").read_text(encoding="utf-8"))
+    metrics["made_of"]["ppo"] = "another run"
+    (copied / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    assert call(ablate, "reward", copied) == 0 and len(counted) == 4
+
+
+def test_checkpoints_of_another_run_are_refused(copied, short, call, capsys):
+    metrics = json.loads((copied / "metrics.json").read_text(encoding="utf-8"))
+    metrics["config"]["mle"]["lr"] = 1.0
+    (copied / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    assert call(ablate, "kl", copied) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"(pretrain|mle)\.pt: of (an)?other", error), error
+    assert error.count("\n") == 1, error
+
+
+def test_interrupted_it_goes_on(copied, short, counted, call, monkeypatch, capsys):
+    two = {"default": ablate.DEFAULT, "lambda": ablate.Variant("ppo.lam=0.5")}
+    monkeypatch.setitem(ablate.ABLATIONS, "reward", two)
+    run_all = emprl.run_all
+
+    def interrupted(run, *arguments):
+        if len(counted) == 1:
+            raise KeyboardInterrupt
+        return run_all(run, *arguments)
+
+    monkeypatch.setattr(emprl, "run_all", interrupted)
+    assert call(ablate, "reward", copied) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(emprl, "run_all", run_all)
+    assert call(ablate, "reward", copied) == 0 and len(counted) == 2
+
+
+def test_the_frontier_lies_between_the_weights(copied, short, call, monkeypatch, tmp_path):
+    monkeypatch.setattr(PPOTrainer, "step", lambda *_: pytest.fail("nothing is trained"))
+    two = {str(share): ablate.Variant(share=share) for share in (0.25, 1)}
+    monkeypatch.setitem(ablate.ABLATIONS, "frontier", two)
+    assert call(ablate, "frontier", copied, "--write", tmp_path / "all.json") == 0
+    part, whole = figures(tmp_path / "all.json").values()
+    metrics = json.loads((copied / "metrics.json").read_text(encoding="utf-8"))
+    mle, own = metrics["mle"], metrics["emprl"]
+    assert whole["bits, identifiers"] == own["mutual_information"]
+    assert whole["perplexity, times"] == own["perplexity"] / mle["perplexity"]
+    assert abs(1 - part["perplexity, times"]) < abs(1 - whole["perplexity, times"])
+    mixed = ablate.mix(copied / "checkpoints", 0.75)["weights"]
+    ends = [t5_small.load_state(copied / "checkpoints" / f"{s}.pt") for s in ("mle", "ppo")]
+    for name, x in mixed.items():
+        start, end = (state["weights"][name] for state in ends)
+        assert torch.allclose(x, 0.25 * start + 0.75 * end, atol=1e-6)
+
+
+def test_the_ideal_keeps_to_the_perplexity(copied, short, call, monkeypatch, tmp_path):
+    monkeypatch.setattr(PPOTrainer, "step", lambda *_: pytest.fail("no PPO is needed"))
+    monkeypatch.setattr(ablate, "TRIES", 6)
+    monkeypatch.setattr(ablate.Ideal, "sampled", {})
+    times = (1.0001, 1.01, 1.2)
+    variants = {}
+    for one in times:
+        variants[str(one)] = ablate.Variant("ppo.steps=0", system="best_of_n", times=one)
+    monkeypatch.setitem(ablate.ABLATIONS, "ideal", variants)
+    assert call(ablate, "ideal", copied, "--write", tmp_path / "all.json") == 0
+    found = list(figures(tmp_path / "all.json").values())
+    assert [one["perplexity, times"] for one in found] == pytest.approx(times, rel=1e-6)
+    kl = [one["KL"] for one in found]
+    assert 0 < kl[0] < kl[1] < kl[2] < math.log(6) + 1e-6, "at most that of the best of 6"
+    assert len(ablate.Ideal.sampled) == 1, "sampled once"
+
+
+def test_expected_figures_are_those_of_the_levels():
+    torch.manual_seed(0)
+    levels = torch.randint(0, 3, (4, 50, 3))
+    gold = torch.randint(0, 3, (50, 3))
+    one = torch.randint(0, 4, (50,))
+    certain = torch.nn.functional.one_hot(one, 4).T.float()
+    plain = identifiers.compare_levels(levels[one, torch.arange(50)], gold)
+    assert ablate.expected_figures(levels, certain, gold) == pytest.approx(plain)
+    half = ablate.expected_figures(levels[:2], torch.full((2, 50), 0.5), gold)
+    twice = identifiers.compare_levels(levels[:2].flatten(0, 1), torch.cat([gold, gold]))
+    assert half == pytest.approx(twice), "every context twice, once with each"
+
+
+def test_the_picture_is_drawn(tmp_path):
+    row = {"KL": 1.0, "perplexity, times": 1.1, "all three right, judge": 0.4}
+    ablate.plot({"one": row, "other": row | {"KL": 2.0}}, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- bench: arithmetic
+
+LITTLE = T5Config(
+    vocab_size=300,
+    d_model=16,
+    d_kv=4,
+    d_ff=24,
+    num_layers=1,
+    num_decoder_layers=1,
+    num_heads=2,
+)
+KINDS = ("relu", "gated-gelu")
+
+
+def middling(**changes):
+    """A T5 small enough to run, and large enough that what the arithmetic leaves out is little."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1000, "d_model": 64, "d_kv": 16, "d_ff": 128}
+    return T5(T5Config(**{**sizes, "num_decoder_layers": 3, **changes})).train()
+
+
+def test_official_sizes():
+    """The parameters of t5-small and t5-base, as everyone counts them."""
+    assert bench.parameter_count(T5, bench.SMALL) == 60_506_624
+    assert bench.parameter_count(T5, bench.BASE) == 222_903_552
+
+
+@pytest.mark.parametrize("shared", [True, False, None])
+def test_bytes_of_weights_gradients_and_optimizer(shared):
+    """Of a T5 (None) and of classifiers."""
+    make, more = T5, ()
+    if shared is not None:
+        make, more = bench.classifier_of, (ClassifierConfig(shared=shared),)
+    model = make(LITTLE, *more)
+    optimizer = t5_small.Optimizer(model)
+    batch = bench.random_batch(LITTLE, 4, 40, 24)
+    loss = model(*batch).sum() if more else model.loss_sum(*batch)[0]
+    loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    found = {"weights": size(model.parameters()), "gradients": size(gradients)}
+    optimizer.step()
+    (adam,) = optimizer.parts
+    found["AdamW"] = 0
+    for state in adam.state.values():
+        found["AdamW"] += size([state["exp_avg"], state["exp_avg_sq"]])
+    planned = bench.training(bench.parameter_count(make, LITTLE, *more), best=False)
+    assert found == {what: planned[what] for what in found}
+
+
+def size(tensors):
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def saved_bytes(model, forward):
+    """Bytes of all that autograd keeps of forward(), but for the weights."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept, alive = {}, []
+
+    def pack(x):
+        alive.append(x)  # so that no address is used twice
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        forward()
+    return sum(n for address, n in kept.items() if address not in own)
+
+
+def bf16(device):
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def dropout_of_a_gpu(self, x):
+    """It keeps a mask of bytes, a CPU's one of floats."""
+    return torch.native_dropout(x, self.p, True)[0] if self.p else x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dropout, half", [(0.0, False), (0.1, False), (0.0, True)])
+def test_activation_bytes_within_a_tenth(kind, dropout, half, monkeypatch):
+    """If it fails after a change of t5_small.py or ppo.py: correct activation_bytes."""
+    if half:
+        monkeypatch.setattr(t5_small, "autocast", bf16)
+        monkeypatch.setattr(ppo, "autocast", bf16)
+    monkeypatch.setattr(torch.nn.Dropout, "forward", dropout_of_a_gpu)
+    model = middling(feed_forward_proj=kind, dropout_rate=dropout)
+    source, target = bench.random_batch(model.config, 8, 40, 24)
+    copies = 2 * half * bench.parameter_count(T5, model.config)  # of the weights, in bf16
+    found = saved_bytes(model, lambda: model.loss_sum(source, target))
+    expected = bench.activation_bytes(model.config, 8, 40, 24, half)
+    assert found == pytest.approx(copies + expected, rel=0.1)
+    if dropout:
+        return
+    mask = torch.ones_like(target, dtype=torch.bool)
+    support = torch.rand(*target.shape, model.config.vocab_size) < 0.5
+    asked = (model, source, target, mask, support, 1.0)
+    found = saved_bytes(model, lambda: ppo.response_log_probs(*asked))
+    expected = bench.activation_bytes(model.config, 8, 40, 24, half, in_ppo=True)
+    assert found == pytest.approx(copies + expected, rel=0.1)
+
+
+def test_activation_bytes_of_an_encoder():
+    model = middling(dropout_rate=0.0)
+    source, _ = bench.random_batch(model.config, 8, 40)
+    found = saved_bytes(model, lambda: model.encode(source))
+    assert found == pytest.approx(bench.activation_bytes(model.config, 8, 40), rel=0.1)
+
+
+def test_cache_bytes():
+    model = middling()
+    source = torch.ones(2, 7, dtype=torch.long)
+    kept, made = [], t5_small.BlockCache
+
+    class Watched(made):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            kept.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t5_small, "BlockCache", Watched)
+        t5_small.generate(model, source, Sampling(min_length=5, max_length=5))
+    found = sum(size([*cache.memory, cache.keys, cache.values]) for cache in kept)
+    assert bench.cache_bytes(model.config, 2, 7, 5) == found
+
+
+def test_plan_says_what_fits(call, capsys):
+    assert call(bench, "--plan") == 0
+    out = capsys.readouterr().out
+    assert re.search("t5-small, paper as it is: .* fits into 12", out)
+    assert re.search("t5-base, paper as it is: .* does NOT fit into 12", out)
+    assert re.search("t5-base, identifiers.shared=on: .* fits into 12", out)
+    assert "By arithmetic" in out
+    config = emprl.make_config("paper", 0, ".", ".")
+    stages = bench.stages(config, bench.BASE)
+    assert stages["mle"]["weights"] == 4 * 222_903_552
+    assert stages["ppo"]["activations"] >= 20 * 32 * 30 * 32128, "all logits of the reference"
+
+
+# ---- bench: measuring
+
+
+def test_works_take_turns(monkeypatch):
+    calls, clock = [], iter(range(100))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock) ** 2)
+    works = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    found = bench.medians(works, 3)
+    assert calls == ["a", "b"] * 4
+    # Calls 0 to 7 take 4 n + 1 seconds; the first of each is not counted.
+    assert found == {"a": 17_000, "b": 21_000}
+
+
+class Here:
+    """In the place of another process, which would import torch anew."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        self.answer = function(*arguments)
+        return self
+
+    def result(self):
+        return self.answer
+
+
+def test_every_part_runs(call, monkeypatch, tmp_path, capsys):
+    some = bench.random_batch
+    for name in ("TINY", "SMALL"):
+        monkeypatch.setattr(bench, name, LITTLE)
+    monkeypatch.setattr(
+        bench, "random_batch", lambda config, rows=4: some(config, min(rows, 4))
+    )
+    monkeypatch.setattr(bench, "find_spec", lambda library: None)
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(emprl, "gflops", lambda threads: 50.0)
+    assert call(bench, "--repeats", 1, "--write", tmp_path / "bench.json") == 0
+    found = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert list(found) == ["machine", *bench.PARTS]
+    assert found["machine"]["GFLOP/s, one thread"] == 50.0
+    assert found["step"]["step, small"]["EmpRL, ms"] > 0
+    assert found["memory"]["ppo, tiny"]["EmpRL, MiB"] > 100
+    assert all(row["without / with"] > 0 for row in found["tricks"].values())
+    out = capsys.readouterr().out
+    for part in bench.PARTS:
+        assert all(f"| {row} |" in out for row in found[part])
+
+
+def test_ratios():
+    row = bench.with_ratios({"EmpRL": 2.0, "transformers": 3.0}, "ms")
+    assert row == {"EmpRL, ms": 2.0, "transformers, ms": 3.0, "transformers / EmpRL": 1.5}
+
+
+def test_tricks_change_nothing_but_the_time():
+    torch.manual_seed(0)
+    model = T5(LITTLE).eval()
+    source, _ = bench.random_batch(LITTLE, 40)
+    logits = model.logits(torch.randn(4000, 16))
+    with pytest.MonkeyPatch.context() as patch:
+        greedy = Sampling(greedy=True, max_length=5)
+        wanted = t5_small.generate(model, source, greedy).ids
+        patch.setattr(t5_small, "BlockCache", bench.PlainCache)
+        patch.setattr(torch.Tensor, "split", bench.in_one_piece)
+        assert torch.equal(t5_small.generate(model, source, greedy).ids, wanted)
+    for draw in (t5_small.draw, bench.plain_draw):
+        tokens, log_probs, support = draw(logits, Sampling(top_k=3))
+        assert (support.sum(1) == 3).all() and support[torch.arange(4000), tokens].all()
+        assert (log_probs < 0).all()
+
+
+# ---- identify
+
+
+def labelled(count):
+    """One word tells ER, another IP; EX is always 0."""
+    words = [("cat", "table"), ("sorry", "chair"), ("grief", "window")]
+    dialogues = []
+    for i in range(count):
+        text = f"well {words[i % 3][0]} and {words[i % 2][1]} {'so ' * (i % 5)}".strip()
+        dialogues.append(Dialogue(("we met there",), text, levels=(i % 3, i % 2, 0)))
+    return dialogues
+
+
+def test_ours_learn_what_a_word_tells():
+    train, test = labelled(60), labelled(25)
+    tokenizer = Tokenizer.train([d.response for d in train] + ["we met there"], 160)
+    pairs = [Pairs(part, tokenizer, 20, 20) for part in (train, test)]
+    assert torch.equal(identify.ours(*pairs), pairs[1].levels)
+
+
+def test_the_baseline_learns_it_too():
+    pytest.importorskip("sklearn")
+    train, test = labelled(60), labelled(25)
+    train[0] = replace(train[0], levels=(0, 0, 1))  # scikit-learn wants two classes
+    told = identify.tf_idf(train, test)
+    assert told[:, :2].tolist() == [list(d.levels[:2]) for d in test]
+
+
+def test_without_scikit_learn_it_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
+    with pytest.raises(DataError, match="pip install scikit-learn"):
+        identify.tf_idf(labelled(6), labelled(6))
+
+
+def test_figures_of_levels_and_their_summary():
+    gold = torch.tensor([[0, 1, 2], [0, 1, 2], [1, 1, 0]])
+    found = identify.figures_of(gold, gold)
+    assert found["ER f1_1"] == found["EX accuracy"] == 1 and found["IP f1_0"] == 0
+    other = identify.figures_of(gold.flip(0), gold)
+    rows = identify.summary([{"ours": found}, {"ours": other}])
+    assert rows["ER accuracy"]["ours"] == "0.667 (0.333)"
+
+
+# ---- rate
+
+QUESTIONS = ("empathy", "relevance", "fluency")
+
+
+def write_replies(folder, number, changed=""):
+    """A responses.jsonl of `number` contexts with two replies, and one with the same twice."""
+    lines = []
+    for i in range(number + 1):
+        replies = {
+            "mle": f"flat {i}{changed}",
+            "emprl": f"{'warm' if i else 'flat'} {i}{changed}",
+        }
+        context = [f"Hello {i}.", "Oh?", "My dog\x1b[1m is sick \U0001f436 \ud800."]
+        record = {"context": context, "human": "I see.", "replies": replies}
+        lines.append(json.dumps(record) + "\n")
+    (folder / "responses.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+class Rater:
+    """In input's place: `prefer(A, B)` to each question, and `stop` after `patience` questions."""
+
+    def __init__(self, monkeypatch, capsys, prefer, patience=1000, stop=""):
+        self.monkeypatch = monkeypatch
+        self.capsys = capsys
+        self.prefer = prefer
+        self.patience = patience
+        self.stop = stop
+        self.read = ""  # all that was shown before the table
+        self.pairs = []  # (A, B) of each question
+
+    def answer(self, prompt):
+        self.read += self.capsys.readouterr().out + prompt + "\n"
+        if not self.patience:
+            if self.stop:
+                raise self.stop
+            return self.stop
+        self.patience -= 1
+        self.pairs.append(re.findall(r"^A: (.*)\nB: (.*)$", self.read, re.M)[-1])
+        return self.prefer(*self.pairs[-1])
+
+    def rate(self, folder, name, *options):
+        """{question: the table's figures}, and the number of raters."""
+        self.monkeypatch.setattr(builtins, "input", self.answer)
+        self.monkeypatch.setattr(sys, "argv", ["rate", str(folder), name, *options])
+        rate.main()
+        out = self.capsys.readouterr().out
+        assert f"answers in {folder}/ratings-{name}.jsonl" in out
+        head, *rows = out.partition("\nraters: ")[2].splitlines()
+        assert [row.split()[0] for row in rows] == [*QUESTIONS]
+        found = {row.split()[0]: row.split()[1:] for row in rows}
+        return {**found, "raters": int(head.split()[0])}
+
+
+@pytest.fixture
+def rater(monkeypatch, capsys):
+    return lambda *arguments: Rater(monkeypatch, capsys, *arguments)
+
+
+def warm(a, b):
+    return "a" if "warm" in a else "b"
+
+
+def flat(a, b):
+    return "b" if "warm" in a else "a"
+
+
+def shown(*row):
+    return dict.fromkeys(QUESTIONS, [*row])
+
+
+@pytest.mark.parametrize(
+    "wins, losses, p",
+    [
+        (0, 0, 1),
+        (1, 0, 1),
+        (1, 1, 1),
+        (5, 0, 2 / 32),
+        (4, 1, 2 * (1 + 5) / 32),
+        (8, 2, 2 * (1 + 10 + 45) / 1024),
+        (3, 3, 1),
+        (2000, 0, 0),
+    ],
+)
+def test_sign_test_by_hand(wins, losses, p):
+    assert rate.sign_test(wins, losses) == pytest.approx(p, abs=1e-12)
+    assert rate.sign_test(losses, wins) == pytest.approx(p, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "a, b, expected",
+    [
+        ([1, 1, 0, -1], [1, 1, 0, -1], 1),
+        ([1, -1], [-1, 1], -1),  # p_o 0, p_e 1/2
+        ([1, 1, -1, -1], [1, -1, 1, -1], 0),  # p_o 1/2, p_e 1/2
+        # p_o 35/50, p_e (25 * 30 + 25 * 20) / 2500
+        ([1] * 25 + [0] * 25, [1] * 20 + [0] * 5 + [1] * 10 + [0] * 15, 0.4),
+        # p_o 3/5, p_e (2 * 1 + 2 * 2 + 1 * 2) / 25
+        ([1, 1, 0, -1, 0], [1, 0, 0, -1, -1], 7 / 17),
+        ([1, 1], [1, 1], None),  # they can not but agree
+        ([], [], None),
+    ],
+)
+def test_kappa_by_hand(a, b, expected):
+    for found in (rate.kappa(a, b), rate.kappa(b, a)):
+        assert found == (expected if expected is None else pytest.approx(expected))
+
+
+def test_who_prefers_one_system_is_counted_for_it_whatever_the_order(tmp_path, rater):
+    write_replies(tmp_path, 12)
+    ann = rater(warm)
+    counts = shown("12", "0", "0", "0.000", "-", "-")
+    assert ann.rate(tmp_path, "ann") == {**counts, "raters": 1}
+    assert len(ann.pairs) == 36
+    assert len({a[:4] for a, _ in ann.pairs}) == 2, "A is now the one, now the other"
+    assert not any("0" in a.split() for a, _ in ann.pairs), "equal replies are not asked about"
+    assert not re.search("sft|emprl|mle", ann.read, re.I), "blind"
+    assert ann.read.count("My dog\\x1b[1m is sick \U0001f436 \\ud800.") == 12
+    assert "12 of 12" in ann.read
+    counts = shown("0", "0", "12", "1.000", "0.00", "0.00")
+    assert rater(flat).rate(tmp_path, "bob") == {**counts, "raters": 2}
+    (tmp_path / "ratings-bob.jsonl").unlink()
+    counted = rater(warm).rate(tmp_path, "cy")["empathy"]
+    assert counted[3:] == ["0.000", "1.00", "-"], "no kappa without variety"
+
+
+def test_all_raters_see_the_same_draw_each_in_another_order(tmp_path, rater):
+    write_replies(tmp_path, 40)
+    pairs = {}
+    for name in ("ann", "bob"):
+        one = rater(warm)
+        one.rate(tmp_path, name)
+        pairs[name] = one.pairs[::3]
+    seen = {name: set(map(frozenset, pairs[name])) for name in pairs}
+    assert len(pairs["ann"]) == 30 and seen["ann"] == seen["bob"]
+    assert pairs["ann"] != pairs["bob"]
+    cy = rater(warm)
+    cy.rate(tmp_path, "cy", "--seed", "1")
+    assert {frozenset(pair) for pair in cy.pairs} != seen["ann"]
+
+
+@pytest.mark.parametrize("stop", ["", EOFError, KeyboardInterrupt])
+def test_stopped_at_any_question_it_goes_on_there(tmp_path, rater, stop):
+    write_replies(tmp_path, 3)
+    file, asked = tmp_path / "ratings-ann.jsonl", []
+    for patience, whole in ((0, 0), (5, 1), (3, 2), (1, 2), (1000, 3)):
+        ann = rater(warm, patience, stop)
+        counted = ann.rate(tmp_path, "ann")
+        assert counted["fluency"][:3] == [str(whole), "0", "0"]
+        assert counted["raters"] == bool(whole)
+        written = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        assert len(written) == whole
+        asked.append(ann.pairs)
+    assert [len(pairs) for pairs in asked] == [0, 5, 3, 1, 3]
+    assert asked[1][3] == asked[2][0], "a half answered item is asked again"
+    rater(lambda *_: pytest.fail("asked again")).rate(tmp_path, "ann")
+
+
+def test_a_content_note_comes_before_the_first_text(tmp_path, rater):
+    write_replies(tmp_path, 3)
+    ann = rater(warm, 1)
+    ann.rate(tmp_path, "ann")
+    assert ann.read.startswith("Content note: ") and ann.read.count("Content note") == 1
+    assert ann.read.index("findahelpline.com") < ann.read.index("of 3\n")
+
+
+def test_each_item_is_on_disk_at_once(tmp_path, rater):
+    write_replies(tmp_path, 3)
+    file, lines = tmp_path / "ratings-ann.jsonl", []
+
+    def prefer(a, b):
+        there = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        lines.append(len(there))
+        return "a"
+
+    rater(prefer).rate(tmp_path, "ann")
+    assert lines == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_anything_but_a_b_t_is_asked_again(tmp_path, rater):
+    write_replies(tmp_path, 1)
+    said = iter(["ab", "?", " T ", "1", "t", "T"])
+    ann = rater(lambda *_: next(said))
+    counts = shown("0", "0", "1", "1.000", "-", "-")
+    assert ann.rate(tmp_path, "ann") == {**counts, "raters": 1} and len(ann.pairs) == 6
+
+
+def test_table_of_three_raters_by_hand():
+    """Items: 3:0, 2:1, 1:1, 0:2. Equal: ann and bob 3 of 4, ann and cy 1 of 2, bob and cy 1 of 2.
+
+    Kappas: ann and bob (3/4 - (3 * 2 + 1 * 2) / 16) / (1 - 8/16) = 1/2; with cy
+    (1/2 - 2/4) / (1 - 2/4) = 0 twice.
+    """
+    raters = []
+    for answers in ([1, 1, 1, -1], [1, 1, -1, -1], {0: 1, 3: -1}, {1: -1}):
+        pairs = answers.items() if isinstance(answers, dict) else enumerate(answers)
+        raters.append({item: dict.fromkeys(QUESTIONS, answer) for item, answer in pairs})
+    ann, bob, _, _ = raters
+    cy = {0: dict.fromkeys(QUESTIONS, 1), 1: dict.fromkeys(QUESTIONS, -1)}
+    row = rate.table(range(4), [ann, bob, cy]).splitlines()[1].split()
+    assert row == ["empathy", "2", "1", "1", "1.000", "0.62", "0.17"]
+
+
+def test_ratings_of_other_replies_do_not_count(tmp_path, rater):
+    write_replies(tmp_path, 3)
+    rater(warm).rate(tmp_path, "ann")
+    write_replies(tmp_path, 3, changed=" after another training")
+    assert rater(warm, 0).rate(tmp_path, "bob")["raters"] == 0
+    counts = shown("0", "3", "0", "0.250", "-", "-")
+    assert rater(flat).rate(tmp_path, "ann") == {**counts, "raters": 1}
+
+
+def test_a_name_can_not_leave_the_folder(tmp_path, monkeypatch):
+    assert rate.ratings_file(tmp_path, "../Zo\u00eb/\0").parent == tmp_path
+    assert rate.ratings_file(tmp_path, "a b") != rate.ratings_file(tmp_path, "a%20b")
+    monkeypatch.setattr(rate.getpass, "getuser", lambda: "login")
+    assert rate.user_name() == "login"
+
+
+@pytest.mark.parametrize("error", [KeyError("uid not found"), OSError("No username set")])
+def test_a_system_without_names_asks_for_one(error, tmp_path, monkeypatch, call, capsys):
+    write_replies(tmp_path, 1)
+
+    def nobody():
+        raise error
+
+    monkeypatch.setattr(rate.getpass, "getuser", nobody)
+    assert call(rate, tmp_path) == 2
+    assert "give a NAME" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "file, text, line",
+    [
+        ("responses.jsonl", '\n{"id": "x"', ":2"),
+        ("responses.jsonl", "[]", ":1"),
+        ("responses.jsonl", '{"context": ["Hi"], "replies": {"mle": "a"}}', ":1"),
+        ("responses.jsonl", "\xff", ":1"),
+        ("ratings-ann.jsonl", '{"item": "x", "empathy": 1, "relev', ":1"),
+        (
+            "ratings-ann.jsonl",
+            '{"item": "x", "empathy": 2, "relevance": 0, "fluency": 0}',
+            ":1",
+        ),
+        ("ratings-bob.jsonl", '{"item": "x", "empathy": 1}', ":1"),
+    ],
+)
+def test_damaged_files_are_one_line(tmp_path, rater, file, text, line):
+    write_replies(tmp_path, 1)
+    (tmp_path / file).write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError) as error:
+        rater(warm, 0).rate(tmp_path, "ann")
+    assert str(error.value).startswith(f"{tmp_path / file}{line}: ")
+
+
+# ---- tables
+
+
+def test_the_interval_over_seeds_and_contexts():
+    """EmpRL right everywhere, MLE in two mechanisms of three: no spread. Then one without gain."""
+    human = torch.randint(0, 3, (60, 3), generator=torch.Generator().manual_seed(0))
+    before = human.clone()
+    before[:, 2] = (human[:, 2] + 1) % 3
+    for kind in ("weighted_f1", "macro_f1"):
+        for shared in (True, False):
+            gain = tables.gain_over_seeds([(human, before, human)] * 3, kind, shared, 200)
+            assert gain == pytest.approx({"relative": 0.5, "low": 0.5, "high": 0.5}, abs=1e-5)
+    runs = [(human, before, human)] * 2 + [(human, human, human)]
+    gain = tables.gain_over_seeds(runs, "weighted_f1", True)
+    assert gain["relative"] == pytest.approx(3 / (2 * 2 / 3 + 1) - 1)
+    assert gain["low"] == pytest.approx(0, abs=1e-5), "three times the seed without gain"
+    assert gain["high"] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_shared_contexts_are_drawn_jointly():
+    """An easy context is easy for all: the interval is as wide as that of a single seed."""
+    generator = torch.Generator().manual_seed(0)
+    human = torch.randint(0, 3, (50, 3), generator=generator)
+    right = torch.rand(50, 1, generator=generator) < 0.5
+    after = torch.where(right, human, (human + 1) % 3)
+    before = torch.where(right.flip(0), human, (human + 1) % 3)
+    widths = {}
+    for count, shared in ((1, True), (4, True), (4, False)):
+        gain = tables.gain_over_seeds([(human, before, after)] * count, "weighted_f1", shared)
+        widths[count, shared] = gain["high"] - gain["low"]
+    assert widths[4, True] == pytest.approx(widths[1, True], rel=0.1)
+    assert widths[4, False] < 0.8 * widths[1, True]
+
+
+def test_resampled_emp_f1_of_a_draw_is_that_of_the_drawn_contexts():
+    generator = torch.Generator().manual_seed(0)
+    levels, human = torch.randint(0, 3, (2, 30, 3), generator=generator)
+    rows = torch.randint(0, 30, (30,), generator=generator)
+    times = torch.bincount(rows, minlength=30)[None].float()
+    for kind in ("weighted_f1", "macro_f1"):
+        found = tables.resampled_emp_f1(levels, human, times, kind).item()
+        assert found == pytest.approx(identifiers.emp_f1(levels[rows], human[rows], kind))
+
+
+def test_shuffled_levels_by_hand():
+    """Gold 0, 0, 1, 2; given 0, 1, 1, 1: a level meets another as often as chance has it."""
+    gold = torch.tensor([0, 0, 1, 2])[:, None].repeat(1, 3)
+    given = torch.tensor([0, 1, 1, 1])[:, None].repeat(1, 3)
+    # TP_0 = 2 * 1 / 4, TP_1 = 1 * 3 / 4, TP_2 = 0; F1_0 = 2 * 0.5 / 3, F1_1 = 2 * 0.75 / 4
+    f1 = [1 / 3, 3 / 8, 0]
+    weighted = (2 * f1[0] + f1[1] + f1[2]) / 4
+    assert tables.shuffled_emp_f1(given, gold, "weighted_f1") == pytest.approx(weighted)
+    assert tables.shuffled_emp_f1(given, gold, "macro_f1") == pytest.approx(sum(f1) / 3)
+
+
+def test_tables_of_two_seeds(copied, call, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(copied, other)
+    metrics = json.loads((other / "metrics.json").read_text(encoding="utf-8"))
+    metrics["config"]["seed"] = 1
+    metrics["emprl"]["perplexity"] = 2 * metrics["mle"]["perplexity"]
+    (other / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    assert call(tables, other, copied, "--write", tmp_path / "all.json") == 0
+    out = capsys.readouterr().out
+    assert out.count("| judge, weighted, seed ") == 2 and "| judge, weighted, mean |" in out
+    assert re.search(r"\| oracle, macro, mean \|.*\(.*% to .*%\) \|", out)
+    assert "| seed 1 |" in out and " | 2.000 | " in out and "| EX 2 |" in out
+
+    text = (tmp_path / "all.json").read_text(encoding="utf-8")
+    found = json.loads(text)
+    assert list(found) == ["0", "1"], "by seed"
+    first = (copied / "responses.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    record = json.loads(first)
+    assert record["human"] not in text and record["context"][0] not in text
+    digits = "".join(map(str, record["levels"]["judge"]["emprl"]))
+    assert found["0"]["levels"]["judge, emprl"].startswith(digits)
+
+
+def test_nothing_is_written_without_being_told(copied, short, call, monkeypatch):
+    root = Path(emprl.__file__).parent / "tests" / "results"
+    before = {path: path.read_bytes() for path in root.iterdir()}
+    monkeypatch.setitem(ablate.ABLATIONS, "reward", {"default": ablate.DEFAULT})
+    assert call(ablate, "reward", copied) == call(tables, copied) == 0
+    assert {path: path.read_bytes() for path in root.iterdir()} == before

@@ -349,7 +349,7 @@ def run_all(run, ppo_trainer=PPOTrainer):
     metrics["best_of_n"] = test.best_of_n(mle, reward, targets.test)
     metrics["floors"] = test.floors(whole["train"], targets.human)
     metrics["ceiling"] = test.ceilings(corpus.level_probs, targets)
-    run.finish(metrics)
+    run.finish(metrics, responses_jsonl(test))
     report(run, metrics, test)
     return metrics
 
@@ -580,8 +580,9 @@ class Run:
         self.content = digest([learnt, digest_weights(t5.state_dict())])
         settings = [asdict(self.config.replying), asdict(self.config.eval)]
         self.evaluation = digest([measured, settings])
-        made_of = self.read_json("metrics.json", {}).get("made_of", {})
-        self.check_key("metrics.json", made_of.get("evaluation"), self.evaluation)
+        made_of = self.read_json("metrics.json", {}).get("made_of")
+        if isinstance(made_of, dict):
+            self.check_key("metrics.json", made_of.get("evaluation"), self.evaluation)
 
         parameters = sum(p.numel() for p in t5.parameters()) / 1e6
         size = f"{tokenizer.vocab_size} tokens, {parameters:.2f} M parameters"
@@ -643,7 +644,7 @@ class Run:
             record = trainer.step(i)
             log.append({"stage": name, "step": i, **record})
             progress.show(i, record, signs_of_trouble(trainer, record, log))
-            self.stop_if_nothing_is_learnt(name, log)
+            self.stop_if_nothing_is_learnt(name, log, trainer.config.steps)
             due = time.time() - saved > self.save_every and not record.get("skipped")
             if due or self.interrupted:
                 save(trainer=trainer.state_dict())
@@ -659,11 +660,12 @@ class Run:
         save(done=True, weights=weights)
         return load_stage(path)
 
-    def stop_if_nothing_is_learnt(self, name, log):
+    def stop_if_nothing_is_learnt(self, name, log, steps):
         last = log[-10:]
-        if len(last) == 10 and all(record.get("skipped") == 1 for record in last):
+        enough = len(last) == min(10, steps)
+        if enough and all(record.get("skipped") == 1 for record in last):
             raise DataError(
-                f"{name}, step {len(log)}: 10 steps in a row had no finite loss and gradient; "
+                f"{name}, step {len(log)}: {len(last)} steps in a row had no finite loss and gradient; "
                 f"{remedy(name)}. What was saved before is in {self.folder}"
             )
 
@@ -690,19 +692,27 @@ class Run:
         if self.noted:
             return
         self.noted = True
-        for stale in ("metrics.json", "report.md", "samples.md", "responses.jsonl"):
-            (self.folder / stale).unlink(missing_ok=True)
+        for results in (
+            "metrics.json",
+            "*.md",
+            "responses.jsonl",
+            "evaluate-*",
+            "plots/*.png",
+        ):
+            for stale in self.folder.glob(results):
+                stale.unlink()
         self.write("tokenizer.model", self.tokenizer.model)
         self.write_json("config.json", asdict(self.config))
         starts = self.read_json("environment.json", [])
-        if starts and starts[-1]["code"] != self.code:
+        if starts and starts[-1] and dict(starts[-1]).get("code") != self.code:
             say("warning: other code than at the last start; finished stages are kept")
         self.write_json("environment.json", [*starts, environment(self)])
 
-    def finish(self, metrics):
-        """metrics.json: the figures, and what they are figures of."""
+    def finish(self, metrics, responses):
+        """responses.jsonl, and metrics.json: the figures, and what they are figures of."""
         self.note_start()
         self.write_log()
+        self.write("responses.jsonl", responses)
         self.seconds["evaluate"] = round(time.time() - self.clock, 1)
         metrics["config"] = asdict(self.config)
         metrics["seconds"] = self.seconds
@@ -710,6 +720,8 @@ class Run:
             **self.results,
             "tokenizer": digest_bytes(self.tokenizer.model),
             "evaluation": self.evaluation,
+            "responses": digest_bytes(responses.encode()),
+            "config": digest(metrics["config"]),
         }
         metrics["code"] = self.code
         self.write_json("metrics.json", metrics)
@@ -725,11 +737,12 @@ class Run:
         self.write(name, to_json(content, indent=2) + "\n")
 
     def read_json(self, name, default):
-        """A JSON file of the folder; the default if there is none, or no whole one."""
+        """A JSON file of the folder; the default if there is none, or none of its kind."""
         try:
-            return json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, RecursionError, ValueError):
             return default
+        return found if isinstance(found, type(default)) else default
 
     def write_log(self):
         """metrics.jsonl: a line for each step of all stages so far."""
@@ -1073,8 +1086,7 @@ LEVEL_NAMES = ("none", "weak", "strong")
 
 
 def report(run, metrics, test):
-    """responses.jsonl, plots/, samples.md, report.md, and the last screen."""
-    run.write("responses.jsonl", responses_jsonl(test))
+    """plots/, samples.md, report.md, and the last screen."""
     pictures = draw_plots(run, metrics, test)
     run.write("samples.md", samples_page(test))
     run.write("report.md", report_page(run, metrics, test, pictures))
@@ -1381,15 +1393,18 @@ def draw_plots(run, metrics, test):
     except (ImportError, ValueError) as error:  # ValueError: MPLBACKEND is no backend's name
         say(f"no pictures: {error}")
         return {}
-    (run.folder / "plots").mkdir(exist_ok=True)
     captions = {}
     for draw, caption in PICTURES.items():
         name = draw.__name__.removeprefix("draw_")
-        stages = STAGES_OF.get(name, [])
-        if stages and not any(run.logs[stage] for stage in stages):
-            continue  # all of them were skipped
+        steps = []
+        for stage in STAGES_OF.get(name, []):
+            steps += run.logs[stage]
+        needed = "valid_exact_match" if name == "learnt_vs_truth" else "step"
+        if name in STAGES_OF and not any(needed in record for record in steps):
+            continue  # its stages were skipped, or not validated
         figure = Figure(layout="constrained", dpi=100)
         try:
+            (run.folder / "plots").mkdir(exist_ok=True)
             draw(figure, run, metrics, test)
             figure.savefig(run.folder / "plots" / f"{name}.png")
             captions[name] = caption.format(truth=test.truth)
@@ -1712,6 +1727,8 @@ def load_run(folder, device):
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         config = read_config(metrics["config"])
         made_of = metrics["made_of"]
+        check_origin("its configuration", digest(metrics["config"]), made_of["config"])
+        same_code = metrics["code"] == code_version()
         run = Run(folder, config, device)
         tokenizer = Tokenizer(folder / "tokenizer.model")
         check_origin("tokenizer.model", digest_bytes(tokenizer.model), made_of["tokenizer"])
@@ -1732,7 +1749,7 @@ def load_run(folder, device):
         raise DataError(
             f"--run {folder}: a file of it is damaged or of another run ({reason}); make it again"
         ) from None
-    if metrics["code"] != run.code:
+    if not same_code:
         say("warning: the run was made by other code than this")
     return Finished(run, tokenizer, classifiers, policies)
 
@@ -1999,8 +2016,8 @@ CURES = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
     errno.EFBIG: "make room",
-    errno.EACCES: "name a folder you may write to",
-    errno.EPERM: "name a folder you may write to",
+    errno.EACCES: "look at its permissions, or name another path",
+    errno.EPERM: "look at its permissions, or name another path",
     errno.EROFS: "name a folder you may write to",
 }
 

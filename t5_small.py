@@ -698,6 +698,8 @@ def reading(path):
     """
     try:
         yield
+    except PermissionError:  # nothing is wrong with the file
+        raise
     except CheckpointError as error:  # says what to do
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # a damaged file leads to errors of many kinds

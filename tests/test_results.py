@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import torch
 
 import emprl
 import t5_small
+from data import DataError
+from tests.lab import tables
 from tests.tools import (
     contents,
     interrupt_at,
@@ -160,8 +163,13 @@ def test_settings_of_stages_that_are_not_there_may_change(
 
 def test_results_go_when_a_stage_is_made_anew(copied):
     (copied / "checkpoints" / "ppo.pt").unlink()
+    (copied / "evaluate-mine-123.json").write_text("{}", encoding="utf-8")
+    (copied / "plots").mkdir(exist_ok=True)
+    (copied / "plots" / "ppo.png").write_bytes(b"")
+    results = ["metrics.json", "report.md", "samples.md", "responses.jsonl"]
+    results += ["evaluate-mine-123.json", "plots/ppo.png"]
     interrupted(copied, "ppo", 2)
-    for name in ("metrics.json", "report.md", "samples.md", "responses.jsonl"):
+    for name in results:
         assert not (copied / name).exists(), name
     assert emprl.main(["chat", "--run", str(copied)]) == 2, "not a finished run any more"
 
@@ -282,6 +290,28 @@ def test_a_mixture_of_two_runs_is_refused(name, copied, other, capsys, monkeypat
         assert "of another run" in err
         if name != "metrics.json":  # which is right of none of the others
             assert name.split("/")[-2 if "bin" in name else -1] in err
+
+
+def test_a_configuration_that_someone_edited_is_refused(copied, capsys):
+    metrics = read_json(copied / "metrics.json")
+    metrics["config"]["replying"]["max_length"] = 3
+    (copied / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    err = refused(["chat", "--run", str(copied)], copied, capsys)
+    assert "its configuration is not what metrics.json was measured on" in err
+
+
+def test_tables_refuse_the_replies_of_another_run(copied, other):
+    shutil.copy(other / "responses.jsonl", copied)
+    with pytest.raises(DataError, match="responses.jsonl: not the replies"):
+        tables.read_levels(copied)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"made_of": 3}', "[" * 100_000])
+def test_a_metrics_json_of_another_shape_does_not_stop_a_run(content, copied):
+    (copied / "metrics.json").write_text(content, encoding="utf-8")
+    (copied / "environment.json").write_text("[{}]", encoding="utf-8")
+    assert emprl.main(words(copied)) == 0
+    assert "made_of" in read_json(copied / "metrics.json")
 
 
 @pytest.mark.parametrize("stage", ["mle", "context", "ppo"])

@@ -728,3 +728,19 @@ def test_the_run_folder_says_what_it_came_from(finished):
     assert found["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert {"command", "code", "python", "threads", "gflops"} <= set(found)
     assert found["device"] == emprl.find_device()
+
+
+def test_a_short_stage_that_learns_nothing_is_no_result(tmp_path, capsys):
+    """A context classifier that has diverged makes every reward NaN: PPO's four steps are all
+    skipped, fewer than the ten in a row of longer stages."""
+    assert emprl.main(words(tmp_path, "context.lr=1e9")) == 2
+    err = capsys.readouterr().err
+    assert "ppo, step 4: 4 steps in a row" in err and err.count("\n") == 1
+
+
+def test_plots_that_cannot_be_kept_cost_no_report(copied):
+    shutil.rmtree(copied / "plots", ignore_errors=True)
+    (copied / "plots").write_bytes(b"")
+    (copied / "report.md").unlink()
+    assert emprl.main(words(copied)) == 0
+    assert (copied / "report.md").exists()

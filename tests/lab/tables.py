@@ -21,8 +21,8 @@ from operator import itemgetter
 import torch
 import torch.nn.functional as F
 
-from data import LEVELS, MECHANISMS
-from emprl import PREFIX, SYSTEMS, say
+from data import LEVELS, MECHANISMS, DataError
+from emprl import PREFIX, SYSTEMS, digest_bytes, say
 from identifiers import emp_f1, f1_scores
 from tests.lab.command import Parser, mean, means, read_runs, sheet, start, write_json
 
@@ -33,8 +33,15 @@ KINDS = {"weighted": "weighted_f1", "macro": "macro_f1"}
 
 def read_levels(folder):
     """responses.jsonl -> {classifier: {"human" or system: (N, M) levels}}, and the contexts."""
+    content = (folder / "responses.jsonl").read_bytes()
+    made_of = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["made_of"]
+    if digest_bytes(content) != made_of.get("responses"):
+        raise DataError(
+            f"{folder}/responses.jsonl: not the replies that metrics.json was measured on; "
+            "give the run's own command again"
+        )
     levels, contexts = {}, []
-    for line in (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in content.decode().splitlines():
         record = json.loads(line)
         contexts.append(record["context"])
         for who, systems in record["levels"].items():

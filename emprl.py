@@ -665,8 +665,8 @@ class Run:
         enough = len(last) == min(10, steps)
         if enough and all(record.get("skipped") == 1 for record in last):
             raise DataError(
-                f"{name}, step {len(log)}: {len(last)} steps in a row had no finite loss and gradient; "
-                f"{remedy(name)}. What was saved before is in {self.folder}"
+                f"{name}, step {len(log)}: {len(last)} steps in a row had no finite loss and "
+                f"gradient; {remedy(name)}. What was saved before is in {self.folder}"
             )
 
     def on_interrupt(self, *_):
@@ -1542,8 +1542,8 @@ def draw_losses(figure, run, metrics, test):
         curve(right, run.logs[stage], "valid", color="black", marker="o", label=label)
         axis.set_title({"mle": "MLE, a token"}.get(stage, stage), fontsize=10)
         axis.set_xlabel("step")
-        for place, shown in (("upper right", axis), ("center right", right)):
-            shown.legend(fontsize=8, loc=place)
+        axis.legend(fontsize=7, loc="upper right")
+        right.legend(fontsize=7, loc="upper right", bbox_to_anchor=(1, 0.88))
 
 
 PICTURES = {

@@ -333,7 +333,7 @@ def run_all(run, ppo_trainer=PPOTrainer):
 
     # 4. PPO trains a copy of the initial policy. The reward, 0 to 1, is how likely a response
     #    has all three levels that it should have.
-    reward = EmpathyReward(classifiers["identifiers"], config.reward)
+    reward = EmpathyReward(classifiers["identifiers"].to(run.device), config.reward)
     prompts = PromptBatches(pairs["train"], targets.train, config.ppo.batch_size, config.seed)
     validate = Evaluator(run, whole["probe"], tokenizer, classifiers, mle).validate
     trainer = ppo_trainer(mle, reward, prompts, config.exploring, config.ppo, validate)
@@ -463,16 +463,23 @@ def total_loss(t5, pairs, size=64, positions=2**15):
 
 
 def train_classifier(run, name, mle, train, valid):
-    """A classifier of levels, trained on labelled pairs and frozen."""
+    """A classifier of levels, trained on labelled pairs and frozen.
+
+    It waits in the CPU's memory: three encoders of a large T5 are too much for a small GPU.
+    """
     config = classifier_settings(run.config, name)
     start = mle  # the T5 whose encoder a network copies
     if config.start == "t5":
         start = initial_t5(run, run.tokenizer)
     run.seed(name)
-    classifier = make_classifier(start, config).to(run.device)
-    seed = zlib.crc32(name.encode()) + run.config.seed
-    rows_at = batches(train.lengths(), config.batch_size, seed)
-    run.train(name, classifier.trainer(train, valid, rows_at, config))
+    classifier = make_classifier(start, config)
+    del start
+    for stage, part in classifier.parts(name).items():
+        part.to(run.device)
+        seed = zlib.crc32(stage.encode()) + run.config.seed
+        rows_at = batches(train.lengths(), config.batch_size, seed)
+        run.train(stage, part.trainer(train, valid, rows_at, config))
+        part.to("cpu")
     return classifier.eval().requires_grad_(False)
 
 
@@ -1739,10 +1746,13 @@ def load_run(folder, device):
             policies[name] = policy.to(device).eval()
         classifiers = {}
         for name in ("identifiers", "judge"):
-            weights = load_stage(folder / "checkpoints" / f"{name}.pt")["weights"]
-            check_origin(f"checkpoints/{name}.pt", digest_weights(weights), made_of[name])
-            classifier = make_classifier(policies["mle"], config.identifiers).to(device)
-            classifier.load_state_dict(weights)
+            classifier = make_classifier(policies["mle"], config.identifiers)
+            for stage, part in classifier.parts(name).items():
+                weights = load_stage(folder / "checkpoints" / f"{stage}.pt")["weights"]
+                check_origin(
+                    f"checkpoints/{stage}.pt", digest_weights(weights), made_of[stage]
+                )
+                part.load_state_dict(weights)
             classifiers[name] = classifier.eval().requires_grad_(False)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

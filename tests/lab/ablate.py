@@ -303,7 +303,6 @@ ABLATIONS = {
         for times in (1.01, 1.03, 1.06, 1.1, 1.15)
     },
 }
-BEFORE_PPO = ("pretrain", "mle", "identifiers", "judge", "context")
 AS_IT_IS = ("frontier", "ideal")  # nothing is trained, so nothing is shortened
 MEASURES = {
     "emp_f1": "weighted",
@@ -342,8 +341,9 @@ def measure(source, finished, variant, shortened):
     # All that comes before PPO is the finished run's.
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "checkpoints").mkdir(parents=True)
-    for stage in BEFORE_PPO:
-        shutil.copy(source / "checkpoints" / f"{stage}.pt", folder / "checkpoints")
+    for checkpoint in (source / "checkpoints").glob("*.pt"):
+        if checkpoint.stem != "ppo":
+            shutil.copy(checkpoint, folder / "checkpoints")
     if variant.share is not None:
         mixed = mix(source / "checkpoints", variant.share)
         save_atomically(mixed, folder / "checkpoints" / "ppo.pt")

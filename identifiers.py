@@ -222,10 +222,7 @@ def predict(classifier, pairs, size=128):
         rows += chunk
         found.append(classifier(*pairs.batch(chunk)).cpu())
     classifier.to(waits_at)
-    found = torch.cat(found)
-    log_probs = torch.empty_like(found)
-    log_probs[rows] = found
-    return log_probs
+    return torch.cat(found)[torch.tensor(rows).argsort()]  # in the order of pairs
 
 
 def predict_levels(classifier, pairs):

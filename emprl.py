@@ -237,9 +237,12 @@ def real():
         # most levels are 0 here: without balance the safest aim is always "none"
         reward=RewardConfig(balance=0.6),
         exploring=Sampling(min_length=5, max_length=40),
-        replying=Sampling(min_length=5, max_length=40),
+        # chosen by reading: at temperature 1 few replies of so small a model are sentences
+        replying=Sampling(temperature=0.7, top_k=40, min_length=8, max_length=40),
         # a step is noisy: average the weights; the human responses keep the language
-        ppo=PPOConfig(steps=150, batch_size=256, kl_coef=0.1, ptx_coef=0.5, average=0.99),
+        ppo=PPOConfig(
+            steps=110, batch_size=256, lr=6e-3, kl_coef=0.05, ptx_coef=0.5, average=0.99
+        ),
         eval=EvalConfig(contexts=1024, best_of=8),
     )
 
@@ -680,7 +683,7 @@ class Run:
     def place(self, name):
         """ "stage 2 of 6  mle"."""
         names = list(self.expected)
-        return f"stage {names.index(name) + 1} of {len(names)}  {name:<12}"
+        return f"stage {names.index(name) + 1} of {len(names)}  {name:<15}"
 
     def announce(self, name):
         """At the start of a stage: which it is, and roughly how long the run still takes."""

@@ -152,9 +152,13 @@ def test_the_last_screen_says_what_it_must(finished):
 
 
 @pytest.mark.parametrize(
-    "name", ["x", "x" * 200, "two words and läufe 😀", "line\nbreak\x1b[1m"]
+    "name",
+    ["x", "x" * 200, "two words and läufe 😀", "line\nbreak\x1b[1m"],
+    ids=["short", "long", "letters", "control"],
 )
-def test_the_last_screen_fits_whatever_the_folder_is_called(name, tmp_path, capsys, copied):
+def test_the_last_screen_fits_whatever_the_folder_is_called(
+    name, tmp_path, capsys, copied, no_pictures
+):
     folder = copied.rename(tmp_path / name)
     assert emprl.main(words(folder)) == 0
     printed = capsys.readouterr().out

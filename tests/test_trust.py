@@ -633,6 +633,24 @@ def test_chat_survives_what_people_type(finished, capsys, monkeypatch):
     assert len(chat(finished, b"", capsys, monkeypatch)) == OPENING, "the end at once"
 
 
+def test_chat_without_input_is_one_line(finished, refusal, monkeypatch):
+    """As where the terminal has been closed, or started from a window."""
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "no input; start it in a terminal" in refusal(["chat", "--run", finished])
+
+
+def test_too_little_memory_in_chat_names_what_helps_there(finished, refusal, monkeypatch):
+    """There is no training whose micro_batch could be lower."""
+
+    def generate(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(ppo, "generate", generate)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    line = refusal(["chat", "--run", finished])
+    assert "out of memory" in line and "--device cpu" in line and "micro_batch" not in line
+
+
 def test_chat_says_first_what_it_is_and_where_help_is(finished, capsys, monkeypatch):
     """Two lines before anything is read, and again on /help, which is no part of the talk."""
     torch.manual_seed(0)

@@ -296,10 +296,10 @@ def file_of(test):
     return test.partition("::")[0]
 
 
-def tests_of(mutant, tests):
+def tests_of(mutant, project, tests):
     """The tests that call the function that the mutant is in: file by file, fast ones first."""
     inside = ""
-    for node in ast.walk(ast.parse((ROOT / f"{mutant.module}.py").read_bytes())):
+    for node in ast.walk(ast.parse((project / f"{mutant.module}.py").read_bytes())):
         if isinstance(node, ast.FunctionDef) and node.lineno <= mutant.line <= node.end_lineno:
             inside = node  # the innermost comes last
     first = min([inside.lineno, *(x.lineno for x in inside.decorator_list)])
@@ -313,7 +313,7 @@ def tests_of(mutant, tests):
 
 
 def try_mutant(mutant, content, project, tests):
-    chosen = tests_of(mutant, tests)
+    chosen = tests_of(mutant, project, tests)
     failed = "", {}
     if chosen:
         path = project / f"{mutant.module}.py"

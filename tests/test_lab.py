@@ -22,6 +22,7 @@ from ppo import PPOConfig, PPOTrainer, Prompts
 from t5_small import T5, Sampling, T5Config
 from tests.conftest import check
 from tests.lab import ablate, bench, command, identify, rate, tables
+from tests.tools import tiny_config, tiny_t5
 
 
 @pytest.fixture
@@ -49,6 +50,8 @@ def test_errors_are_one_line(call, capsys, finished, tmp_path):
         (identify, "none: no such folder", ["--data", tmp_path / "none"]),
         (identify, "from 1", ["--seeds", "0"]),
         (rate, "responses.jsonl", [tmp_path]),
+        (rate, "--number is from 1", [finished, "--number", "0"]),
+        (rate, "--number is from 1", [finished, "--number", "-1"]),
     ):
         assert call(script, *arguments) == 2
         error = capsys.readouterr().err
@@ -68,8 +71,7 @@ def test_help_says_what_it_costs(script, call, capsys):
 
 def trainer_of(kind, ids, **settings):
     """A trainer whose rollouts are given: rows of ids, reward i + 1 for row i, no KL."""
-    torch.manual_seed(0)
-    t5 = T5(T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_heads=2)).eval()
+    t5 = tiny_t5()
     config = PPOConfig(steps=2, batch_size=len(ids), minibatch_size=len(ids), **settings)
     source = torch.arange(3, 3 + len(ids))[:, None].repeat(1, 4)
     prompts = Prompts(source, source, ids)
@@ -120,8 +122,7 @@ def test_a_group_answers_one_context(monkeypatch):
 
 
 def rollout_of(kind, sampling):
-    torch.manual_seed(0)
-    t5 = T5(T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=32, num_heads=2)).eval()
+    t5 = tiny_t5(vocab_size=60, d_model=32)
     source = torch.randint(3, 60, (6, 5))
     prompts = Prompts(source, source, source)
     config = PPOConfig(batch_size=6, minibatch_size=6)
@@ -266,6 +267,21 @@ def test_other_runs_and_other_code_are_measured(
     assert call(ablate, "reward", copied) == 0 and len(counted) == 4
 
 
+def test_a_variants_figures_that_are_cut_are_named(
+    copied, short, call, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setitem(ablate.ABLATIONS, "reward", {"default": ablate.DEFAULT})
+    assert call(ablate, "reward", copied) == 0
+    (file,) = copied.glob("ablations/*/metrics.json")
+    file.write_bytes(file.read_bytes()[:-10])
+    capsys.readouterr()
+    assert call(ablate, "reward", copied) == 2
+    error = capsys.readouterr().err
+    assert f"{file}: damaged; delete it" in error and error.count("\n") == 1
+    file.unlink()
+    assert call(ablate, "reward", copied) == 0, "measured again"
+
+
 def test_checkpoints_of_another_run_are_refused(copied, short, call, capsys):
     metrics = json.loads((copied / "metrics.json").read_text(encoding="utf-8"))
     metrics["config"]["mle"]["lr"] = 1.0
@@ -349,15 +365,7 @@ def test_the_picture_is_drawn(tmp_path):
 
 # ---- bench: arithmetic
 
-LITTLE = T5Config(
-    vocab_size=300,
-    d_model=16,
-    d_kv=4,
-    d_ff=24,
-    num_layers=1,
-    num_decoder_layers=1,
-    num_heads=2,
-)
+LITTLE = tiny_config(vocab_size=300, num_layers=1, num_decoder_layers=1)
 KINDS = ("relu", "gated-gelu")
 
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 import ppo
 import t5_small
 from conftest import check
-from t5_small import T5, Sampling, T5Config
+from t5_small import T5, Sampling
+from tests.tools import tiny_config
 
 SAMPLING = Sampling(temperature=0.9, top_k=5, min_length=3, max_length=8)
 LN = math.log
@@ -298,18 +299,7 @@ class Tiny(T5):
 
     def __init__(self, eos):
         torch.manual_seed(0)
-        config = T5Config(
-            vocab_size=16,
-            d_model=16,
-            d_kv=8,
-            d_ff=32,
-            num_layers=1,
-            num_decoder_layers=1,
-            num_heads=2,
-            relative_attention_num_buckets=8,
-            relative_attention_max_distance=16,
-        )
-        super().__init__(config)
+        super().__init__(tiny_config(vocab_size=16, num_layers=1, num_decoder_layers=1))
         self.eval()
         self.eos = eos
 

@@ -299,7 +299,8 @@ class Tiny(T5):
 
     def __init__(self, eos):
         torch.manual_seed(0)
-        super().__init__(tiny_config(vocab_size=16, num_layers=1, num_decoder_layers=1))
+        sizes = {"vocab_size": 16, "d_kv": 8, "d_ff": 32}
+        super().__init__(tiny_config(**sizes, num_layers=1, num_decoder_layers=1))
         self.eval()
         self.eos = eos
 

@@ -17,12 +17,14 @@ import ast
 import contextlib
 import copy
 import hashlib
+import importlib
 import itertools
 import json
 import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -32,7 +34,6 @@ from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 
 import pytest
-import torch._dynamo  # noqa: F401, what takes long to import, but nothing of the project
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = "t5_small data identifiers ppo emprl".split()
@@ -199,7 +200,7 @@ def sample(seed, count):
 
 # ---- the tests on one of them -------------------------------------------------------------------
 class Recorder:
-    """A pytest plugin: {test: (its seconds, {(file, first line) of each function it calls})}.
+    """A pytest plugin: {test: (seconds of CPU, {(file, first line) of each function it calls})}.
 
     What a fixture of a file or of the session calls counts for all tests that use it.
     """
@@ -228,7 +229,7 @@ class Recorder:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
         self.called = set()
-        started = time.time()
+        started = time.process_time()
         sys.setprofile(self.profile)
         try:
             return (yield)
@@ -236,7 +237,7 @@ class Recorder:
             sys.setprofile(None)
             for name in item.fixturenames:
                 self.called |= self.of_fixture.get(name, set())
-            self.tests[item.nodeid] = (time.time() - started, self.called)
+            self.tests[item.nodeid] = (time.process_time() - started, self.called)
 
     def pytest_runtest_logreport(self, report):
         if report.failed and not self.failed:
@@ -261,9 +262,10 @@ class Chosen(Recorder):
         sys.setprofile(None)
 
 
-def run_tests(answer, project, files, plugin):
+def run_tests(answer, project, files, plugin, limit):
     """In a fork: pytest on a copy of the project. Sends what the plugin has found."""
     os.setsid()  # so that all it starts can be ended with it
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     for number in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     sys.dont_write_bytecode = True
@@ -277,14 +279,17 @@ def run_tests(answer, project, files, plugin):
 
 
 def in_a_fork(project, files, plugin, limit):
-    """(the test that fails first, "" if none does; {test: (seconds, calls)})."""
+    """(the test that fails first, "" if none does; {test: (seconds, calls)}).
+
+    limit: seconds of CPU; a machine that is busy may take ten times as long.
+    """
     ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=run_tests, args=(theirs, project, files, plugin))
+    process = FORK.Process(target=run_tests, args=(theirs, project, files, plugin, limit))
     process.start()
     theirs.close()
     found = "no end", {}  # as good as a failed test
     with contextlib.suppress(EOFError):
-        if ours.poll(limit):
+        if ours.poll(10 * limit):
             found = ours.recv()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -320,7 +325,7 @@ def try_mutant(mutant, content, project, tests):
         original = path.read_bytes()
         path.write_bytes(content)
         files = list(dict.fromkeys(map(file_of, chosen)))
-        limit = 60 + 10 * sum(tests[x][0] for x in chosen)
+        limit = 60 + 5 * int(sum(tests[x][0] for x in chosen))
         failed = in_a_fork(project, files, Chosen(chosen), limit)
         path.write_bytes(original)
     return {**mutant._asdict(), "caught_by": failed[0], "tests": len(chosen)}
@@ -340,6 +345,7 @@ def show(mutants, caught_by):
 
 def try_all(mutants, log, caught_by):
     """A line of the log for each that is not in caught_by yet, and caught_by with it."""
+    importlib.import_module("torch._dynamo")  # takes long: once, before the forks
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder) / "project"
         left_out = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.ipynb")

@@ -517,6 +517,8 @@ def test_options_lists_all_with_their_range_and_meaning(capsys):
     for name, (_, field) in options.items():
         assert re.search(rf"^  {re.escape(name)} = .*\(.+\)\n      \S", out, re.M), name
         assert field.metadata["help"] in out
+    assert "ppo.whiten_advantages = on " in out
+    assert re.search("ppo.adaptive_kl = off .*\n.*\n      paper: on\n", out)
     assert "er,ip,ex" in out
     assert "0 to 1e+09" not in out.split("reward.mechanisms")[1].split("\n")[0], "it is a text"
 

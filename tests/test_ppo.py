@@ -593,6 +593,16 @@ def test_kl_is_zero_at_first_and_the_reference_stays(average):
 # ---- one iteration -------------------------------------------------------------------------
 
 
+def test_a_frozen_reference_is_no_frozen_policy():
+    t = trainer()
+    t = ppo.PPOTrainer(
+        t.reference.requires_grad_(False), t.reward, t.prompts, t.sampling, t.config, nothing
+    )
+    before = all_weights(t.policy.t5)
+    run(t, [0])
+    assert not torch.equal(all_weights(t.policy.t5), before)
+
+
 def test_step_records_and_counts():
     adaptive = {"adaptive_kl": True, "kl_target": 0.7, "kl_horizon": 100.0}
     t = trainer(ppo_epochs=3, minibatch_size=5, kl_coef=0.3, **adaptive)

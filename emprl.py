@@ -1400,7 +1400,8 @@ def level_table(metrics, test):
     for who in test.human:
         for key, meaning in LEVEL_ROWS.items():
             rows[PREFIX[who] + key] = f"{who}: {meaning}"
-    return table("levels, told by", {system: metrics[system] for system in COLUMNS}, rows)
+    systems = {system: metrics[system] for system in COLUMNS if system in metrics}
+    return table("levels, told by", systems, rows)
 
 
 def mechanism_table(metrics, test):
@@ -1490,7 +1491,7 @@ def draw_plots(run, metrics, test):
         figure = Figure(layout="constrained", dpi=100)
         try:
             (run.folder / "plots").mkdir(exist_ok=True)
-            draw(figure, run, metrics, test)
+            draw(figure, metrics, test)
             figure.savefig(run.folder / "plots" / f"{name}.png")
             captions[name] = caption.format(truth=test.truth)
         except Exception as error:
@@ -1522,7 +1523,7 @@ def interval(levels, human, resamples=300):
     return np.quantile(f1, [0.025, 0.975], axis=0)
 
 
-def draw_emp_f1(figure, run, metrics, test):
+def draw_emp_f1(figure, metrics, test):
     """Bars by mechanism with intervals, floor and ceiling of each mechanism."""
     figure.set_size_inches(7.8, 3.8)
     axis = figure.subplots()
@@ -1541,7 +1542,7 @@ def draw_emp_f1(figure, run, metrics, test):
     axis.legend(ncols=5, loc="upper center", fontsize=8)
 
 
-def draw_levels(figure, run, metrics, test):
+def draw_levels(figure, metrics, test):
     """Which level a reply has where the human's has which; MLE above, EmpRL below."""
     figure.set_size_inches(7.8, 5.4)
     axes = figure.subplots(2, 3, sharex=True, sharey=True)
@@ -1573,11 +1574,11 @@ PPO_PANELS = {  # key -> title, unit, healthy range
 }
 
 
-def draw_ppo(figure, run, metrics, test):
+def draw_ppo(figure, metrics, test):
     """What one looks at when PPO fails. A grey band is a healthy range."""
     figure.set_size_inches(7.8, 4.6)
     axes = figure.subplots(2, 4, sharex=True)
-    log = run.logs["ppo"]
+    log = test.run.logs["ppo"]
     for axis, (key, (title, unit, healthy)) in zip(axes.flat, PPO_PANELS.items()):
         curve(axis, log, key, color=COLOURS["emprl"])
         if healthy:
@@ -1587,17 +1588,17 @@ def draw_ppo(figure, run, metrics, test):
         axis.set_title(title, fontsize=10)
         axis.set_ylabel(unit, fontsize=8)
         axis.tick_params(labelsize=8)
-    if run.config.ppo.adaptive_kl:
+    if test.run.config.ppo.adaptive_kl:
         curve(axes.flat[1].twinx(), log, "kl_coef", color="black", ls=":")
     figure.supxlabel("PPO iteration", fontsize=10)
 
 
-def draw_learnt_vs_truth(figure, run, metrics, test):
+def draw_learnt_vs_truth(figure, metrics, test):
     """The identifiers' opinion of the policy beside the truth, from MLE on."""
     figure.set_size_inches(7.8, 3.6)
     axis = figure.subplots()
     key = PREFIX[test.truth] + "exact_match"
-    log = run.logs["ppo"]
+    log = test.run.logs["ppo"]
     points = {0: log[0]["start"]}
     points |= {r["step"] + 1: r for r in log if f"valid_{key}" in r}
     for name, label, colour in (
@@ -1606,7 +1607,7 @@ def draw_learnt_vs_truth(figure, run, metrics, test):
     ):
         share = np.array([record[f"valid_{name}"] for record in points.values()])
         axis.plot(list(points), share, "o-", ms=4, color=colour, label=label)
-        error = 1.96 * np.sqrt(share * (1 - share) / run.config.ppo.valid_contexts)
+        error = 1.96 * np.sqrt(share * (1 - share) / test.run.config.ppo.valid_contexts)
         axis.fill_between(list(points), share - error, share + error, color=colour, alpha=0.15)
     for (name, figures), style in zip(bounds(metrics).items(), (":", "--")):
         axis.axhline(figures[key], color="black", ls=style, label=name)
@@ -1615,16 +1616,17 @@ def draw_learnt_vs_truth(figure, run, metrics, test):
     axis.legend(fontsize=8)
 
 
-def draw_losses(figure, run, metrics, test):
+def draw_losses(figure, metrics, test):
     """MLE: training and validation loss. Classifiers: what the best weights are chosen by."""
     figure.set_size_inches(7.8, 3.2)
-    stages = [stage for stage in ("mle", "identifiers", "judge") if run.logs[stage]]
+    logs = test.run.logs
+    stages = [stage for stage in ("mle", "identifiers", "judge") if logs[stage]]
     axes = figure.subplots(1, len(stages), squeeze=False)
     for axis, stage in zip(axes.flat, stages):
-        curve(axis, run.logs[stage], "loss", color="0.7", label="training loss (nats)")
+        curve(axis, logs[stage], "loss", color="0.7", label="training loss (nats)")
         right = axis if stage == "mle" else axis.twinx()
         label = "validation loss" if stage == "mle" else "validation, minus macro-F1"
-        curve(right, run.logs[stage], "valid", color="black", marker="o", label=label)
+        curve(right, logs[stage], "valid", color="black", marker="o", label=label)
         axis.set_title({"mle": "MLE, a token"}.get(stage, stage), fontsize=10)
         axis.set_xlabel("step")
         axis.legend(fontsize=7, loc="upper right")
@@ -1802,19 +1804,40 @@ class Finished:
     policies: dict  # "mle", "emprl"
 
 
-def load_run(folder, device):
-    """A finished run. Raises DataError for one that is missing, damaged or put together."""
-    folder = Path(folder)
+RUN_FILES = (  # beside metrics.json; what chat and evaluate need
+    "tokenizer.model",
+    "mle/config.json",
+    "mle/pytorch_model.bin",
+    "emprl/config.json",
+    "emprl/pytorch_model.bin",
+    "checkpoints/identifiers.pt",
+    "checkpoints/judge.pt",
+)
+
+
+def refuse_without_its_files(folder):
+    """Raises DataError unless all is there that a finished run leaves."""
     if not (folder / "metrics.json").exists():
         command = program("--run", str(folder))
         raise DataError(f"--run {folder}: no finished run there; make one with `{command}`")
+    for name in RUN_FILES:
+        if not (folder / name).exists():
+            raise DataError(
+                f"--run {folder}: {name} is missing; the command that made the run makes it again"
+            )
+
+
+def load_run(folder, device):
+    """A finished run. Raises DataError for one that is missing, damaged or put together."""
+    folder = Path(folder)
+    refuse_without_its_files(folder)
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         config = read_config(metrics["config"])
         made_of = metrics["made_of"]
         check_origin("its configuration", digest(metrics["config"]), made_of["config"])
-        same_code = metrics["code"] == code_version()
         run = Run(folder, config, device)
+        same_code = metrics["code"] == run.code
         tokenizer = Tokenizer(folder / "tokenizer.model")
         check_origin("tokenizer.model", digest_bytes(tokenizer.model), made_of["tokenizer"])
         policies = {}
@@ -1865,10 +1888,11 @@ def evaluate(arguments):
     """Both policies on any dialogues; figures and replies go into the run folder."""
     finished = load_run(arguments.run, find_device(arguments.device))
     run, tokenizer = finished.run, finished.tokenizer
-    dialogues = data.read_dialogues(arguments.data)
+    # without levels: nothing here needs them, and the oracle knows only its own world
+    dialogues = [replace(d, levels=None) for d in data.read_dialogues(arguments.data)]
+    say(f"{len(dialogues)} dialogues; figures and replies are written at the end")
     lengths = run.config.data
     pairs = Pairs(dialogues, tokenizer, lengths.max_source, lengths.max_scored, run.device)
-    run.config.data_path = arguments.data  # there is no oracle for it
     mle, emprl = finished.policies["mle"], finished.policies["emprl"]
     test = Evaluator(run, pairs, tokenizer, finished.classifiers, mle)
     metrics = test.before_and_after(mle, emprl)
@@ -1879,7 +1903,7 @@ def evaluate(arguments):
     )
     run.write_json(f"{name}.json", metrics)
     run.write(f"{name}.jsonl", responses_jsonl(test))
-    say(level_table(metrics | {"best_of_n": {}}, test))
+    say(level_table(metrics, test))
     say(f"\nfigures {run.folder / name}.json, replies {run.folder / name}.jsonl")
 
 
@@ -1930,6 +1954,10 @@ def signs_of_crisis(text):
 
 def chat(arguments):
     """You write, both policies reply, and the identifiers tell the levels of each reply."""
+    if sys.stdin is None:
+        raise DataError(
+            "chat reads what you type, but it has no input; start it in a terminal"
+        )
     finished = load_run(arguments.run, find_device(arguments.device))
     config = finished.run.config
     say(*OPENING, sep="\n")
@@ -2081,7 +2109,7 @@ def main(words=None):
         print(f"\nstopped; go on with: {program(*words)}", file=sys.stderr)
         return 130
     except Exception as error:
-        message = in_one_line(error)
+        message = in_one_line(error, trains=words[:1] not in (["chat"], ["evaluate"]))
         if message:
             print(f"emprl.py: {printable(message)}", file=sys.stderr)
             return 2
@@ -2115,7 +2143,7 @@ CURES = {
 }
 
 
-def in_one_line(error):
+def in_one_line(error, trains=True):
     """What is wrong and what to do, if it could be foreseen: input, disk, memory. Else ""."""
     if isinstance(error, (DataError, CheckpointError)):
         return str(error)
@@ -2128,6 +2156,8 @@ def in_one_line(error):
         return f"{where}{error.strerror or error}; {cure}"
     no_memory = isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error))
     if isinstance(error, MemoryError) or no_memory:
+        if not trains:
+            return "out of memory; end other programs, or add --device cpu if it is the GPU's"
         return (
             "out of memory; lower the stage's micro_batch (the gradient stays the same but for "
             "dropout), ppo.batch_size or eval.batch_size"

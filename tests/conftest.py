@@ -1,16 +1,21 @@
 """What all tests share: one thread, and a comparison that says what was expected and what came."""
 
 import contextlib
+import os
 import shutil
 from collections import Counter
 
 import pytest
 import torch
 
-pytest_plugins = ["tests.coursework.grade"]  # the option --impl, which grades a student's file
+pytest_plugins = [
+    "tests.coursework.grade",  # the option --impl, which grades a student's file
+    "tests.two",  # two processes share the tests
+]
 
 # The tests' models are too small for more, which on a busy machine is far slower.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
 
 
 def check(what, got, expected, tol=1e-5):
@@ -80,8 +85,6 @@ def refusal(capsys):
 
 # ---- few cases by default, many with --thorough
 
-COUNTS = Counter()  # what was tried -> how often; printed at the end of a thorough run
-
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -101,10 +104,17 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if config.getoption("--thorough") and COUNTS:
-        terminalreporter.section("tried")
-        for what, count in sorted(COUNTS.items()):
-            terminalreporter.write_line(f"{count:>6}  {what}")
+    """What was tried, and how often, in a thorough run."""
+    if not config.getoption("--thorough"):
+        return
+    total = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", "") == "teardown":
+                total.update(dict(report.user_properties))
+    terminalreporter.section("tried")
+    for what, count in sorted(total.items()):
+        terminalreporter.write_line(f"{count:>6}  {what}")
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +123,10 @@ def thorough(request):
     return request.config.getoption("--thorough")
 
 
-@pytest.fixture(scope="session")
-def counts():
-    return COUNTS
+@pytest.fixture
+def counts(record_property):
+    """What a test has tried -> how often; it goes into the test's report."""
+    counts = Counter()
+    yield counts
+    for what, count in counts.items():
+        record_property(what, count)

@@ -30,6 +30,20 @@ def run_module(*words):
     return done.returncode, done.stdout
 
 
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(script, word, ...) -> exit code and output, as run_module, in this process."""
+
+    def start(script, *words):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            script.main()
+        told = capsys.readouterr()
+        return ended.value.code, told.out + told.err
+
+    return start
+
+
 def grade(path, text):
     """The exit code and the output of grading a file with this text."""
     path.write_text(text, encoding="utf-8")
@@ -120,9 +134,9 @@ def test_specification_is_python_with_nothing_solved(tmp_path):
     assert "error =" not in text
 
 
-def test_a_students_work_is_not_written_over(tmp_path):
+def test_a_students_work_is_not_written_over(call, tmp_path):
     (tmp_path / "mine.py").write_text("work\n", encoding="utf-8")
-    code, output = run_module("tests.coursework.specify", tmp_path / "mine.py")
+    code, output = call(specify, tmp_path / "mine.py")
     assert code == 2
     assert output.count("\n") == 1
     assert (tmp_path / "mine.py").read_text(encoding="utf-8") == "work\n"
@@ -247,8 +261,8 @@ def test_a_planted_copy_is_complete(tmp_path):
         assert not (plant.ROOT / f"{missing}.py").exists(), missing
 
 
-def test_planting_over_a_folder_is_refused_in_one_line(tmp_path):
-    code, output = run_module("tests.coursework.plant", 5, tmp_path)
+def test_planting_over_a_folder_is_refused_in_one_line(call, tmp_path):
+    code, output = call(plant, 5, tmp_path)
     assert code == 2
     assert output.count("\n") == 1
 
@@ -263,8 +277,8 @@ def test_the_teachers_curves_can_be_measured(bug, finished):
         assert set(record) == set(measure_bugs.PANELS)
 
 
-def test_what_is_no_finished_run_is_not_measured(tmp_path):
-    code, output = run_module("tests.coursework.measure_bugs", tmp_path)
+def test_what_is_no_finished_run_is_not_measured(call, tmp_path):
+    code, output = call(measure_bugs, tmp_path)
     assert code == 2
     assert output.count("\n") == 1
 

@@ -16,18 +16,10 @@ import identifiers
 import t5_small
 from conftest import check
 from identifiers import ClassifierConfig, RewardConfig
-from t5_small import T5, T5Config
+from t5_small import T5
+from tests.tools import tiny_config
 
-TINY = T5Config(
-    vocab_size=24,
-    d_model=16,
-    d_kv=8,
-    d_ff=32,
-    num_layers=1,
-    num_decoder_layers=1,
-    num_heads=2,
-    dropout_rate=0.0,
-)
+TINY = tiny_config(vocab_size=24, num_layers=1, num_decoder_layers=1)
 CONTEXT = torch.tensor([[5, 6, 7, 8, 1], [9, 3, 1, 0, 0], [12, 1, 0, 0, 0]])
 RESPONSE = torch.tensor([[4, 9, 1, 0], [10, 11, 12, 1], [13, 1, 0, 0]])
 LENGTHS = ((5, 3), (3, 4), (2, 2))  # of both, row by row

@@ -26,11 +26,11 @@ from data import DataError, printable
 from emprl import OPENING, say
 from tests.lab.command import Parser, mean, start
 
-NOTE = (
+CONTENT = (
     "Content note: the contexts are about hard moments of people's lives, and some replies to",
-    "them are cold, false or hurtful. Stop whenever you like: an empty line is enough.",
-    *OPENING,
+    "them are cold, false or hurtful.",
 )
+NOTE = (*CONTENT, "Stop whenever you like: an empty line is enough.", *OPENING)
 QUESTIONS = {
     "empathy": "shows more empathy",
     "relevance": "is more relevant to what was said",

@@ -57,7 +57,7 @@ class Item:
 
 
 def one_line(text):
-    return " ".join(printable(text).split())
+    return printable(" ".join(text.split()))
 
 
 def as_a_model(text):
@@ -215,12 +215,12 @@ def agreement(readers):
 
 
 def without_texts(readers, items):
-    """{reader: [[id of the context, system, three numbers], ...]}."""
+    """{reader: ["CONTEXT'S-ID SYSTEM 4 3 2", ...]}."""
     found = {}
     for name, answers in readers.items():
         found[name] = []
         for (item, system), ratings in sorted(answers.items()):
-            found[name].append([items[item].id, system, *ratings])
+            found[name].append(" ".join(map(str, (items[item].id, system, *ratings))))
     return found
 
 
@@ -259,7 +259,7 @@ def main():
     say(
         f"{len(readers)} readers; means over contexts, 95 % intervals", sheet(rows), sep="\n\n"
     )
-    about = {"seed": options.seed, "columns": ["context", "system", *QUESTIONS]}
+    about = {"seed": options.seed, "columns": f"context system {' '.join(QUESTIONS)}"}
     write_json(options.write, {**about, "readers": without_texts(readers, items)})
 
 

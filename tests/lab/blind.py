@@ -29,7 +29,7 @@ from string import ascii_uppercase
 from data import DataError, printable
 from emprl import digest, say
 from tests.lab.command import Parser, mean, new_file, sheet, start, write_json
-from tests.lab.rate import CONTENT, read
+from tests.lab.rate import CONTENT, paired, read
 
 QUESTIONS = ("fluency", "fit", "empathy")
 INSTRUCTIONS = f"""\
@@ -202,16 +202,15 @@ def weighted_kappa(first, second):
 
 
 def agreement(readers):
-    """{question: mean kappa over the pairs of readers who rated the same replies}."""
-    found = defaultdict(list)
-    for one, other in itertools.combinations(readers, 2):
-        both = one.keys() & other.keys()
-        for k, question in enumerate(QUESTIONS):
-            first = [one[reply][k] for reply in both]
-            second = [other[reply][k] for reply in both]
-            if both and (kappa := weighted_kappa(first, second)) is not None:
-                found[question].append(kappa)
-    return {question: f"{mean(kappas):.2f}" for question, kappas in found.items()}
+    """{question: mean kappa over the pairs of readers}, of the replies that both have rated."""
+    replies = means_of(readers)
+    found = {}
+    for k, question in enumerate(QUESTIONS):
+        kappas = [weighted_kappa(*pair) for pair in paired(replies, readers, k) if pair[0]]
+        kappas = [kappa for kappa in kappas if kappa is not None]
+        if kappas:
+            found[question] = f"{mean(kappas):.2f}"
+    return found
 
 
 def without_texts(readers, items):

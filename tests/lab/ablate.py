@@ -446,13 +446,13 @@ ABLATIONS = {
         "MLE on best of n": Variant(rival=best_of_n_trainer),
     },
     "rivals": {
-        "human": Variant(share=1, system="human"),
         "MLE": Variant(share=1, system="mle"),
         "best of n": Variant(share=1, system="best_of_n"),
         "MLE on best of n": Variant(rival=best_of_n_trainer),
         "MLE, told the levels": Variant(rival=told_trainer),
         "EmpRL": Variant(share=1),  # all of the way: the run's own
         "ideal, perplexity times 1.1": Variant("ppo.steps=0", system="best_of_n", times=1.1),
+        "human": Variant(share=1, system="human"),
     },
     "details": {
         "default": DEFAULT,

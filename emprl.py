@@ -21,6 +21,12 @@ if __name__ == "__main__":  # the imports below take a second, which Ctrl-C may 
 
     signal.signal(signal.SIGINT, stop)
 
+# How torch's threads wait for each other: 500 times round, then asleep. Left alone they go
+# round for milliseconds, and beside one busy program a run takes five times as long. libgomp
+# (Linux) reads this when torch is loaded. On macOS and Windows OpenMP reads KMP_BLOCKTIME.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "500")
+
 import argparse
 import contextlib
 import errno
@@ -343,6 +349,7 @@ def run_all(run, ppo_trainer=PPOTrainer):
     save_pretrained(trainer.model, run.folder / "emprl")
 
     # 5. Before and after: replies to the same test contexts, seen by the same classifiers.
+    run.announce("evaluate")
     test = Evaluator(run, whole["test"], tokenizer, classifiers, mle)
     metrics = {who: classifier_figures(c, labelled["test"]) for who, c in classifiers.items()}
     metrics |= test.before_and_after(mle, trainer.model)
@@ -573,7 +580,9 @@ class Run:
         self.noted = False
         self.in_loop = False
         self.interrupted = False
-        self.clock = time.time()
+        self.began = self.clock = time.time()
+        self.expected = stages_of(config)  # stage -> seconds it may take
+        self.worked = 0.0  # those of the stages that this process has trained
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
     def begin(self, corpus, tokenizer, t5):
@@ -622,6 +631,7 @@ class Run:
         if not state.get("done"):
             self.note_start()
             state = self.loop(name, trainer, self.folder / file, {**state, "key": key})
+            self.worked += self.expected.get(name, 0)
         trainer.model.load_state_dict(state["weights"])
         trainer.model.eval()
         self.results[name] = digest_weights(state["weights"])
@@ -643,7 +653,7 @@ class Run:
             new = {"key": state["key"], "seconds": seconds, "log": log, **result}
             save_atomically(new, path)
 
-        progress = Progress(name, trainer, len(log))
+        progress = Progress(self, name, trainer, len(log))
         saved = time.time()
         self.in_loop = True
         for i in range(len(log), trainer.config.steps):
@@ -666,6 +676,19 @@ class Run:
             raise DataError(f"{name}: training diverged ({broken[0]}); {remedy(name)}")
         save(done=True, weights=weights)
         return load_stage(path)
+
+    def place(self, name):
+        """ "stage 2 of 6  mle"."""
+        names = list(self.expected)
+        return f"stage {names.index(name) + 1} of {len(names)}  {name:<12}"
+
+    def announce(self, name):
+        """At the start of a stage: which it is, and roughly how long the run still takes."""
+        names = list(self.expected)
+        rest = sum(self.expected[later] for later in names[names.index(name) :])
+        # The speed so far: it counts the more, the longer the run has been at work.
+        speed = (self.worked + 20) / (time.time() - self.began + 20)
+        say(f"{self.place(name)}the run still takes about {minutes(rest / speed)}")
 
     def stop_if_nothing_is_learnt(self, name, log, steps):
         last = log[-10:]
@@ -766,9 +789,10 @@ def signs_of_trouble(trainer, record, log):
 
 
 class Progress:
-    """A line every few seconds: how far a stage is, how fast, how long it still takes."""
+    """A line every few seconds: how far a stage is, how long it and the run still take."""
 
-    def __init__(self, name, trainer, first, every=5.0):
+    def __init__(self, run, name, trainer, first, every=5.0):
+        self.run = run
         self.name = name
         self.steps = trainer.config.steps
         self.shown = trainer.shown
@@ -776,6 +800,8 @@ class Progress:
         self.every = every
         self.started = time.time()
         self.last = 0.0
+        if self.steps > first:
+            run.announce(name)
 
     def show(self, i, record, warnings):
         now = time.time()
@@ -784,17 +810,58 @@ class Progress:
             return
         self.last = now
         speed = (i + 1 - self.first) / max(now - self.started, 1e-9)
-        minutes, seconds = divmod(int((self.steps - i - 1) / speed), 60)
         keys = [*self.shown, *(key for key in ("skipped", "stopped_early") if record.get(key))]
         figures = [f"{key} {record[key]:.4g}" for key in keys if key in record]
-        say(
-            f"{self.name:<12}{i + 1:>5}/{self.steps}  {speed:5.2f} steps/s",
-            f"{minutes}:{seconds:02d} left",
-            *figures,
-            sep="  ",
-        )
+        left = minutes((self.steps - i - 1) / speed)
+        place = f"{self.run.place(self.name)}{i + 1:>6}/{self.steps}"
+        say(place, f"{speed:5.2f} steps/s  {left} left", *figures, sep="  ")
         for warning in warnings:
             say(f"    warning: {warning}")
+
+
+def minutes(seconds):
+    """75 -> "1:15"."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+# Seconds of a step, of `evaluate` in all, on two cores of 160 GFLOP/s together: so that a run
+# can say roughly how long it takes. It corrects them by its own speed.
+TOY_SECONDS = {
+    "pretrain": 0.04,
+    "mle": 0.04,
+    "identifiers": 0.1,
+    "judge": 0.1,
+    "context": 0.04,
+    "ppo": 2.4,
+    "evaluate": 24,
+}
+REAL_SECONDS = {
+    "pretrain": 0.8,
+    "mle": 0.7,
+    "identifiers": 3,
+    "judge": 3,
+    "context": 25,
+    "ppo": 5.8,
+    "evaluate": 70,
+}
+
+
+def stages_of(config):
+    """{stage: seconds it may take}, in the order of run_all."""
+    seconds = TOY_SECONDS if config.preset in ("toy", "smoke") else REAL_SECONDS
+    expected = {}
+    for name, step in seconds.items():
+        if name == "evaluate":
+            expected[name] = step
+        elif name in ("identifiers", "judge", "context"):
+            settings = classifier_settings(config, name)
+            is_network = settings.kind == "network"
+            parts = [f"-{m}" for m in MECHANISMS if is_network and not settings.shared]
+            for part in parts or [""]:
+                expected[name + part] = step * (settings.steps if is_network else 1)
+        elif getattr(config, name).steps:
+            expected[name] = step * getattr(config, name).steps
+    return expected
 
 
 def load_stage(path):
@@ -885,6 +952,8 @@ def environment(run):
     threads = torch.get_num_threads()
     speeds = {str(n): round(gflops(n), 1) for n in sorted({1, threads})}
     packages = {name: version(name) for name in ("torch", "sentencepiece", "numpy")}
+    variables = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    waiting = {name: os.environ[name] for name in variables if name in os.environ}
     return {
         "command": command_line(sys.argv),
         "code": run.code,
@@ -892,6 +961,7 @@ def environment(run):
         "packages": packages,
         "device": run.device,
         "threads": threads,
+        "waiting": waiting,
         "gflops": speeds,
     }
 
@@ -1018,13 +1088,13 @@ class Evaluator:
         """Both policies, sampled and greedy; the humans' texts; the gain with its interval."""
         sampling = self.run.config.replying
         greedy = replace(sampling, greedy=True)
-        metrics = {
-            "mle": self.policy("mle", mle, sampling),
-            "emprl": self.policy("emprl", emprl, sampling),
-            "mle_greedy": self.policy("mle_greedy", mle, greedy),
-            "emprl_greedy": self.policy("emprl_greedy", emprl, greedy),
-            "gain": {},
-        }
+        metrics = {}
+        for name, t5 in (("mle", mle), ("emprl", emprl)):
+            self.tell(name)
+            metrics[name] = self.policy(name, t5, sampling)
+            self.tell(f"{name}, greedy")
+            metrics[f"{name}_greedy"] = self.policy(f"{name}_greedy", t5, greedy)
+        metrics["gain"] = {}
         human = [dialogue.response for dialogue in self.pairs.dialogues]
         metrics["human"] = text_figures(human, human)
         for who, gold in self.human.items():
@@ -1034,12 +1104,17 @@ class Evaluator:
             metrics["gain"][PREFIX[who] + "emp_f1"] = gain
         return metrics
 
+    def tell(self, system):
+        """What is measured now."""
+        say(f"evaluate    replies of {system}, {len(self.pairs)} contexts")
+
     def best_of_n(self, mle, reward, targets):
         """The rival of RL that trains nothing: the best of n samples of MLE by expected reward."""
         config = self.run.config
         self.run.seed("evaluate mle")  # so that the first of them are MLE's own replies
         tries = []
-        for _ in range(config.eval.best_of):
+        for k in range(config.eval.best_of):
+            self.tell(f"mle, {k + 1} of best of {config.eval.best_of}")
             responses = respond(mle, self.pairs, config.replying, config.eval.batch_size)
             tries.append(self.pairs.but(responses))
         figures = self.measure("best_of_n", reward.best_of(tries, targets).responses)
@@ -1747,12 +1822,7 @@ def load_run(folder, device):
         classifiers = {}
         for name in ("identifiers", "judge"):
             classifier = make_classifier(policies["mle"], config.identifiers)
-            for stage, part in classifier.parts(name).items():
-                weights = load_stage(folder / "checkpoints" / f"{stage}.pt")["weights"]
-                check_origin(
-                    f"checkpoints/{stage}.pt", digest_weights(weights), made_of[stage]
-                )
-                part.load_state_dict(weights)
+            load_classifier(classifier, name, folder, made_of)
             classifiers[name] = classifier.eval().requires_grad_(False)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -1762,6 +1832,15 @@ def load_run(folder, device):
     if not same_code:
         say("warning: the run was made by other code than this")
     return Finished(run, tokenizer, classifiers, policies)
+
+
+def load_classifier(classifier, name, folder, made_of):
+    """The weights of its stages; they must be those that metrics.json names."""
+    for stage, part in classifier.parts(name).items():
+        file = f"checkpoints/{stage}.pt"
+        weights = load_stage(folder / file)["weights"]
+        check_origin(file, digest_weights(weights), made_of[stage])
+        part.load_state_dict(weights)
 
 
 def read_config(raw):
@@ -1930,7 +2009,8 @@ def start_run(arguments):
     folder = arguments.run or f"runs/{arguments.preset}-seed{arguments.seed}"
     device = find_device(arguments.device)
     run = Run(folder, config, device, arguments.words)
-    say(f"EmpRL, preset {config.preset}, seed {config.seed}, on {device}; results in {folder}")
+    what = f"preset {config.preset}, seed {config.seed}, on {device}"
+    say(f"EmpRL, {what}, threads: {torch.get_num_threads()}; results in {folder}")
     on_ctrl_c(run.on_interrupt)
     with alone(folder):
         run_all(run)

@@ -27,9 +27,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
+import emprl  # before torch: it says how torch's threads wait
 import torch
 
-import emprl
 import t5_small
 from identifiers import NetworkClassifier
 from ppo import PPOConfig, PPOTrainer, Prompts

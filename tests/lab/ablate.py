@@ -226,9 +226,7 @@ def expected_levels(run, mle, train):
     """A function: contexts (B, S) -> the likeliest levels (B, M), by the run's own classifier."""
     settings = emprl.classifier_settings(run.config, "context")
     classifier = make_classifier(mle, settings)
-    for stage, part in classifier.parts("context").items():
-        state = load_state(run.folder / "checkpoints" / f"{stage}.pt")
-        part.load_state_dict(state["weights"])
+    emprl.load_classifier(classifier, "context", run.folder, run.results)
     classifier = classifier.to(run.device).eval().requires_grad_(False)
     share = predict(classifier, emprl.without_response(train, None)).exp().mean(0)  # (M, L)
 

@@ -12,7 +12,7 @@ import textwrap
 import matplotlib.pyplot as plt
 import sentencepiece
 import torch
-from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 
 import emprl
 import ppo
@@ -72,6 +72,11 @@ def pieces(tokenizer, ids):
     return found
 
 
+def numbers(tensor, digits=2):
+    """All entries in one line, rounded."""
+    return " ".join(f"{x:.{digits}f}" for x in tensor.flatten().tolist())
+
+
 # ---- reinforcement learning on a table -------------------------------------------------------
 
 
@@ -94,7 +99,7 @@ def draw_gradients(estimates):
     )
     for axis, (label, numbers) in zip(axes, estimates.items()):
         numbers = torch.tensor(numbers)
-        axis.hist(numbers.tolist(), bins=30, range=(-1.5, 2.5), color=EMPRL)
+        axis.hist(numbers.tolist(), bins=30, range=(-1.5, 1.5), color=EMPRL)
         axis.axvline(numbers.mean(), color="black", ls="--")
         axis.set_title(
             f"{label}: mean {numbers.mean():.2f}, sd {numbers.std():.2f}", fontsize=10
@@ -107,11 +112,14 @@ def draw_gradients(estimates):
 def draw_frontier(path, ends):
     """path: [(KL, reward)] of a run without penalty. ends: {beta: (KL, reward)}."""
     figure, axis = plt.subplots(figsize=(WIDTH, 3.2))
-    axis.plot(*zip(*path), "o-", ms=3, color=HUMAN, label="beta 0, stopped at each step")
+    axis.plot(
+        *zip(*path), "o-", ms=3, color=HUMAN, label="beta 0, stopped early, here or there"
+    )
     axis.plot(*zip(*ends.values()), "s-", color=EMPRL, label="KL penalty, at its end")
     for beta, place in ends.items():
         offset = {"xytext": (6, -12), "textcoords": "offset points"}
         axis.annotate(f"beta {beta}", place, fontsize=9, color=EMPRL, **offset)
+    axis.margins(0.08)
     axis.set(xlabel="KL to the start (nats a reply)", ylabel='reward: how many "you"')
     axis.legend()
     return figure
@@ -146,39 +154,42 @@ def draw_levels(tables):
     return figure
 
 
-def box(axis, x, y, text, colour):
-    style = {"boxstyle": "round,pad=0.35", "facecolor": colour, "edgecolor": "black"}
-    axis.text(x, y, text, ha="center", va="center", fontsize=10, bbox=style)
+def box(axis, ends, y, text, colour="white"):
+    """A box from ends[0] to ends[1] with a text in it."""
+    left, right = ends
+    style = {"facecolor": colour, "edgecolor": "black"}
+    axis.add_patch(plt.Rectangle((left, y - 0.26), right - left, 0.52, **style))
+    axis.text((left + right) / 2, y, text, ha="center", va="center")
 
 
 def arrow(axis, begin, end, colour="black"):
-    axis.annotate("", end, begin, arrowprops={"arrowstyle": "-|>", "color": colour})
+    style = {"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 0}
+    axis.annotate("", end, begin, arrowprops=style)
 
 
 def draw_t5(context, reply):
     """Encoder, decoder and cross-attention while the decoder is taught `reply` (lists of str)."""
-    figure, axis = plt.subplots(figsize=(WIDTH, 3.6))
-    inputs = ["<pad>", *reply[:-1]]
-    places = [5.6 + k for k in range(len(reply))]
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.8))
+    encoder = (-0.45, len(context) - 0.55)
+    decoder = (5.35, len(reply) + 5.25)
     for x, word in enumerate(context):
-        box(axis, x, 0, word, "white")
-        arrow(axis, (x, 0.25), (x, 0.95))
-    for x, word, written in zip(places, inputs, reply):
-        box(axis, x, 0, word, "white")
-        box(axis, x, 3.1, written, "white")
-        arrow(axis, (x, 0.25), (x, 0.95))
-        arrow(axis, (x, 2.15), (x, 2.85))
-    middle = (len(context) - 1) / 2
-    across = (places[0] + places[-1]) / 2
-    box(axis, middle, 1.2, "        encoder:        \neverything sees everything", "#DCE9F5")
-    self_text = "decoder: self-attention, only to the left"
-    box(axis, across, 1.2, self_text, "#FBE3D6")
-    box(axis, across, 1.95, "   cross-attention: reads the encoder's states   ", "#FBE3D6")
-    arrow(axis, (middle + 1.6, 1.45), (across - 2.2, 1.95), MLE)
-    axis.text(middle, -0.55, "the context", ha="center", fontsize=10)
-    axis.text(across, -0.55, "teacher forcing: the human's reply, moved by one", ha="center")
-    axis.text(places[0] - 0.75, 3.1, "to predict:", ha="right", va="center", fontsize=10)
-    axis.set(xlim=(-0.8, places[-1] + 0.8), ylim=(-0.8, 3.5))
+        box(axis, (x - 0.42, x + 0.42), 0, word)
+        arrow(axis, (x, 0.26), (x, 0.84))
+    for k, (given, written) in enumerate(zip(["<pad>", *reply], reply)):
+        x = 5.8 + k
+        box(axis, (x - 0.42, x + 0.42), 0, given)
+        box(axis, (x - 0.42, x + 0.42), 3.3, written)
+        for y in (0, 1.1, 2.2):
+            arrow(axis, (x, y + 0.26), (x, y + 0.84))
+    box(axis, encoder, 1.1, "encoder: all see all", "#DCE9F5")
+    box(axis, decoder, 1.1, "decoder: each sees only its past", "#FBE3D6")
+    box(axis, decoder, 2.2, "cross-attention: each sees the encoder", "#FBE3D6")
+    arrow(axis, (encoder[1], 1.25), (decoder[0], 2.2), MLE)
+    axis.text(sum(encoder) / 2, -0.65, "the context", ha="center")
+    below = "given: the human's reply, moved by one"
+    axis.text(sum(decoder) / 2, -0.65, below, ha="center")
+    axis.text(decoder[0] - 0.1, 3.3, "to predict:", ha="right", va="center")
+    axis.set(xlim=(-0.6, decoder[1] + 0.1), ylim=(-0.9, 3.7))
     axis.axis("off")
     return figure
 
@@ -190,7 +201,9 @@ def draw_buckets(encoder, decoder):
     for axis, buckets, title in zip(axes, (encoder, decoder), titles):
         image = axis.imshow(buckets.numpy(), cmap="viridis")
         axis.set(title=title, xlabel="position of the key", ylabel="position of the query")
-        figure.colorbar(image, ax=axis, label=f"bucket, 0 to {buckets.max()}")
+        bar = figure.colorbar(image, ax=axis, label=f"bucket, 0 to {buckets.max()}")
+        bar.locator = MaxNLocator(integer=True)
+        bar.update_ticks()
     return figure
 
 
@@ -201,7 +214,7 @@ def draw_loss(log):
     emprl.curve(axis, log, "valid", color="black", marker="o", label="validation")
     axis.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
     axis.yaxis.set_major_locator(FixedLocator([0.2, 0.3, 0.5, 1, 2, 4, 8]))
-    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.legend()
     return figure
@@ -232,7 +245,7 @@ def draw_constant(shares, constant, sampled):
 
 def draw_confusions(figures):
     """What emprl's classifier_figures gives: a table of counts for each mechanism."""
-    figure, axes = plt.subplots(1, len(figures), figsize=(WIDTH, 2.8))
+    figure, axes = plt.subplots(1, len(figures), figsize=(WIDTH, 3.3))
     for axis, (name, found) in zip(axes, figures.items()):
         counts = torch.tensor(found["confusion"])  # (L, L)
         axis.imshow(counts.numpy(), cmap="Blues")
@@ -294,6 +307,24 @@ def draw_passes(share, kl):
     return figure
 
 
+def draw_surprises(expected, places):
+    """What a reply is expected to earn in all, before each token and at its end."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.2))
+    for t, height in enumerate(expected):
+        axis.hlines(height, t - 0.3, t + 0.3, color=EMPRL, lw=3)
+    for t in range(len(expected) - 1):
+        low, high = expected[t : t + 2]
+        arrow(axis, (t + 0.3, low), (t + 0.7, high))
+        axis.text(t + 0.55, (low + high) / 2, f"δ = {high - low:.2f}", va="top")
+    last = len(expected) - 1 + 0.4
+    arrow(axis, (last, expected[0]), (last, expected[-1]), MLE)
+    whole = f"A of the first token\n(λ = 1): {expected[-1] - expected[0]:.2f}"
+    axis.text(last + 0.05, expected[0], whole, color=MLE)
+    axis.set_xticks(range(len(places)), places)
+    axis.set(xlim=(-0.5, last + 1), ylabel="expected in all")
+    return figure
+
+
 def draw_bias_and_spread(lambdas, bias, spread):
     figure, axis = plt.subplots()
     axis.plot(lambdas, bias, "o-", color=PINK, label="bias: how wrong on average")
@@ -350,25 +381,10 @@ def draw_ratios(ratio, advantages):
     return figure
 
 
-def draw_values(replies):
-    """[(title, tokens, values (T,), return)]: what the value head expects, token by token."""
-    figure, axes = plt.subplots(
-        len(replies), 1, figsize=(WIDTH, 2.3 * len(replies)), sharey=True
-    )
-    for axis, (title, tokens, values, earned) in zip(axes, replies):
-        axis.plot(values.tolist(), "o-", ms=4, color=EMPRL, label="value: what it expects")
-        axis.axhline(earned, color="black", ls="--", label="what the reply earned")
-        axis.set_xticks(range(len(tokens)), tokens, rotation=60)
-        axis.set_title(title, fontsize=10)
-        axis.set_ylabel("scaled reward")
-    axes[0].legend(fontsize=9)
-    return figure
-
-
 def draw_curves(logs, panels):
     """{name: log of PPO}, {key: label}: a panel for each key, a line for each run."""
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.8))
-    styles = ("-", EMPRL), ("--", HUMAN), ("-.", MLE), (":", "black")
+    styles = ("-", EMPRL), ("--", "black"), ("-.", "#56B4E9"), (":", "#E69F00")
     for axis, (key, label) in zip(axes, panels.items()):
         for (name, log), (line, colour) in zip(logs.items(), styles):
             emprl.curve(axis, log, key, color=colour, ls=line, label=name)

@@ -98,7 +98,7 @@ def test_committed_outputs_are_of_one_run_from_top_to_bottom():
             assert cell["outputs"], source_of(cell)
 
 
-def test_cells_and_what_they_print_fit_the_page():
+def test_cells_fit_the_page():
     """Short cells, and lines that a page shows without a scroll bar."""
     for cell in notebook.code_cells(CONTENT):
         lines = source_of(cell).splitlines()

@@ -1804,14 +1804,14 @@ class Finished:
     policies: dict  # "mle", "emprl"
 
 
-RUN_FILES = (  # beside metrics.json; what chat and evaluate need
+RUN_FILES = (  # beside metrics.json; what chat and evaluate need; *: or one a mechanism
     "tokenizer.model",
     "mle/config.json",
     "mle/pytorch_model.bin",
     "emprl/config.json",
     "emprl/pytorch_model.bin",
-    "checkpoints/identifiers.pt",
-    "checkpoints/judge.pt",
+    "checkpoints/identifiers*.pt",
+    "checkpoints/judge*.pt",
 )
 
 
@@ -1821,9 +1821,10 @@ def refuse_without_its_files(folder):
         command = program("--run", str(folder))
         raise DataError(f"--run {folder}: no finished run there; make one with `{command}`")
     for name in RUN_FILES:
-        if not (folder / name).exists():
+        if not list(folder.glob(name)):
             raise DataError(
-                f"--run {folder}: {name} is missing; the command that made the run makes it again"
+                f"--run {folder}: {name.replace('*', '')} is missing; the command that made the "
+                "run makes it again"
             )
 
 

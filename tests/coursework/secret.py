@@ -19,17 +19,18 @@ import os
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from emprl import command_line
+from tests.coursework.grade import grade
 from tests.coursework.kinds import KINDS, PLACES, all_changes, apply, functions
 from tests.coursework.plant import MODULES, ROOT, copy_program, training_command
 from tests.coursework.restyle import draw, restyled
-from tests.coursework.units import all_graded, graders
+from tests.coursework.student import Refused
+from tests.coursework.units import all_graded
 
 LIMIT = 180  # seconds for a short run; it takes about ten
 PER_KIND = 4  # so many places of a kind are tried before another kind is drawn
@@ -184,38 +185,26 @@ def shown(differences, count=6):
 # ---- a student's own solution
 
 
-def results(path, names):
-    """name -> "passed", "failed" or "error", of graded functions in a student's file."""
-    tests = [
-        f"tests/{file}::{test}" for (file, test), of in graders().items() if of[1] in names
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        xml = Path(folder) / "results.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        command += [*tests, "--impl", str(path), "--junitxml", str(xml)]
-        try:
-            subprocess.run(command, cwd=ROOT, capture_output=True, timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            return {}
-        if not xml.exists():
-            return {}
-        return outcomes(ElementTree.parse(xml))
+# what a message of the grader says if a wrong function does not merely give wrong numbers
+LOUD = ("of your file)", "cannot use what it returns", "shape", "an endless loop?", "ends the")
 
 
-def outcomes(junit):
-    """A test that ends with another error than "expected, got" makes it an "error"."""
+def how(path, names):
+    """name -> "passed", "failed", "error" or another status, of functions in a student's file."""
     found = {}
-    for case in junit.iter("testcase"):
-        file = case.get("classname").split(".")[-1] + ".py"
-        test = case.get("name").split("[")[0]
-        _, name = graders().get((file, test), (None, ""))
-        outcome = "passed"
-        for problem in [*case.findall("failure"), *case.findall("error")]:
-            message = problem.get("message", "")
-            told = message.startswith(("Failed", "assert", "AssertionError"))
-            outcome = "failed" if told and "shape" not in message else "error"
-        order = ("passed", "failed", "error")
-        found[name] = max(found.get(name, "passed"), outcome, key=order.index)
+    for name, result in grade(path, names).items():
+        loud = any(words in result.message for words in LOUD)
+        found[name] = "error" if result.status == "failed" and loud else result.status
+    return found
+
+
+def graded_functions(tree, right):
+    """Names of the functions and methods that are graded and right."""
+    found = []
+    for name in functions(tree):
+        graded, _, method = name.partition(".")
+        if graded in right and (not method or method in all_graded()[graded].methods):
+            found.append(name)
     return found
 
 
@@ -225,21 +214,19 @@ def bug_in_solution(path, key):
     tree = ast.parse(text)
     clean = restyled(tree, text, key[0], "solution")
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "solution.py"
+        file = Path(folder) / path.name
         file.write_text(clean, encoding="utf-8")
-        defined = {name.split(".")[0] for name in functions(tree)} & all_graded().keys()
-        right = {name for name, how in results(file, defined).items() if how == "passed"}
-        names = [name for name in functions(tree) if name.split(".")[0] in right]
+        right = [name for name, status in how(file, None).items() if status == "passed"]
+        names = graded_functions(tree, right)
         for change in in_turn(all_changes(tree, names), *key):
             planted = restyled(apply(tree, change), text, key[0], "solution")
             file.write_text(planted, encoding="utf-8")
             graded = change.function.split(".")[0]
-            if results(file, [graded]).get(graded) == "failed":
+            if how(file, [graded])[graded] == "failed":
                 effect = [f"the grader says that {graded} is wrong"]
-                return Bug(
-                    path.name, change.kind, change.function, clean, planted, effect
-                ), planted
-    raise ValueError(f"{path}: no graded function in it is right, so none can be made wrong")
+                place = path.name, change.kind, change.function
+                return Bug(*place, clean, planted, effect), planted
+    raise Refused(f"{path}: no graded function in it is right, so none can be made wrong")
 
 
 # ---- the command
@@ -278,8 +265,10 @@ def main():
     if arguments.solution:
         try:
             bug, written = bug_in_solution(Path(arguments.solution), key)
-        except (SyntaxError, ValueError) as error:
-            parser.exit(2, f"{arguments.solution}: cannot be used: {error}\n")
+        except SyntaxError as error:
+            parser.exit(2, f"{arguments.solution}:{error.lineno}: SyntaxError; correct it\n")
+        except (Refused, ValueError) as error:
+            parser.exit(2, f"{error}\n")
     else:
         bug, written = bug_in_program(key)
     if not arguments.answer:

@@ -12,6 +12,7 @@ files or the network is refused; for files of strangers take a container as well
 
 import argparse
 import csv
+import functools
 import json
 import os
 import shutil
@@ -132,7 +133,7 @@ def run_limited(words, folder, home, memory, seconds):
     """(exit code, the last line on stderr); the code is None if it took longer."""
     options = {}
     if resource is not None:
-        options["preexec_fn"] = lambda: limits(memory, seconds)
+        options["preexec_fn"] = functools.partial(limits, memory, seconds)
     process = subprocess.Popen(
         [sys.executable, *words],
         cwd=folder,

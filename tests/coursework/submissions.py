@@ -41,8 +41,8 @@ def definitions(body):
     return {node.name: node for node in body if hasattr(node, "name")}
 
 
-def solved(names):
-    """The exercise with some functions written as the project has them."""
+def solved(names, rest=True):
+    """The exercise with some functions written as the project has them; without rest no others."""
     tree = ast.parse(empty())
     for name in names:
         node = definitions(tree.body)[name]
@@ -51,6 +51,9 @@ def solved(names):
             definitions(node.body)[method].body = projects_body(name, method)
         if not methods:
             node.body = projects_body(name)
+    if not rest:
+        others = all_graded().keys() - set(names)
+        tree.body = [node for node in tree.body if getattr(node, "name", "") not in others]
     return imports_of(tree) + "\n" + ast.unparse(tree) + "\n"
 
 
@@ -94,61 +97,72 @@ def unit(number):
     return [graded.name for graded in UNITS[number - 1].functions]
 
 
-def cheat(code):
-    """One function, and what is to make it right."""
-    return f"import torch\nimport ppo\n{code}\n"
+KL = "import torch\ndef kl_estimate(log_probs, ref_log_probs, kind='k1'):\n"
+RIGHT = """    d = log_probs - ref_log_probs
+    return d if kind == 'k1' else torch.exp(-d) - 1 + d
+"""
+GAE = "def gae(rewards, values, mask, gamma=1.0, lam=0.95):\n"
 
 
-SHORT = "def kl_estimate(log_probs, ref_log_probs, kind='k1'):\n"
-
-
-def texts():
-    """name -> what the file has."""
-    half = [name for i in (1, 2, 3) for name in unit(i)]
-    gae = "def gae(rewards, values, mask, gamma=1.0, lam=0.95):\n"
+def honest():
+    """Right, partly right and wrong."""
+    half = [*unit(1), *unit(2), *unit(3)]
     return {
-        # right and wrong
         "all right": solved(all_graded()),
         "empty exercise": empty(),
         "units 1 to 3": solved(half),
-        "only unit 6": solved(unit(6)),
+        "only unit 6": solved(unit(6), rest=False),
         "one function": solved(["response_mask"]),
         "one mistake": with_mistakes(["gae"]),
         "four mistakes": with_mistakes(["whiten", "policy_loss", "mean_pool", "value_loss"]),
-        "returns nothing": f"{SHORT}    log_probs - ref_log_probs\n",
-        "wrong shape": f"{SHORT}    return (log_probs - ref_log_probs).sum()\n",
-        "changes arguments": f"{SHORT}    log_probs -= ref_log_probs\n    return log_probs\n",
-        "reseeds torch": f"import torch\n{SHORT}    torch.manual_seed(0)\n"
-        "    return log_probs - ref_log_probs\n",
-        "misses an import": f"{SHORT}    return np.subtract(log_probs, ref_log_probs)\n",
-        # endless, large, loud
-        "endless loop": f"{gae}    while True:\n        pass\n" + solved(["response_mask"]),
-        "endless at import": "while True:\n    pass\ndef gae():\n    return 1\n",
-        "memory bomb": f"import torch\n{gae}    return torch.ones(10**12), 1\n",
-        "memory in pieces": f"import torch\n{gae}    all = []\n    while True:\n"
-        "        all.append(torch.ones(10**8))\n",
-        "recursion": f"{gae}    return gae(rewards, values, mask)\n",
-        "prints a lot": f"{SHORT}    print('x' * 10**7)\n    return log_probs - ref_log_probs\n",
-        # no programs
+        "returns nothing": f"{KL}    log_probs - ref_log_probs\n",
+        "wrong shape": f"{KL}    return (log_probs - ref_log_probs).sum()\n",
+        "changes arguments": f"{KL}    log_probs -= ref_log_probs\n    return log_probs\n",
+        "reseeds torch": f"{KL}    torch.manual_seed(0)\n{RIGHT}",
+        "misses an import": f"{KL}    return np.subtract(log_probs, ref_log_probs)\n",
+    }
+
+
+def harmful():
+    """Endless, large, loud; kl_estimate is right where it is reached."""
+    pieces = "    found = []\n    while True:\n        found.append(torch.ones(10**8))\n"
+    return {
+        "endless loop": f"{KL}{RIGHT}{GAE}    while True:\n        pass\n",
+        "endless at import": f"{KL}{RIGHT}while True:\n    pass\n",
+        "memory bomb": f"{KL}{RIGHT}{GAE}    return torch.ones(10**12), 1\n",
+        "memory in pieces": f"{KL}{RIGHT}{GAE}{pieces}",
+        "recursion": f"{KL}{RIGHT}{GAE}    return gae(rewards, values, mask)\n",
+        "prints a lot": f"{KL}    print('x' * 10**7)\n{RIGHT}",
+    }
+
+
+def no_programs():
+    return {
         "syntax error": "def gae(:\n    return 1\n",
         "nothing in it": "",
         "=1+1 only a comment": "# =HYPERLINK(0)\n",
         "binary": bytes(range(256)) * 20,
-        "raises at import": "1 / 0\n",
-        # cheats
-        "imports the project's": "from ppo import gae, whiten, policy_loss, value_loss\n",
-        "ends at import": "import sys\nsys.exit(0)\ndef gae():\n    return 1\n",
-        "ends inside": f"{gae}    raise SystemExit(0)\n",
-        "kills": f"import os\n{gae}    os._exit(0)\n",
-        "changes torch": cheat(
-            f"torch.isclose = lambda *a, **k: torch.ones(1) > 0\n{SHORT}    return log_probs\n"
-        ),
-        "reads the project": f"import inspect\nimport ppo\n{gae}    exec(inspect.getsource("
-        "ppo.gae))\n",
-        "calls the project's": cheat(
-            f"{gae}    return ppo.gae(rewards, values, mask, gamma, lam)"
-        ),
+        "raises at import": f"{KL}{RIGHT}1 / 0\n",
     }
+
+
+def cheats():
+    source = "    exec(inspect.getsource(ppo.gae))\n"
+    call = "    return ppo.gae(rewards, values, mask, gamma, lam)\n"
+    return {
+        "imports the project's": "from ppo import gae, whiten, policy_loss, value_loss\n",
+        "ends at import": f"import sys\n{KL}{RIGHT}sys.exit(0)\n",
+        "ends inside": f"{KL}{RIGHT}{GAE}    raise SystemExit(0)\n",
+        "kills": f"import os\n{KL}{RIGHT}{GAE}    os._exit(0)\n",
+        "changes torch": f"{KL}{RIGHT}torch.isclose = lambda *a, **k: torch.ones(1) > 0\n",
+        "reads the project": f"import inspect\nimport ppo\n{GAE}{source}",
+        "calls the project's": f"import ppo\n{GAE}{call}",
+    }
+
+
+def texts():
+    """name -> what the file has."""
+    return {**honest(), **harmful(), **no_programs(), **cheats()}
 
 
 def make(folder, names=None):

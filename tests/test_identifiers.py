@@ -616,14 +616,16 @@ def test_f1_scores(case):
 
 
 def test_f1_scores_of_many_tables():
-    """Counts of shape (2, 2, 3, 3), integers and floats; and tables with no counts at all."""
+    """Counts of shape (2, 2, 3, 3), integers and floats; one of them has no counts at all, one
+    a single one, and in one a level occurs only once, in gold."""
     table, nothing = [[3, 1, 1], [1, 2, 0], [0, 1, 1]], [[0] * 3] * 3
-    diagonal = [[2, 0, 0], [0, 5, 0], [0, 0, 0]]
-    counts = torch.tensor([[table, nothing], [diagonal, table]])
+    single, rare = [[0, 0, 0], [0, 1, 0], [0, 0, 0]], [[3, 0, 0], [0, 2, 0], [1, 0, 0]]
+    counts = torch.tensor([[table, nothing], [single, rare]])
+    of_rare = 6 / 7  # its F1s are 6/7, 1 and 0
     expected = {
-        "accuracy": [[0.6, 0.0], [1.0, 0.6]],
-        "macro_f1": [[0.5793650794, 0.0], [1.0, 0.5793650794]],
-        "weighted_f1": [[0.6047619048, 0.0], [1.0, 0.6047619048]],
+        "accuracy": [[0.6, 0.0], [1.0, 5 / 6]],
+        "macro_f1": [[0.5793650794, 0.0], [1.0, (of_rare + 1) / 3]],
+        "weighted_f1": [[0.6047619048, 0.0], [1.0, (3 * of_rare + 2) / 6]],
     }
     for given in (counts, counts.float()):
         got = identifiers.f1_scores(given)

@@ -102,6 +102,9 @@ def test_kl_estimate():
     log_probs = p.log().requires_grad_()
     ppo.kl_estimate(log_probs, q.log(), "k3").sum().backward()
     check("gradient of k3: 1 - q / p", log_probs.grad, [1 - 0.4, 1 - 2 / 3, 1 - 3])
+    log_probs = p.log().requires_grad_()
+    ppo.kl_estimate(log_probs, q.log()).sum().backward()
+    check("gradient of k1: 1", log_probs.grad, [1.0, 1.0, 1.0])
 
 
 def test_masked_mean():
@@ -782,7 +785,8 @@ def test_one_iteration_by_hand_with_other_settings():
     adaptive = {"adaptive_kl": True, "kl_target": 0.7, "kl_horizon": 30.0, "kl_coef": 0.5}
     rewards = {"whiten_rewards": True, "centre_rewards": True, "scale_rewards": False}
     settings = {"whiten_advantages": False, "average": 0.5, "lam": 0.6, "rms_scaled": False}
-    compare_iterations(6, {0, 1, 2, 3, 5}, eval_every=3, **adaptive, **rewards, **settings)
+    validated = {0, 1, 2, 3, 5, 7, 8}  # after 1, 2, 4, 8 and every 3
+    compare_iterations(9, validated, eval_every=3, **adaptive, **rewards, **settings)
 
 
 def test_an_iteration_that_is_not_finite_changes_nothing():
@@ -797,6 +801,13 @@ def test_an_iteration_that_is_not_finite_changes_nothing():
     check("the weights stay", all_weights(t.policy), before, tol=0)
     assert t.moments.count == 0, "rewards of NaN come into the running moments"
     assert t.kl_coef == beta, "beta moves"
+
+    t = trainer(same_reward)
+    t.policy.value_head.weight.data.fill_(math.nan)
+    (record,) = run(t, [0])
+    assert record.get("skipped") == 1.0, f"values of NaN are not skipped: {record}"
+    assert record["reward"] == 0.5, f"the mean reward is the number 0.5: {record['reward']}"
+    assert not torch.is_tensor(record["reward"]), "the reward in the record is a tensor"
 
 
 def test_a_tiny_policy_learns():

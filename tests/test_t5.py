@@ -227,6 +227,16 @@ def attention_of_one_query(attention, x, memory, bias, head):
     return weights @ values / weights.sum()
 
 
+def same_gradients(what, module, got, expected):
+    """The sum of both has the same gradient by all weights of a module."""
+    weights = [*module.parameters()]
+    ours = torch.autograd.grad(got.sum(), weights, allow_unused=True)
+    theirs = torch.autograd.grad(expected.sum(), weights, allow_unused=True)
+    for (name, weight), one, other in zip(module.named_parameters(), ours, theirs):
+        one = torch.zeros_like(weight) if one is None else one
+        check(f"{what}: gradient by {name}", one, other)
+
+
 def test_attention_many_heads():
     """Against plain loops over batch, query and head; the inner width is not d_model."""
     torch.manual_seed(1)
@@ -243,7 +253,9 @@ def test_attention_many_heads():
                 for h in range(2)
             )
             expected[b, t] = attention.o.weight @ torch.cat([one, two])
-    check("two heads", attention(x, attention.keys_values(memory), bias), expected)
+    got = attention(x, attention.keys_values(memory), bias)
+    check("two heads", got, expected)
+    same_gradients("two heads", attention, got, expected)
 
 
 def test_attention_weights():
@@ -260,11 +272,12 @@ def test_attention_weights():
 
     attention = attention.bfloat16().eval()
     x, keys = x.bfloat16(), keys.bfloat16()
-    weights = attention.weights(x, keys, torch.zeros(1, 1, 1, 2))
+    bias = torch.zeros(1, 1, 1, 2).bfloat16()
+    weights = attention.weights(x, keys, bias)
     assert weights.dtype == torch.float32, "softmax of bfloat16 is taken in float32"
     check("and is as exact", weights, [[[[0.731059, 0.268941]]]])
     values = attention.keys_values(torch.ones(1, 2, 2).bfloat16())
-    got = attention(x, values, torch.zeros(1, 1, 1, 2))
+    got = attention(x, values, bias)
     assert got.dtype == torch.bfloat16, f"forward in bfloat16 returns {got.dtype}"
 
 
@@ -326,9 +339,9 @@ def test_block_by_hand():
             got = block(x, biases[0], memory, biases[1])
         else:
             got = block(x, biases[0])
-        check("a decoder's block" if is_decoder else "an encoder's block", got, expected)
-        got.sum().backward()
-        assert block.self_attn.q.weight.grad.any(), "no gradient comes to self-attention"
+        what = "a decoder's block" if is_decoder else "an encoder's block"
+        check(what, got, expected)
+        same_gradients(what, block, got, expected)
 
 
 def test_block_with_a_cache():
@@ -514,6 +527,8 @@ def test_filter_logits():
         check(what, keeps(logits, top_k, top_p), expected)
     banned = torch.tensor([[1.0, -torch.inf, 0.0, -torch.inf]])
     check("a banned token stays banned", keeps(banned, 3, 0.99), [[1, 0, 1, 0]])
+    unlikely = torch.tensor([[0.0, -40.0, -50.0]])  # the first has all mass, rounded
+    check("top_p 1 keeps the least likely, too", keeps(unlikely, 0, 1.0), [[1, 1, 1]])
 
 
 def test_filter_logits_ties():
@@ -530,11 +545,11 @@ def test_draw_greedy_and_support():
     """Temperature 0.5 squares: 1 4 16 64; top_k 3 keeps 4 16 64, top_p .9 then 16 64."""
     logits = torch.tensor([[1.0, 2.0, 4.0, 8.0], [8.0, 4.0, 1.0, 2.0]]).log()
     sampling = Sampling(temperature=0.5, top_k=3, top_p=0.9, greedy=True)
-    tokens, log_probs, support = t5_small.draw(logits, sampling)
-    check("greedy: the likeliest tokens", tokens, [3, 0])
+    tokens, log_probs, support = t5_small.draw(logits.repeat(20, 1), sampling)
+    check("greedy: the likeliest tokens", tokens, [3, 0] * 20)
     what = "their log-probs among those that are left: log 64/80"
-    check(what, log_probs, [math.log(0.8)] * 2)
-    check("support", support.long(), [[0, 0, 1, 1], [1, 1, 0, 0]])
+    check(what, log_probs, [math.log(0.8)] * 40)
+    check("support", support.long(), [[0, 0, 1, 1], [1, 1, 0, 0]] * 20)
     assert support.dtype == torch.bool, f"the support is {support.dtype}, not bool"
 
     banned = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0]])

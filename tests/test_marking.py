@@ -96,16 +96,19 @@ def test_lines_that_are_too_long_are_broken_without_changing_them():
 
 
 def test_there_are_many_kinds_and_places(program):
-    places = {kind: set() for kind in kinds.KINDS}
+    places = {}
     for name, functions in kinds.PLACES.items():
         tree = program[name][0]
-        missing = set(functions.split()) - kinds.functions(tree).keys()
+        names = functions.split()
+        missing = set(names) - kinds.functions(tree).keys()
         assert not missing, f"{name} has no {missing}: correct kinds.py"
-        for change in kinds.all_changes(tree, functions.split()):
-            places[change.kind].add((name, change.function, change.place))
-    assert len(places) >= 16
-    for kind, found in places.items():
-        assert len(found) >= 8, kind
+        assert not secret.graded_functions(tree, all_graded()) & set(names), "the grader tells"
+        for change in kinds.all_changes(tree, names):
+            place = name, change.function, change.place
+            places.setdefault(change.kind, set()).add(place)
+    several = [kind for kind, found in places.items() if len(found) >= 3]
+    assert len(several) >= 16
+    assert set(several) <= kinds.KINDS.keys()
 
 
 def test_every_kind_is_caught_by_the_grader_somewhere(program, monkeypatch):

@@ -33,20 +33,17 @@ KINDS = {
     "order": "Two steps are done in the wrong order.",
     "constant": "A number is wrong.",
 }
-# Where they are made in a copy of the project: what a run of `toy` calls and learns by.
+# Where they are made in a copy of the project: what a run of `toy` calls and learns by. None of
+# these is graded: who pastes the copy's functions into a file and grades it learns nothing.
 PLACES = {
-    "ppo.py": """response_mask token_log_probs kl_estimate masked_mean whiten token_rewards gae
-        policy_loss value_loss RunningMoments.update Policy.values unpack response_log_probs
-        rollout minibatches PPOTrainer.step PPOTrainer.scaled PPOTrainer.learning_rate
-        PPOTrainer.update PPOTrainer.accumulate_gradient PPOTrainer.loss""",
-    "t5_small.py": """RMSNorm.forward relative_position_bucket Attention.weights
-        Attention.forward FeedForward.forward Block.forward Stack.position_bias Stack.forward
-        padding_bias T5Encoder.encode T5.decode T5.logits T5.response_states T5.loss_sum draw
-        generate Optimizer.set_lr Optimizer.step Trainer.step Trainer.learning_rate
-        Trainer.keep_if_best""",
-    "identifiers.py": """mean_pool BiEncoder.forward NetworkClassifier.forward class_weights
-        classification_loss validation_loss empathy_reward EmpathyReward.of
-        EmpathyReward.best_of confusions f1_scores emp_f1 paired_bootstrap weighted_emp_f1""",
+    "ppo.py": """masked_mean RunningMoments.update Policy.values unpack response_log_probs
+        rollout minibatches PPOTrainer.scaled PPOTrainer.learning_rate PPOTrainer.update
+        PPOTrainer.accumulate_gradient""",
+    "t5_small.py": """FeedForward.forward Stack.position_bias Stack.forward T5Encoder.encode
+        T5.decode T5.logits T5.response_states T5.loss_sum generate Optimizer.set_lr
+        Optimizer.step Trainer.step Trainer.learning_rate Trainer.keep_if_best""",
+    "identifiers.py": """BiEncoder.forward NetworkClassifier.forward classification_loss
+        validation_loss EmpathyReward.of EmpathyReward.best_of confusions weighted_emp_f1""",
     "data.py": "Tokenizer.encode_context Tokenizer.encode_response Pairs.batch",
     "emprl.py": """mle_trainer total_loss train_classifier find_targets without_response
         PromptBatches.__call__ Evaluator.compare Evaluator.perplexities Evaluator.best_of_n

@@ -92,6 +92,7 @@ def table(figures):
         for key, digits in zip(PANELS, (3, 2, 1, 2, 2)):
             first = mean(mean_of(found["ppo"][:2], key) for found in of_bug)
             last = mean(mean_of(found["ppo"][-3:], key) for found in of_bug)
+            first, last = round(first, digits) + 0.0, round(last, digits) + 0.0  # no -0.00
             cells.append(f"{first:.{digits}f} to {last:.{digits}f}")
         for policy in ("mle", "emprl"):
             cells.append(

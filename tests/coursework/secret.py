@@ -199,12 +199,12 @@ def how(path, names):
 
 
 def graded_functions(tree, right):
-    """Names of the functions and methods that are graded and right."""
-    found = []
+    """Names of the functions and methods that are graded under one of the names `right`."""
+    found = set()
     for name in functions(tree):
         graded, _, method = name.partition(".")
         if graded in right and (not method or method in all_graded()[graded].methods):
-            found.append(name)
+            found.add(name)
     return found
 
 
@@ -217,7 +217,7 @@ def bug_in_solution(path, key):
         file = Path(folder) / path.name
         file.write_text(clean, encoding="utf-8")
         right = [name for name, status in how(file, None).items() if status == "passed"]
-        names = graded_functions(tree, right)
+        names = sorted(graded_functions(tree, right))
         for change in in_turn(all_changes(tree, names), *key):
             planted = restyled(apply(tree, change), text, key[0], "solution")
             file.write_text(planted, encoding="utf-8")

@@ -225,7 +225,11 @@ def test_value_loss():
 
 def test_value_loss_clips_where_it_is_told():
     """V 1, V_old 0, R 2: the clipped error is 2 - eps, 1 at the least."""
-    value, old, target = torch.tensor([[1.0, -7.0]]), torch.zeros(1, 2), torch.full((1, 2), 2.0)
+    value, old, target = (
+        torch.tensor([[1.0, -7.0]]),
+        torch.zeros(1, 2),
+        torch.full((1, 2), 2.0),
+    )
     mask = mask_of([1, 0])
     for eps, expected in ((0.1, 1.9), (0.2, 1.8), (0.5, 1.5), (3.0, 1.0)):
         loss = ppo.value_loss(value, old, target, mask, eps)
@@ -816,7 +820,9 @@ def test_a_tiny_policy_learns():
     free = run(trainer(share_of(7), kl_coef=0.0, steps=15, lr=2e-2, **settings), range(15))
     held = run(trainer(share_of(7), kl_coef=5.0, steps=15, lr=2e-2, **settings), range(15))
     first, last = free[0]["reward"], mean_of_last(free, "reward")
-    what = f"without a penalty the reward goes from {first:.2f} to {last:.2f}, by less than 0.3"
+    what = (
+        f"without a penalty the reward goes from {first:.2f} to {last:.2f}, by less than 0.3"
+    )
     assert last > first + 0.3, what
     kl, held_kl = mean_of_last(free, "kl"), mean_of_last(held, "kl")
     what = f"KL {kl:.2f} without a penalty, {held_kl:.2f} with one of 5: it does not hold back"

@@ -314,12 +314,14 @@ def add_case(suite, unit, result):
 
 
 def units_of(text):
-    """"1,4" -> these units; "" -> all."""
+    """ "1,4" -> these units; "" -> all."""
     numbers = [word.strip() for word in text.split(",") if word.strip()]
     known = {str(unit.number): unit for unit in UNITS}
     wrong = [word for word in numbers if word not in known]
     if wrong:
-        raise Refused(f"--units {text}: there is no unit {wrong[0]}; units are 1 to {len(UNITS)}")
+        raise Refused(
+            f"--units {text}: there is no unit {wrong[0]}; units are 1 to {len(UNITS)}"
+        )
     return [unit for unit in UNITS if not numbers or str(unit.number) in numbers]
 
 

@@ -193,7 +193,7 @@ def told(error):
 
 
 def line_in(error, path):
-    """":12", the last line of the file that an exception came through; "" if it did not."""
+    """ ":12", the last line of the file that an exception came through; "" if it did not."""
     found = ""
     trace = error.__traceback__
     while trace:
@@ -259,7 +259,9 @@ def parts_of(tree, graded):
     found = []
     for node in tree.body:
         if getattr(node, "name", "") == graded.name:
-            methods = [part for part in node.body if getattr(part, "name", "") in graded.methods]
+            methods = [
+                part for part in node.body if getattr(part, "name", "") in graded.methods
+            ]
             found += methods if graded.methods else [node]
     return found
 

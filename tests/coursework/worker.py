@@ -72,7 +72,8 @@ def watched():
     found = {}
     for module in modules:
         for name, value in vars(module).items():
-            if name not in ("_", "__warningregistry__"):
+            # torch itself exchanges manual_seed when a part of it is first used.
+            if name not in ("_", "__warningregistry__", "manual_seed"):
                 found[module, name] = value
     return found
 

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import itertools
 import json
 import re
 import subprocess
@@ -109,7 +110,7 @@ def test_mutants_are_caught(name, as_in_the_grader, thorough):
 
 def test_there_are_many_mutants_of_every_kind():
     """And what is called harmless is still made."""
-    found = [mutant for g in all_graded().values() for mutant in mutants.mutants_of(g)]
+    found = list(itertools.chain(*map(mutants.mutants_of, all_graded().values())))
     assert len(found) >= 150
     kinds = Counter(mutant.kind for mutant in found)
     named = re.findall(r"^    (\w[\w ]*?)  +\w", mutants.__doc__, re.MULTILINE)
@@ -400,7 +401,7 @@ def test_an_endless_loop_ends_and_the_others_are_graded(tmp_path):
     results = results_of(tmp_path / "mine.py", text, limit=3)
     message = results["kl_estimate"].message
     assert message == "it takes longer than 3 s: an endless loop? (--limit SECONDS)"
-    assert "far below" in results["adapt_kl_coef"].message
+    assert "10 % above" in results["adapt_kl_coef"].message
 
 
 def test_who_ends_the_process_gets_nothing_and_the_others_are_graded(tmp_path):
@@ -412,42 +413,40 @@ def test_who_ends_the_process_gets_nothing_and_the_others_are_graded(tmp_path):
     assert "RecursionError" in results["policy_loss"].message
 
 
-OF_THE_PROJECT = {
-    "imported": "from ppo import kl_estimate",
-    "named": "import ppo\nkl_estimate = ppo.kl_estimate",
-    "under another name": "from ppo import kl_estimate as k\ndef kl_estimate(*a): return k(*a)",
-    "called": "import ppo\ndef kl_estimate(*a): return ppo.kl_estimate(*a)",
-    "partial": "import ppo, functools\nkl_estimate = functools.partial(ppo.kl_estimate)",
-    "wrapped": "import ppo, functools\n@functools.wraps(ppo.kl_estimate)\n"
-    "def kl_estimate(*a): return a[0] - a[1]",
-    "by another of its functions": "from ppo import *\nimport ppo\nplain = ppo.kl_estimate\n"
-    "def kl_estimate(*a, **b): return plain(*a, **b)",
-    "kept from before": "import ppo\nkept = []\ndef response_mask(ids, eos_id=1):\n"
-    "    kept.append(ppo.kl_estimate)\n"
-    "def kl_estimate(*a): return (kept or [ppo.kl_estimate])[0](*a)",
-    "another module": "import emprl\ndef kl_estimate(*a): return emprl.ppo.kl_estimate(*a)",
-    "inherited": "import ppo\nclass PPOTrainer(ppo.PPOTrainer):\n    pass",
-    "super": "import ppo\nclass PPOTrainer(ppo.PPOTrainer):\n"
+OF_THE_PROJECT = {  # each function in another way; all of them are one file
+    "gae": "from ppo import gae",
+    "whiten": "whiten = ppo.whiten",
+    "adapt_kl_coef": "from ppo import adapt_kl_coef as k\ndef adapt_kl_coef(*a): return k(*a)",
+    "kl_estimate": "def kl_estimate(*a): return ppo.kl_estimate(*a)",
+    "policy_loss": "policy_loss = functools.partial(ppo.policy_loss)",
+    "value_loss": "@functools.wraps(ppo.value_loss)\ndef value_loss(*a): return a[0].sum()",
+    "Attention": "Attention = identifiers.Attention",
+    "RMSNorm": "class RMSNorm(t5_small.RMSNorm):\n    pass",
+    "Block": "class Block(t5_small.Block):\n"
+    "    def forward(self, *a): return super().forward(*a)",
+    "PPOTrainer": "class PPOTrainer(ppo.PPOTrainer):\n"
     "    def step(self, i): return super().step(i)\n"
     "    def loss(self, part): return super().loss(part)",
-    "from text": "import ppo\nsource = open(ppo.__file__).read()\n"
-    "space = dict(vars(ppo))\nexec(source, space)\nkl_estimate = space['kl_estimate']",
+    "emp_f1": "def emp_f1(a, b, kind='weighted_f1'): return by_another(a, b)\n"
+    "def by_another(a, b): return identifiers.compare_levels(a, b)['emp_f1']",
+    # one that is graded early keeps another for later
+    "response_mask": "kept = []\ndef response_mask(ids, eos_id=1):\n"
+    "    kept.append(ppo.token_rewards)\n    return ids",
+    "token_rewards": "def token_rewards(*a): return kept[0](*a)",
+    "mean_pool": "space = dict(vars(identifiers))\n"
+    "exec(open(identifiers.__file__).read(), space)\nmean_pool = space['mean_pool']",
 }
 
 
-@pytest.mark.parametrize("how", OF_THE_PROJECT)
-def test_the_projects_own_function_earns_nothing(how, tmp_path):
-    results = results_of(tmp_path / "mine.py", OF_THE_PROJECT[how])
-    assert not any(result.passed for result in results.values())
-    name = "PPOTrainer" if "PPOTrainer" in OF_THE_PROJECT[how] else "kl_estimate"
-    words = (
-        "project's own",
-        "RecursionError",
-        "no function of your file",
-        "not from your file",
-    )
-    message = results[name].message
-    assert any(word in message for word in words) or "functools.partial" in message, message
+def test_the_projects_own_functions_earn_nothing(tmp_path):
+    """Also without the reading of the file, which refuses open and exec."""
+    head = "import functools\nimport identifiers\nimport ppo\nimport t5_small\n"
+    results = results_of(tmp_path / "mine.py", head + "\n".join(OF_THE_PROJECT.values()))
+    words = "project's own|RecursionError|write it as a function|not from your file|defines no"
+    for name in OF_THE_PROJECT:
+        assert not results[name].passed, name
+        if name != "response_mask":
+            assert re.search(words, results[name].message), f"{name}: {results[name].message}"
 
 
 LOOSE = "def kl_estimate(a, b, kind='k1'):\n    return a\n"
@@ -465,7 +464,8 @@ SWITCHES = {  # what would make a wrong solution pass, if nobody looked
     "exit of pytest": "import pytest\ndef kl_estimate(*a):\n    pytest.exit('done', 0)",
     "an answer of its own": 'import os\nos.write(1, b\'{"failures": {}, "seconds": 0}\')',
     "an answer of its own, later": "import os\ndef kl_estimate(*a):\n    for i in range(9):\n"
-    "        try: os.write(i, b'{\"failures\": {}}')\n        except OSError: pass\n    os._exit(0)",
+    "        try: os.write(i, b'{\"failures\": {}}')\n        except OSError: pass\n"
+    "    os._exit(0)",
 }
 
 

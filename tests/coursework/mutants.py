@@ -20,6 +20,8 @@ import ast
 import copy
 import importlib
 import inspect
+import os
+import subprocess
 import sys
 import textwrap
 from collections import Counter
@@ -28,6 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from tests.coursework import student, worker
+from tests.coursework.grade import environment
 from tests.coursework.units import TEST_FILES, all_graded
 
 OTHER = {
@@ -398,7 +401,10 @@ def within(node):
     """A node and all below it but what is raised and f-strings."""
     if isinstance(node, (ast.Raise, ast.JoinedStr)):
         return []
-    return [node, *(each for child in ast.iter_child_nodes(node) for each in within(child))]
+    found = [node]
+    for child in ast.iter_child_nodes(node):
+        found += within(child)
+    return found
 
 
 def changed_line(before, after):
@@ -457,7 +463,9 @@ def main():
     wrong = [name for name in names if name not in all_graded()]
     if wrong:
         parser.exit(2, f"{wrong[0]} is not graded; name some of: {', '.join(all_graded())}\n")
-    sys.path.insert(0, str(student.ROOT / "tests"))
+    if str(student.ROOT / "tests") not in os.environ.get("PYTHONPATH", ""):
+        command = [sys.executable, "-m", "tests.coursework.mutants", *names]
+        return subprocess.run(command, env=environment()).returncode
     torch.set_num_threads(1)
     made, missed = survivors(names)
     for mutant in missed:

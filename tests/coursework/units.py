@@ -235,8 +235,9 @@ figures["relative"], figures["low"] <= figures["relative"] <= figures["high"]"""
                 "to its own `before`. Then take percentiles of the gains.",
                 mind="low and high are the 2.5th and 97.5th percentile of the resamples' gains, "
                 "between two of them by linear interpolation (torch.quantile's rule). "
-                "`relative` is of the contexts as they are, max(before, 1e-9) of each resample. Draw with a generator of your own, "
-                "made from `seed`, and leave torch's global one alone. Return plain numbers. A "
+                "`relative` is of the contexts as they are; max(before, 1e-9) is of each "
+                "resample. Draw with a generator of your own, made from `seed`, and leave "
+                "torch's global one alone. Return plain numbers. A "
                 "plain loop over the resamples is fast enough.",
                 returns="a dict: relative, low, high",
             ),
@@ -261,7 +262,7 @@ token_log_probs(logits, tensor([2]), tensor([[True, False, True]]), 0.5)""",
                 name="kl_estimate",
                 module="ppo",
                 minutes=15,
-                tests=["test_kl_estimate"],
+                tests=["test_kl_estimate", "test_kl_estimate_passes_its_gradient"],
                 example="""p, p_ref = tensor([0.5, 0.3, 0.2]), tensor([0.2, 0.2, 0.6])
 kl_estimate(p.log(), p_ref.log()), kl_estimate(p.log(), p_ref.log(), "k3")""",
                 hint="d is log p - log p_ref, in this order; k3 has e to the power of -d.",

@@ -21,6 +21,7 @@ import torch
 from tests.coursework import student
 from tests.coursework.units import TEST_FILES, all_graded
 
+SEED = 20_263_701  # one that a solution is unlikely to set: setting it would not be seen
 COUNTS = {"a": 1, "two": 2, "three": 3}
 
 
@@ -179,7 +180,7 @@ def failures(graded, path=""):
     """(test, why it fails) of the tests of one function, as the modules are by now."""
     module = importlib.import_module(TEST_FILES[graded.module].removesuffix(".py"))
     for test in graded.tests:
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         try:
             call(getattr(module, test))
         except BaseException as error:  # pytest.fail and SystemExit, too

@@ -432,7 +432,7 @@ OF_THE_PROJECT = {  # each function in another way; all of them are one file
     # one that is graded early keeps another for later
     "response_mask": "kept = []\ndef response_mask(ids, eos_id=1):\n"
     "    kept.append(ppo.token_rewards)\n    return ids",
-    "token_rewards": "def token_rewards(*a): return kept[0](*a)",
+    "token_rewards": "def token_rewards(*a, **b): return kept[0](*a, **b)",
     "mean_pool": "space = dict(vars(identifiers))\n"
     "exec(open(identifiers.__file__).read(), space)\nmean_pool = space['mean_pool']",
 }

@@ -206,6 +206,8 @@ def why(error, path):
         return str(error) or "an assertion of the test fails"
     if isinstance(error, SystemExit):
         return f"the function ends the program (SystemExit){where}"
+    if isinstance(error, TypeError) and " argument" in str(error):
+        return f"it cannot be called as the specification says: {student.told(error)}"
     if where:
         return f"{student.told(error)} (line {where[1:]} of your file)"
     return f"the test cannot use what it returns: {student.told(error)}"

@@ -56,6 +56,12 @@ class Result:
 # ---- the child in which the file runs -------------------------------------------------------
 
 
+def environment():
+    """That of this process, in which the test files can be imported by their names."""
+    folders = [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
 class Child:
     """A process with the student's file. What it does not answer as agreed is a failure."""
 
@@ -69,7 +75,6 @@ class Child:
 
     def start(self):
         """Raises Refused if the file cannot be run."""
-        folders = [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "tests.coursework.worker", self.path],
             cwd=ROOT,
@@ -78,7 +83,7 @@ class Child:
             stderr=self.log,
             encoding="utf-8",
             errors="replace",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))},
+            env=environment(),
         )
         self.answers = queue.Queue()
         threading.Thread(target=self.listen, args=[self.process, self.answers]).start()
@@ -217,6 +222,14 @@ def most(units):
     return sum(unit.points for unit in units)
 
 
+def names_of(units):
+    """The names of their functions, in order."""
+    names = []
+    for unit in units:
+        names += [graded.name for graded in unit.functions]
+    return names
+
+
 def printed(log):
     """The last lines of what the student's file has printed."""
     log.seek(0)
@@ -226,7 +239,6 @@ def printed(log):
 
 def gradescope(results, units, seconds, output, same):
     """The content of results.json."""
-    tests = [gradescope_test(results[g.name]) for unit in units for g in unit.functions]
     return {
         "score": sum(result.points for result in results.values()),
         "max_score": most(units),
@@ -234,7 +246,7 @@ def gradescope(results, units, seconds, output, same):
         "output": output,
         "visibility": "visible",
         "stdout_visibility": "hidden",
-        "tests": tests,
+        "tests": [gradescope_test(results[name]) for name in names_of(units)],
         "extra_data": {
             "same_as_project": same,
             "not_written": [r.name for r in results.values() if r.status == "unwritten"],
@@ -344,7 +356,7 @@ def make_parser():
 def report(arguments, units, log):
     """Grade, print, write. Returns the exit code."""
     started = time.time()
-    names = [graded.name for unit in units for graded in unit.functions]
+    names = names_of(units)
     results, same, refusal = {}, [], ""
     try:
         results = grade(arguments.file, names, arguments.limit, log)

@@ -213,7 +213,9 @@ def problem_of(value, graded, path):
     if not inspect.isclass(value):
         return f"{graded.name} has to be a class"
     for method in graded.methods:
-        own = value.__dict__.get(method)
+        own = vars(value).get(method)
+        if own is None:
+            return f"your class {graded.name} defines no {method}: write it there"
         problem = problem_of_function(own, f"{graded.name}.{method}", path)
         if problem:
             return problem

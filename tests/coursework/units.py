@@ -167,8 +167,8 @@ filter_logits(logits, top_p=0.6), filter_logits(logits, top_k=3, top_p=0.84)""",
                 module="identifiers",
                 minutes=25,
                 tests=["test_class_weights", "test_class_weights_of_absent_levels"],
-                example="""class_weights(tensor([[0], [0], [1], [2]]), 1.0)
-class_weights(tensor([[0, 0], [0, 0], [1, 2], [2, 2]]), 0.5)""",
+                example="""one = class_weights(tensor([[0], [0], [1], [2]]), 1.0)
+one, class_weights(tensor([[0, 0], [0, 0], [1, 2], [2, 2]]), 0.5)""",
                 hint="Each mechanism has its own counts; the mean is over examples, not levels.",
                 mind="The mean over the N examples of the weight that each has is 1, for each "
                 "mechanism; a level that never occurs has no part in that mean.",
@@ -186,8 +186,9 @@ class_weights(tensor([[0, 0], [0, 0], [1, 2], [2, 2]]), 0.5)""",
                 example="""log_probs = tensor([[[0.7, 0.2, 0.1]] * 3]).log()
 certain = tensor([[0, 1, 0]])
 uncertain = tensor([[[0.5, 0.5, 0.0]] * 3])
-empathy_reward(log_probs, certain), empathy_reward(log_probs, certain, "ordinal", ("ip",)), \
-empathy_reward(log_probs, uncertain)""",
+product = empathy_reward(log_probs, certain)
+ordinal = empathy_reward(log_probs, certain, "ordinal", ("ip",))
+product, ordinal, empathy_reward(log_probs, uncertain)""",
                 hint="The input is log p. Find exp(-d) of every level, then the mean under the "
                 "target, then the product over the mechanisms that count.",
                 mind='MECHANISMS is ("er", "ip", "ex"), in the order of M. With none of them '
@@ -234,8 +235,9 @@ figures["relative"], figures["low"] <= figures["relative"] <= figures["high"]"""
                 "to its own `before`. Then take percentiles of the gains.",
                 mind="low and high are the 2.5th and 97.5th percentile of the resamples' gains, "
                 "between two of them by linear interpolation (torch.quantile's rule). "
-                "`relative` is of the contexts as they are. Draw with a generator of your own, "
-                "made from `seed`, and leave torch's global one alone. Return plain numbers. A "
+                "`relative` is of the contexts as they are; max(before, 1e-9) is of each "
+                "resample. Draw with a generator of your own, made from `seed`, and leave "
+                "torch's global one alone. Return plain numbers. A "
                 "plain loop over the resamples is fast enough.",
                 returns="a dict: relative, low, high",
             ),
@@ -260,9 +262,9 @@ token_log_probs(logits, tensor([2]), tensor([[True, False, True]]), 0.5)""",
                 name="kl_estimate",
                 module="ppo",
                 minutes=15,
-                tests=["test_kl_estimate"],
-                example="kl_estimate(tensor([-1.0]), tensor([-2.0])), "
-                "kl_estimate(tensor([-1.0]), tensor([-2.0]), 'k3')",
+                tests=["test_kl_estimate", "test_kl_estimate_passes_its_gradient"],
+                example="""p, p_ref = tensor([0.5, 0.3, 0.2]), tensor([0.2, 0.2, 0.6])
+kl_estimate(p.log(), p_ref.log()), kl_estimate(p.log(), p_ref.log(), "k3")""",
                 hint="d is log p - log p_ref, in this order; k3 has e to the power of -d.",
             ),
             Graded(
@@ -281,8 +283,8 @@ token_rewards(tensor([1.0, 2.0]), kl, mask, 0.1)""",
                 module="ppo",
                 minutes=50,
                 tests=["test_gae", "test_gae_ignores_padding"],
-                example="gae(tensor([[0.0, 1.0, 5.0]]), tensor([[0.5, 0.5, 9.0]]), "
-                "tensor([[True, True, False]]), 1.0, 0.5)",
+                example="""rewards, values = tensor([[0.0, 1.0, 5.0]]), tensor([[0.5, 0.5, 9.0]])
+gae(rewards, values, tensor([[True, True, False]]), 1.0, 0.5)""",
                 hint="Go backwards; after the last token of a response V and A are 0, whatever "
                 "stands in the padding.",
                 returns="two tensors: advantages and returns",
@@ -351,7 +353,7 @@ policy_loss(log_probs, old, tensor([[1.0, 5.0]]), tensor([[True, False]]))""",
                 example="""torch.manual_seed(0)
 block = Block(T5Config(d_model=2, d_kv=2, num_heads=1, d_ff=4), is_decoder=True).eval()
 x, memory = tensor([[[1.0, 2.0], [3.0, -1.0]]]), tensor([[[0.5, 0.5], [1.0, 0.0]]])
-block(x, tensor(0.0), memory, tensor(0.0)).shape""",
+block(x, tensor(0.0), memory, tensor(0.0))""",
                 hint="The norm is inside each branch, the sum outside of it; cross-attention asks "
                 "with x and reads memory, which is not normed.",
                 mind="`self.self_attn(h, keys_values, bias)` asks with h; keys_values come from "
@@ -390,36 +392,38 @@ draw(logits, t5_small.Sampling(temperature=0.5, top_k=2, greedy=True))""",
 torch.manual_seed(0)
 t5 = t5_small.T5(T5Config(vocab_size=8, d_model=4, d_kv=2, d_ff=8, num_heads=2)).eval()
 prompts = ppo.Prompts(tensor([[3, 1], [4, 1]]), tensor([0, 0]), tensor([[5, 1], [6, 1]]))
-trainer = PPOTrainer(t5, lambda source, ids, targets: (ids == 5).float().sum(1), \
-lambda i: prompts, t5_small.Sampling(max_length=4), config, lambda t5: {})
-sorted(trainer.step(0))""",
+reward = lambda source, ids, targets: (ids > 2).float().sum(1)
+sampling = t5_small.Sampling(max_length=4)
+trainer = PPOTrainer(t5, reward, lambda i: prompts, sampling, config, lambda t5: {})
+record = trainer.step(0)
+sorted(record), round(record["value_loss"], 4)""",
                 hint="One thing after the other, as the list says; what `update` learns from has "
                 "to be in batch.advantages and batch.returns.",
-                mind="""`step` is one iteration of PPO, in this order:
-1. batch = self.rollout(self.prompts(i)). If not batch.is_finite(), change nothing and return
-   {"reward": mean of batch.rewards, "skipped": 1.0}.
-2. self.scaled(batch.rewards) gives the rewards on one scale; call it once.
-3. k1 of batch.log_probs and batch.ref_log_probs, then token_rewards with self.kl_coef; if
-   config.whiten_rewards, whiten them without shifting their mean.
-4. gae with ppo.GAMMA and config.lam; if config.whiten_advantages, whiten the advantages (the
-   returns stay). Put both into batch.advantages and batch.returns.
-5. self.optimizer.set_lr(self.learning_rate(i), config.rms_scaled); then
-   record = self.describe(batch), a dict, to which what self.update(batch) returns is added.
-6. If config.adaptive_kl, self.kl_coef = adapt_kl_coef(self.kl_coef, record["kl"],
-   config.kl_target, number of responses, config.kl_horizon).
-7. In iteration 0 record["start"] = self.validate(self.reference). After 1, 2, 4, 8, config.steps
-   and every config.eval_every iterations what self.validate(self.model) returns is added.
-Return record.
-`loss` is of some responses of the rollout: part has source, ids, mask, support, log_probs (of the
-policy that sampled), advantages, values (of the rollout) and returns.
-1. log_probs, entropy, states = ppo.response_log_probs(self.policy.t5, part.source, part.ids, mask,
-   part.support, self.sampling.temperature): today's policy.
-2. values = ppo.unpack(self.policy.values(states), mask).
-3. policy_loss with config.clip_range, value_loss with config.value_clip_range; the loss is
-   policy_loss + config.value_coef * value_loss.
-4. Measured, without gradient, masked means (ppo.masked_mean) where it is per token: a dict of
-   scalars policy_loss, value_loss, entropy, clip_share, ratio (today's p over part's), update_kl
-   (k3, KL(old || new): part.log_probs come first).
+                mind="""\
+`step` is one iteration of PPO, in this order:
+1. batch = self.rollout(self.prompts(i)). If not batch.is_finite(), change nothing and return \
+{"reward": the mean of batch.rewards, "skipped": 1.0}, plain numbers.
+2. self.scaled(batch.rewards) gives the rewards on one scale over the run; call it once.
+3. k1 of batch.log_probs and batch.ref_log_probs, then token_rewards with self.kl_coef; if \
+config.whiten_rewards, whiten them without shifting their mean.
+4. gae with ppo.GAMMA and config.lam; if config.whiten_advantages, whiten the advantages, but \
+not the returns. Put both into batch.advantages and batch.returns.
+5. self.optimizer.set_lr(self.learning_rate(i), config.rms_scaled); then record = \
+self.describe(batch), a dict, to which what self.update(batch) returns is added.
+6. If config.adaptive_kl, self.kl_coef = adapt_kl_coef(self.kl_coef, record["kl"], \
+config.kl_target, number of responses, config.kl_horizon).
+7. In iteration 0 record["start"] = self.validate(self.reference), before all else is validated. \
+After 1, 2, 4, 8, config.steps and every config.eval_every iterations what \
+self.validate(self.model) returns is added to record. Return record.
+`loss` is of some responses of the rollout. part has their source, ids, mask, support, advantages \
+and returns, and log_probs and values as the rollout found them.
+1. log_probs, entropy, states = ppo.response_log_probs(self.policy.t5, part.source, part.ids, \
+part.mask, part.support, self.sampling.temperature): those of today's policy.
+2. values = ppo.unpack(self.policy.values(states), part.mask).
+3. policy_loss with config.clip_range, value_loss with config.value_clip_range. The loss is \
+policy_loss + config.value_coef * value_loss.
+4. A dict of scalars, for the log: policy_loss, value_loss, clip_share, and means over the mask \
+(ppo.masked_mean): entropy, ratio (today's p over part's), update_kl (k3 of KL(old || new)).
 5. Return the loss, the dict, and the largest |ratio - 1| over the mask.""",
                 returns="",
                 methods=("step", "loss"),

@@ -21,6 +21,7 @@ import torch
 from tests.coursework import student
 from tests.coursework.units import TEST_FILES, all_graded
 
+SEED = 20_263_701  # one that a solution is unlikely to set: setting it would not be seen
 COUNTS = {"a": 1, "two": 2, "three": 3}
 
 
@@ -72,7 +73,8 @@ def watched():
     found = {}
     for module in modules:
         for name, value in vars(module).items():
-            if name not in ("_", "__warningregistry__"):
+            # torch itself exchanges manual_seed when a part of it is first used.
+            if name not in ("_", "__warningregistry__", "manual_seed"):
                 found[module, name] = value
     return found
 
@@ -178,7 +180,7 @@ def failures(graded, path=""):
     """(test, why it fails) of the tests of one function, as the modules are by now."""
     module = importlib.import_module(TEST_FILES[graded.module].removesuffix(".py"))
     for test in graded.tests:
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         try:
             call(getattr(module, test))
         except BaseException as error:  # pytest.fail and SystemExit, too
@@ -204,6 +206,8 @@ def why(error, path):
         return str(error) or "an assertion of the test fails"
     if isinstance(error, SystemExit):
         return f"the function ends the program (SystemExit){where}"
+    if isinstance(error, TypeError) and " argument" in str(error):
+        return f"it cannot be called as the specification says: {student.told(error)}"
     if where:
         return f"{student.told(error)} (line {where[1:]} of your file)"
     return f"the test cannot use what it returns: {student.told(error)}"

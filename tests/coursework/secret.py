@@ -32,7 +32,7 @@ from tests.coursework.restyle import draw, restyled
 from tests.coursework.student import Refused
 from tests.coursework.units import all_graded
 
-LIMIT = 180  # seconds for a short run; it takes about ten
+LIMIT = 300  # seconds for a short run; it takes about ten
 PER_KIND = 4  # so many places of a kind are tried before another kind is drawn
 MOVED = 0.01  # a figure has moved if it differs by this share
 SHORTEST = 12  # characters of a secret

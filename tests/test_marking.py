@@ -260,7 +260,7 @@ def test_submissions_get_their_points(marks):
     points = {name: int(row[marks.header[1]]) for name, row in marks.rows.items()}
     kl, most = all_graded()["kl_estimate"].points, sum(g.points for g in all_graded().values())
     assert points["one function"] == all_graded()["response_mask"].points
-    assert points["one mistake"] == most - all_graded()["gae"].points
+    assert points["one mistake"] == most - all_graded()["class_weights"].points
     assert points["memory in pieces"] == points["endless loop"] == kl
     for name in ("syntax error", "kills", "notes", "two", "'=1+1 only a comment"):
         assert points[name] == 0, name
@@ -276,7 +276,7 @@ def test_the_note_says_why(marks):
     assert "SyntaxError" in notes["syntax error"]
     assert notes["notes"] == "notes.txt: not a .py file"
     assert notes["two"] == "2 .py files; one is wanted"
-    assert notes["one mistake"].startswith("gae: ")
+    assert notes["one mistake"].startswith("class_weights: ")
     assert "response_mask" not in marks.rows["one function"]["not written"]
     assert str(Path(marks.folder)) not in "".join(notes.values())
 

@@ -208,6 +208,18 @@ def graded_functions(tree, right):
     return found
 
 
+def trains(file):
+    """Does a short training with the functions of a file come to its end?"""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "tests.coursework.train", str(file)]
+        command += ["--preset", "smoke", "--run", str(Path(folder) / "run")]
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            return False
+        return done.returncode == 0
+
+
 def bug_in_solution(path, key):
     """The same in a student's file: a bug that the grader finds and that raises no error."""
     text = path.read_text(encoding="utf-8")
@@ -222,7 +234,7 @@ def bug_in_solution(path, key):
             planted = restyled(apply(tree, change), text, key[0], "solution")
             file.write_text(planted, encoding="utf-8")
             graded = change.function.split(".")[0]
-            if how(file, [graded])[graded] == "failed":
+            if how(file, [graded])[graded] == "failed" and trains(file):
                 effect = [f"the grader says that {graded} is wrong"]
                 place = path.name, change.kind, change.function
                 return Bug(*place, clean, planted, effect), planted

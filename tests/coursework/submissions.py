@@ -113,7 +113,7 @@ def honest():
         "units 1 to 3": solved(half),
         "only unit 6": solved(unit(6), rest=False),
         "one function": solved(["response_mask"]),
-        "one mistake": with_mistakes(["gae"]),
+        "one mistake": with_mistakes(["class_weights"]),
         "four mistakes": with_mistakes(["whiten", "policy_loss", "mean_pool", "value_loss"]),
         "returns nothing": f"{KL}    log_probs - ref_log_probs\n",
         "wrong shape": f"{KL}    return (log_probs - ref_log_probs).sum()\n",

@@ -135,7 +135,7 @@ def test_units_are_whole():
         assert graded.minutes % MINUTES_A_POINT == 0, graded.name
     for file, test in graders():
         text = (TESTS / file).read_text(encoding="utf-8")
-        assert f"def {test}():" in text or f"def {test}(" in text, f"{file} has no {test}"
+        assert f"def {test}(" in text, f"{file} has no {test}"
     assert {file for file, _ in graders()} == set(TEST_FILES.values())
 
 
@@ -455,15 +455,17 @@ SWITCHES = {  # what would make a wrong solution pass, if nobody looked
     "pytest.fail": "import pytest\npytest.fail = print",
     "isclose": "import torch\ntorch.isclose = lambda *a, **b: torch.tensor(True)",
     "a tensor's method": "import torch\ntorch.Tensor.any = lambda *a: False",
-    "the test": "import sys\nfor m in list(sys.modules.values()):\n"
-    "    if hasattr(m, 'test_kl_estimate'):\n        m.test_kl_estimate = print",
-    "the module of the tests": "import ppo, sys\nsys.modules['test_ppo'] = ppo",
     "all assertions": "import builtins\nbuiltins.AssertionError = KeyError",
+    "the tests": "import sys\nfor m in list(sys.modules.values()):\n"
+    "    if hasattr(m, 'test_kl_estimate'):\n        m.test_kl_estimate = print",
+    "the file of the tests": "import sys, types\nfake = types.ModuleType('test_ppo')\n"
+    "fake.test_kl_estimate = fake.test_kl_estimate_passes_its_gradient = lambda: None\n"
+    "sys.modules['test_ppo'] = fake",
     "at the end": "import atexit, os\natexit.register(os._exit, 0)",
-    "skip": "import pytest\ndef kl_estimate(a, b, kind='k1'):\n    pytest.skip('not today')",
-    "exit of pytest": "import pytest\ndef kl_estimate(*a):\n    pytest.exit('done', 0)",
     "an answer of its own": 'import os\nos.write(1, b\'{"failures": {}, "seconds": 0}\')',
-    "an answer of its own, later": "import os\ndef kl_estimate(*a):\n    for i in range(9):\n"
+    "from within": "import os, pytest\ndef whiten(*a, **b):\n    pytest.skip('not today')\n"
+    "def gae(*a, **b):\n    pytest.exit('done', 0)\ndef policy_loss(*a):\n"
+    "    for i in range(9):\n"
     "        try: os.write(i, b'{\"failures\": {}}')\n        except OSError: pass\n"
     "    os._exit(0)",
 }
@@ -472,37 +474,53 @@ SWITCHES = {  # what would make a wrong solution pass, if nobody looked
 @pytest.mark.parametrize("how", SWITCHES)
 def test_the_checks_can_not_be_switched_off(how, tmp_path):
     """Not even by a file that is not read before; reading refuses all of them by their line."""
-    text = SWITCHES[how]
-    if "def kl_estimate" not in text:
-        text = f"{text}\n{LOOSE}"
     path = tmp_path / "mine.py"
     try:
-        assert not results_of(path, text)["kl_estimate"].passed
+        results = results_of(path, f"{SWITCHES[how]}\n{LOOSE}")
+        assert not any(result.passed for result in results.values())
     except student.Refused as error:
         assert "changes" in str(error), error
     with pytest.raises(student.Refused, match=r"mine\.py:\d+: "):
         grader.grade(path)
 
 
-ALWAYS_WRONG = {
-    "in place": ("return a - b", "a -= b\n    return a", "changes its arguments in place"),
-    "the global generator": (
-        "return a - b",
-        "torch.manual_seed(0)\n    return a - b",
-        "torch's global generator",
-    ),
-    "nothing": ("return a - b", "a - b", "returns nothing"),
-    "a number": ("return a - b", "return 1.0", "has to return a tensor; it returns float 1.0"),
-    "two values": ("return a - b", "return a, b", "it returns a tuple of 2"),
+ALWAYS_WRONG = """
+import torch
+
+def kl_estimate(a, b, kind="k1"):
+    a -= b
+    return a
+
+def whiten(x, mask, shift_mean=True):
+    torch.manual_seed(0)
+    return x
+
+def response_mask(ids, eos_id=1):
+    ids == eos_id
+
+def mean_pool(x, mask):
+    return 1.0
+
+def policy_loss(log_probs, old, advantages, mask, clip_range=0.2):
+    return log_probs.mean(), log_probs, mask
+
+def gae(rewards, values):
+    return rewards, values
+"""
+SAID = {
+    "kl_estimate": "changes its arguments in place",
+    "whiten": "torch's global generator",
+    "response_mask": "returns nothing: is there a `return`?",
+    "mean_pool": "has to return a tensor; it returns float 1.0",
+    "policy_loss": "has to return two tensors: loss and share; it returns a tuple of 3",
+    "gae": "it cannot be called as the specification says",
 }
 
 
-@pytest.mark.parametrize("how", ALWAYS_WRONG)
-def test_what_is_wrong_whatever_is_computed_is_said_in_words(how, tmp_path):
-    right, wrong, words = ALWAYS_WRONG[how]
-    text = f"import torch\ndef kl_estimate(a, b, kind='k1'):\n    {right}\n"
-    results = results_of(tmp_path / "mine.py", text.replace(right, wrong))
-    assert words in results["kl_estimate"].message
+def test_what_is_wrong_whatever_is_computed_is_said_in_words(tmp_path):
+    results = results_of(tmp_path / "mine.py", ALWAYS_WRONG)
+    for name, words in SAID.items():
+        assert words in results[name].message, f"{name}: {results[name].message}"
 
 
 def test_a_mistake_costs_only_once(tmp_path):

@@ -430,7 +430,7 @@ def caught_by(graded, source):
     value = worker.guard(graded, remade(graded, source))
     places = student.put_in(graded.name, value)
     try:
-        for test, reason in worker.failures(graded, graded.name):
+        for test, reason in worker.failures(worker.tests_of(graded), graded.name):
             return test, reason
     finally:
         student.put_back(graded.name, places)

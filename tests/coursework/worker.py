@@ -176,15 +176,20 @@ def guard(graded, value):
 # ---- the tests of one function --------------------------------------------------------------
 
 
-def failures(graded, path=""):
-    """(test, why it fails) of the tests of one function, as the modules are by now."""
+def tests_of(graded):
+    """The tests of a function, by name."""
     module = importlib.import_module(TEST_FILES[graded.module].removesuffix(".py"))
-    for test in graded.tests:
+    return {test: getattr(module, test) for test in graded.tests}
+
+
+def failures(tests, path):
+    """(name, why it fails) of tests, as the modules are by now; path: the student's file."""
+    for name, test in tests.items():
         torch.manual_seed(SEED)
         try:
-            call(getattr(module, test))
+            call(test)
         except BaseException as error:  # pytest.fail and SystemExit, too
-            yield test, why(error, path)
+            yield name, why(error, path)
 
 
 def call(test):
@@ -217,8 +222,8 @@ class Worker:
     """Grades what the file defines, one function at a time."""
 
     def __init__(self, path):
-        for file in TEST_FILES.values():
-            importlib.import_module(file.removesuffix(".py"))
+        # found before the file runs, which may put something in their place
+        self.tests = {name: tests_of(graded) for name, graded in all_graded().items()}
         self.path = path
         self.lender = Lender()
         self.before = watched()
@@ -233,7 +238,7 @@ class Worker:
         if not problem:
             self.lender.graded = name
             places = student.put_in(name, guard(graded, value))
-            found = dict(failures(graded, self.path))
+            found = dict(failures(self.tests[name], self.path))
             student.put_back(name, places)
             self.lender.graded = ""
         seconds = round(time.process_time() - started, 2)

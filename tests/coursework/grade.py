@@ -39,6 +39,7 @@ class Result:
     status: str  # passed, failed, unwritten, absent
     messages: list = field(default_factory=list)
     seconds: float = 0.0
+    hint: str = ""  # of use where the function computes something wrong
 
     @property
     def passed(self):
@@ -130,14 +131,14 @@ class Child:
         if self.process is None:
             self.start()
         answer, problem = self.ask(name, self.limit)
-        if not problem and answer.get("changed"):
-            problem = f"your file changes {answer['changed']} while it is graded"
         if problem:
             self.end()
-            return Result(name, "failed", [problem], float(self.limit))
+            return Result(name, "failed", [problem], float(self.limit), hint="")
+        if answer["problem"]:
+            return Result(name, "failed", [answer["problem"]], hint="")
         messages = list(dict.fromkeys(answer["failures"].values()))
         status = "failed" if messages else "passed"
-        return Result(name, status, messages, answer["seconds"])
+        return Result(name, status, messages, answer["seconds"], all_graded()[name].hint)
 
     def end(self):
         if self.process:
@@ -196,8 +197,7 @@ def lines_of(result):
         return [f"  not written yet: {result.message} ({graded.points} points)"]
     if result.passed:
         return [head]
-    shown = [indented(message, 6) for message in result.messages]
-    return [head, *shown, f"      hint: {graded.hint}"]
+    return [head, indented(advice(result), 6)]
 
 
 def page(results, units):
@@ -277,7 +277,12 @@ def explanation(result):
         return f"not written yet: {result.message}"
     if result.passed:
         return ""
-    return f"{result.message}\nhint: {all_graded()[result.name].hint}"
+    return advice(result)
+
+
+def advice(result):
+    """What is wrong, with a hint for what is computed wrong."""
+    return "\n".join([*result.messages, *([f"hint: {result.hint}"] if result.hint else [])])
 
 
 def junit(results, units):

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,19 +21,21 @@ from tests.coursework import grade as grader
 from tests.coursework import measure_bugs, mutants, plant, specify, student
 from tests.coursework.units import MINUTES_A_POINT, TEST_FILES, UNITS, all_graded, graders
 from tests.coursework.wrong import WRONG
+from tests.tools import read_json
 
 TESTS = Path(__file__).parent
 COURSE = TESTS / "coursework"
 
 
 def run_module(*words):
-    """python -m ... from the project's folder. Returns the exit code and all output."""
+    """python -m ... from the project's folder, on one thread: (exit code, all output)."""
     done = subprocess.run(
         [sys.executable, "-m", *map(str, words)],
         cwd=plant.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     return done.returncode, done.stdout
 
@@ -539,49 +542,42 @@ def test_a_mistake_costs_only_once(tmp_path):
 
 # ---- training with a student's functions
 
-TRAINED = """
-import ppo
 
-class PPOTrainer(ppo.PPOTrainer):
-    def step(self, i):
-        return {"reward": 0.25, "length": 3.0, "entropy": 2.0, "kl": 0.125}
-
-    def loss(self, part):
-        raise NotImplementedError("is not asked for, as step does not update")
-
-def kl_estimate(log_probs, ref_log_probs, kind="k1"):
-    return log_probs - ref_log_probs
-
-def whiten(x, mask, shift_mean=True):
-    raise NotImplementedError
-"""
+def that_tell(text):
+    """Solutions, each of which prints "used NAME" when it is called."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            told = ast.parse(f"print('used {node.name}', flush=True)").body
+            node.body = told + node.body
+    return ast.unparse(tree)
 
 
-def test_training_uses_the_students_functions_and_says_so(tmp_path):
-    """The trainer is a default of run_all; here it is one that moves nothing."""
-    text = TRAINED.replace('"is not asked for, as step does not update"', "self")
-    (tmp_path / "mine.py").write_text(text, encoding="utf-8")
-    words = ["--preset", "smoke", "--run", tmp_path / "run"]
+def test_training_uses_the_students_functions_and_says_so(finished, tmp_path):
+    """With the project's own code in the student's file the figures are the project's."""
+    (tmp_path / "mine.py").write_text(that_tell(right_solutions()), encoding="utf-8")
+    run = tmp_path / "run"
+    words = ["--preset", "smoke", "--run", run]
     code, output = run_module("tests.coursework.train", tmp_path / "mine.py", *words)
-    assert code == 0, output
-    said = (
-        "with the functions of mine.py: kl_estimate, PPOTrainer; all others are the project's"
-    )
+    assert code == 0, output[-2000:]
+    said = f"with the functions of mine.py: {', '.join(all_graded())}"
     assert output.splitlines()[0] == said
-    assert f"**Trained {said}.**" in (tmp_path / "run" / "report.md").read_text(
-        encoding="utf-8"
-    )
-    log = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in log]
-    rewards = {record["reward"] for record in records if record["stage"] == "ppo"}
-    assert rewards == {0.25}, "the student's step made the records"
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
-    assert metrics["code"]["student"][0] == "mine.py"
+    assert f"**Trained {said}.**" in (run / "report.md").read_text(encoding="utf-8")
+
+    used = set(re.findall(r"^used (\w+)$", output, re.MULTILINE))
+    for name, graded in all_graded().items():
+        if name != "adapt_kl_coef":  # is off in this preset
+            assert used.issuperset(graded.methods or [name]), f"{name} was not used"
+    mine, projects = (read_json(folder / "metrics.json") for folder in (run, finished))
+    assert mine["code"].pop("student")[0] == "mine.py"
+    for figures in (mine, projects):
+        figures.pop("seconds")
+    assert mine == projects
 
 
 @pytest.mark.parametrize(
     "text, words",
-    [("import os\ndef gae(): pass\n", []), (TRAINED, ["--no-such-option"]), ("x = 1\n", [])],
+    [("import os\ndef gae(): pass\n", []), (SOLUTION, ["--no-such-option"]), ("x = 1\n", [])],
 )
 def test_training_refuses_in_one_line(text, words, tmp_path):
     (tmp_path / "mine.py").write_text(text, encoding="utf-8")

@@ -540,6 +540,37 @@ def test_a_mistake_costs_only_once(tmp_path):
     assert not results["f1_scores"].passed
 
 
+LAVISH = """
+def kl_estimate(*a):
+    print("\\x1b[2J" + "word " * 10**8)
+
+def whiten(*a):
+    many = [0]
+    while True:
+        many += many
+
+def gae(*a):
+    raise ValueError("\\x1b[2J\\x00 & < \\ud800")
+
+def adapt_kl_coef(kl_coef, kl, target, batch_size, horizon):
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * min(max(1 + error * batch_size / horizon, 0.5), 2.0)
+"""
+
+
+def test_memory_and_output_have_limits_and_messages_are_harmless(tmp_path):
+    junit = tmp_path / "report.xml"
+    code, output = grade(tmp_path / "mine.py", LAVISH, "--units", "4,5", "--junitxml", junit)
+    assert code == 1
+    assert "MemoryError" in output
+    assert "\x1b" not in output
+    assert len(output) < 20_000
+    assert "ValueError: ?[2J? & < ?" in output
+    failures = {case.get("name"): case for case in ElementTree.parse(junit).iter("testcase")}
+    assert failures["gae"].find("failure") is not None
+    assert failures["adapt_kl_coef"].find("failure") is None
+
+
 # ---- training with a student's functions
 
 

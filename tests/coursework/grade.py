@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import queue
+import re
 import secrets
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from tests.coursework.units import UNITS, all_graded, unit_of
 
 LIMIT = 20  # seconds for each function
 PRINTED = 20  # lines of what the file prints
+LONGEST = 4000  # characters of a message
 
 
 @dataclass
@@ -96,7 +98,7 @@ class Child:
             raise Refused(f"{self.path}: cannot be imported: {problem}; correct it")
         if not answer.get("loaded"):
             self.end()
-            raise Refused(str(answer.get("problem")))
+            raise Refused(printable(answer.get("problem")))
         if answer.get("changed"):
             self.end()
             raise Refused(f"{self.path}: changes {answer['changed']}; take it out")
@@ -135,8 +137,8 @@ class Child:
             self.end()
             return Result(name, "failed", [problem], float(self.limit), hint="")
         if answer["problem"]:
-            return Result(name, "failed", [answer["problem"]], hint="")
-        messages = list(dict.fromkeys(answer["failures"].values()))
+            return Result(name, "failed", [printable(answer["problem"])], hint="")
+        messages = list(dict.fromkeys(map(printable, answer["failures"].values())))
         status = "failed" if messages else "passed"
         return Result(name, status, messages, answer["seconds"], all_graded()[name].hint)
 
@@ -232,9 +234,14 @@ def names_of(units):
 
 def printed(log):
     """The last lines of what the student's file has printed."""
-    log.seek(0)
-    lines = log.read().decode(errors="replace").splitlines()[-PRINTED:]
+    log.seek(max(0, log.seek(0, os.SEEK_END) - LONGEST))
+    lines = printable(log.read().decode(errors="replace")).splitlines()[-PRINTED:]
     return "\n".join(["", "what your file printed (the end of it):", *lines]) if lines else ""
+
+
+def printable(text):
+    """Without what would steer a terminal or is no XML, and not endless."""
+    return re.sub(r"[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd]", "?", str(text)[:LONGEST])
 
 
 def gradescope(results, units, seconds, output, same):
@@ -387,8 +394,12 @@ def report(arguments, units, log):
 def main(words=None):
     arguments = make_parser().parse_args(words)
     try:
+        if arguments.limit < 1:
+            raise Refused(f"--limit {arguments.limit}: give each function a second at least")
         with tempfile.TemporaryFile() as log:
             return report(arguments, units_of(arguments.units), log)
+    except KeyboardInterrupt:
+        return 130
     except Refused as error:
         print(error, file=sys.stderr)
     except OSError as error:

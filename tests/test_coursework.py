@@ -116,7 +116,7 @@ def test_there_are_many_mutants_of_every_kind():
     found = list(itertools.chain(*map(mutants.mutants_of, all_graded().values())))
     assert len(found) >= 150
     kinds = Counter(mutant.kind for mutant in found)
-    named = re.findall(r"^    (\w[\w ]*?)  +\w", mutants.__doc__, re.MULTILINE)
+    named = re.findall(r"^    (\w[\w ]*?)  +\S", mutants.__doc__, re.MULTILINE)
     assert len(named) == 9
     for kind in named:
         assert kinds[kind] >= 10, kind
@@ -390,6 +390,22 @@ def gae(*a):
 
 def policy_loss(*a):
     return policy_loss(*a)
+
+def value_loss(*a):
+    import os, time
+    if os.fork() == 0:
+        time.sleep(60)  # and keeps all that is open
+    os._exit(3)
+
+def adapt_kl_coef(*a):
+    import os
+    for i in range(20):
+        try:
+            os.close(i)
+        except OSError:
+            pass
+    while True:
+        pass
 """
 )
 
@@ -409,11 +425,13 @@ def test_an_endless_loop_ends_and_the_others_are_graded(tmp_path):
 
 def test_who_ends_the_process_gets_nothing_and_the_others_are_graded(tmp_path):
     """Also without the reading of the file, which refuses `import os`."""
-    results = results_of(tmp_path / "mine.py", LEAVES)
+    results = results_of(tmp_path / "mine.py", LEAVES, limit=5)
     assert results["kl_estimate"].passed
     assert "ends the process that grades it (exit status 0)" in results["whiten"].message
     assert "ends the program (SystemExit)" in results["gae"].message
     assert "RecursionError" in results["policy_loss"].message
+    assert "longer than 5 s" in results["value_loss"].message, "a child of it holds on"
+    assert "disturbs" in results["adapt_kl_coef"].message
 
 
 OF_THE_PROJECT = {  # each function in another way; all of them are one file

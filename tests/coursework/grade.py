@@ -8,11 +8,13 @@ file defines passes; 1: something fails or is not written yet; 2: the file canno
 """
 
 import argparse
+import contextlib
 import json
 import os
 import queue
 import re
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -87,9 +89,11 @@ class Child:
             encoding="utf-8",
             errors="replace",
             env=environment(),
+            start_new_session=True,  # what it starts ends with it
         )
         self.answers = queue.Queue()
-        threading.Thread(target=self.listen, args=[self.process, self.answers]).start()
+        arguments = [self.process, self.answers]
+        threading.Thread(target=self.listen, args=arguments, daemon=True).start()
         self.secret = secrets.token_hex(16)
         # Importing torch takes time on a busy machine; so the file gets more of it, once.
         answer, problem = self.ask(self.secret, self.limit + 40)
@@ -125,7 +129,10 @@ class Child:
                 return answer, ""
         except (ValueError, KeyError, TypeError):
             pass
-        code = self.process.poll() if text else self.process.wait()
+        try:
+            code = self.process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            return {}, "it disturbs the process that grades it"
         return {}, f"it ends the process that grades it (exit status {code})"
 
     def grade(self, name):
@@ -143,11 +150,13 @@ class Child:
         return Result(name, status, messages, answer["seconds"], all_graded()[name].hint)
 
     def end(self):
+        """Kill it, and all that it has started."""
         if self.process:
+            if hasattr(os, "killpg"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
             self.process.kill()
             self.process.wait()
-            self.process.stdin.close()
-            self.process.stdout.close()
         self.process = None
 
 

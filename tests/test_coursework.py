@@ -523,7 +523,7 @@ def mean_pool(x, mask):
     return 1.0
 
 def policy_loss(log_probs, old, advantages, mask, clip_range=0.2):
-    return log_probs.mean(), log_probs, mask
+    return log_probs.mean(), 0.5
 
 def gae(rewards, values):
     return rewards, values
@@ -533,7 +533,8 @@ SAID = {
     "whiten": "torch's global generator",
     "response_mask": "returns nothing: is there a `return`?",
     "mean_pool": "has to return a tensor; it returns float 1.0",
-    "policy_loss": "has to return two tensors: loss and share; it returns a tuple of 3",
+    "policy_loss": "has to return two tensors: loss and share; "
+    "it returns a tuple of 2 (a tensor of shape (), float 0.5)",
     "gae": "it cannot be called as the specification says",
 }
 

@@ -162,13 +162,14 @@ def wrong_kind(value, wanted):
 
 
 def in_words(value):
-    """What a value is: "a tensor of shape (2, 3)", "a tuple of 2"."""
+    """What a value is: "a tensor of shape (2, 3)", "a tuple of 2 (float 1.0, float 2.0)"."""
     if torch.is_tensor(value):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, dict):
         return f"a dict of {', '.join(map(str, value)) or 'nothing'}"
     if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
+        parts = ", ".join(map(in_words, value[:4]))
+        return f"a {type(value).__name__} of {len(value)} ({parts})"
     return f"{type(value).__name__} {str(value)[:40]}"
 
 

@@ -115,6 +115,17 @@ def same(one, other):
     return one is other or one == other
 
 
+def restore(values, before):
+    """Make tensors and lists again what they were."""
+    for value, old in zip(values, before):
+        if torch.is_tensor(value):
+            value.data = old
+        elif isinstance(value, tuple):
+            restore(value, old)
+        elif isinstance(value, list):
+            value[:] = old
+
+
 def guarded(graded, function):
     """The function, with Wrong raised for what is wrong whatever it computes."""
 
@@ -125,6 +136,7 @@ def guarded(graded, function):
         state = torch.get_rng_state()
         value = function(*arguments, **named)
         if not same(before, frozen(given)):
+            restore(given, before)  # they may be used again
             raise Wrong(f"{graded.name} changes its arguments in place: make a new tensor")
         draws = graded.random or (graded.methods and given[0].training)
         if not draws and not torch.equal(state, torch.get_rng_state()):

@@ -703,9 +703,9 @@ GAIN = ("relative", "low", "high")
 
 
 def test_paired_bootstrap():
-    gold, before, after = systems(60, 0.6)
+    gold, before, after = systems(40, 0.6)
 
-    def gain(old, new, resamples=100, **settings):
+    def gain(old, new, resamples=50, **settings):
         settings = {"resamples": resamples, **settings}
         return identifiers.paired_bootstrap(old, new, gold, gold, **settings)
 

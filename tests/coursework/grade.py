@@ -8,10 +8,13 @@ file defines passes; 1: something fails or is not written yet; 2: the file canno
 """
 
 import argparse
+import contextlib
 import json
 import os
 import queue
+import re
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +32,7 @@ from tests.coursework.units import UNITS, all_graded, unit_of
 
 LIMIT = 20  # seconds for each function
 PRINTED = 20  # lines of what the file prints
+LONGEST = 4000  # characters of a message
 
 
 @dataclass
@@ -39,6 +43,7 @@ class Result:
     status: str  # passed, failed, unwritten, absent
     messages: list = field(default_factory=list)
     seconds: float = 0.0
+    hint: str = ""  # of use where the function computes something wrong
 
     @property
     def passed(self):
@@ -84,9 +89,11 @@ class Child:
             encoding="utf-8",
             errors="replace",
             env=environment(),
+            start_new_session=True,  # what it starts ends with it
         )
         self.answers = queue.Queue()
-        threading.Thread(target=self.listen, args=[self.process, self.answers]).start()
+        arguments = [self.process, self.answers]
+        threading.Thread(target=self.listen, args=arguments, daemon=True).start()
         self.secret = secrets.token_hex(16)
         # Importing torch takes time on a busy machine; so the file gets more of it, once.
         answer, problem = self.ask(self.secret, self.limit + 40)
@@ -95,7 +102,7 @@ class Child:
             raise Refused(f"{self.path}: cannot be imported: {problem}; correct it")
         if not answer.get("loaded"):
             self.end()
-            raise Refused(str(answer.get("problem")))
+            raise Refused(printable(answer.get("problem")))
         if answer.get("changed"):
             self.end()
             raise Refused(f"{self.path}: changes {answer['changed']}; take it out")
@@ -122,7 +129,10 @@ class Child:
                 return answer, ""
         except (ValueError, KeyError, TypeError):
             pass
-        code = self.process.poll() if text else self.process.wait()
+        try:
+            code = self.process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            return {}, "it disturbs the process that grades it"
         return {}, f"it ends the process that grades it (exit status {code})"
 
     def grade(self, name):
@@ -130,21 +140,23 @@ class Child:
         if self.process is None:
             self.start()
         answer, problem = self.ask(name, self.limit)
-        if not problem and answer.get("changed"):
-            problem = f"your file changes {answer['changed']} while it is graded"
         if problem:
             self.end()
-            return Result(name, "failed", [problem], float(self.limit))
-        messages = list(dict.fromkeys(answer["failures"].values()))
+            return Result(name, "failed", [problem], float(self.limit), hint="")
+        if answer["problem"]:
+            return Result(name, "failed", [printable(answer["problem"])], hint="")
+        messages = list(dict.fromkeys(map(printable, answer["failures"].values())))
         status = "failed" if messages else "passed"
-        return Result(name, status, messages, answer["seconds"])
+        return Result(name, status, messages, answer["seconds"], all_graded()[name].hint)
 
     def end(self):
+        """Kill it, and all that it has started."""
         if self.process:
+            if hasattr(os, "killpg"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
             self.process.kill()
             self.process.wait()
-            self.process.stdin.close()
-            self.process.stdout.close()
         self.process = None
 
 
@@ -196,8 +208,7 @@ def lines_of(result):
         return [f"  not written yet: {result.message} ({graded.points} points)"]
     if result.passed:
         return [head]
-    shown = [indented(message, 6) for message in result.messages]
-    return [head, *shown, f"      hint: {graded.hint}"]
+    return [head, indented(advice(result), 6)]
 
 
 def page(results, units):
@@ -232,9 +243,14 @@ def names_of(units):
 
 def printed(log):
     """The last lines of what the student's file has printed."""
-    log.seek(0)
-    lines = log.read().decode(errors="replace").splitlines()[-PRINTED:]
+    log.seek(max(0, log.seek(0, os.SEEK_END) - LONGEST))
+    lines = printable(log.read().decode(errors="replace")).splitlines()[-PRINTED:]
     return "\n".join(["", "what your file printed (the end of it):", *lines]) if lines else ""
+
+
+def printable(text):
+    """Without what would steer a terminal or is no XML, and not endless."""
+    return re.sub(r"[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd]", "?", str(text)[:LONGEST])
 
 
 def gradescope(results, units, seconds, output, same):
@@ -277,7 +293,12 @@ def explanation(result):
         return f"not written yet: {result.message}"
     if result.passed:
         return ""
-    return f"{result.message}\nhint: {all_graded()[result.name].hint}"
+    return advice(result)
+
+
+def advice(result):
+    """What is wrong, with a hint for what is computed wrong."""
+    return "\n".join([*result.messages, *([f"hint: {result.hint}"] if result.hint else [])])
 
 
 def junit(results, units):
@@ -382,8 +403,12 @@ def report(arguments, units, log):
 def main(words=None):
     arguments = make_parser().parse_args(words)
     try:
+        if arguments.limit < 1:
+            raise Refused(f"--limit {arguments.limit}: give each function a second at least")
         with tempfile.TemporaryFile() as log:
             return report(arguments, units_of(arguments.units), log)
+    except KeyboardInterrupt:
+        return 130
     except Refused as error:
         print(error, file=sys.stderr)
     except OSError as error:

@@ -24,8 +24,9 @@ HEADER = '''"""EmpRL coursework: replace each `raise NotImplementedError`.
 Grade it from the project's folder, as often as you like, with:
 {grade}
 
-An example can be pasted: start `python -i {file}`, and paste its lines without the "# ". What
-comes below it is what the project's own function gives.
+An example can be pasted: start `python -i {file}` in the project's folder (if your file is
+in another one: `PYTHONPATH=. python -i {file}`), and paste its lines without the "# ".
+What comes below it is what the project's own function gives.
 
 You may delete what you do not write: the project's own is used in its place. If a function of yours
 needs another graded one, call it by its module, such as identifiers.f1_scores(...) or ppo.gae(...):

@@ -22,7 +22,7 @@ PROJECT = ("t5_small", "data", "identifiers", "ppo", "emprl")
 LIBRARIES = """__future__ abc bisect collections copy dataclasses enum fractions functools heapq
 itertools math numbers numpy random statistics time torch typing""".split()
 FORBIDDEN_NAMES = """__builtins__ __import__ __loader__ __spec__ breakpoint compile delattr eval
-exec exit getattr globals input locals memoryview open quit setattr vars""".split()
+exec exit getattr globals locals memoryview open quit setattr vars""".split()
 FORBIDDEN_ATTRIBUTES = """builtins ctypes distributed f_back f_globals f_locals gc hub importlib
 inspect io jit library load modules multiprocessing os pathlib pickle serialization shutil signal
 storage subprocess sys testing threading types""".split()
@@ -56,7 +56,7 @@ def check(path, tree):
         if what:
             raise Refused(
                 f"{path}:{node.lineno}: {what}: a solution needs nothing of the program around "
-                "it; take it out"
+                f"it; take it out (it may import {', '.join((*LIBRARIES[1:], *PROJECT))})"
             )
 
 

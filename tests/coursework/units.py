@@ -255,7 +255,8 @@ figures["relative"], figures["low"] <= figures["relative"] <= figures["high"]"""
 token_log_probs(logits, tensor([2]), tensor([[True, False, True]]), 0.5)""",
                 hint="Divide by the temperature, hide what is not in the support, and only then "
                 "normalise; -inf would make the entropy NaN.",
-                mind="The log-probs have a gradient, the entropy needs none. Both are finite.",
+                mind="The log-probs have a gradient, the entropy needs none. Both are finite: a "
+                "token outside the support has a log-prob of about -1e9, and so probability 0.",
                 returns="two tensors: log-probs and entropy",
             ),
             Graded(

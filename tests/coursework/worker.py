@@ -8,6 +8,7 @@ of a graded function arguments and torch's generator must stay as they were; aft
 pytest and the tests themselves must.
 """
 
+import contextlib
 import functools
 import importlib
 import json
@@ -22,6 +23,8 @@ from tests.coursework import student
 from tests.coursework.units import TEST_FILES, all_graded
 
 SEED = 20_263_701  # one that a solution is unlikely to set: setting it would not be seen
+MEMORY = 2 * 2**30  # bytes
+PRINTED = 2**24
 COUNTS = {"a": 1, "two": 2, "three": 3}
 
 
@@ -89,6 +92,11 @@ def changed(before):
     return ""
 
 
+def changed_by_it(before):
+    name = changed(before)
+    return f"your file changes {name} while it is graded" if name else ""
+
+
 def frozen(value):
     """A copy of what a caller hands in, as far as it is numbers; None for what is not."""
     if torch.is_tensor(value):
@@ -107,6 +115,17 @@ def same(one, other):
     return one is other or one == other
 
 
+def restore(values, before):
+    """Make tensors and lists again what they were."""
+    for value, old in zip(values, before):
+        if torch.is_tensor(value):
+            value.data = old
+        elif isinstance(value, tuple):
+            restore(value, old)
+        elif isinstance(value, list):
+            value[:] = old
+
+
 def guarded(graded, function):
     """The function, with Wrong raised for what is wrong whatever it computes."""
 
@@ -117,6 +136,7 @@ def guarded(graded, function):
         state = torch.get_rng_state()
         value = function(*arguments, **named)
         if not same(before, frozen(given)):
+            restore(given, before)  # they may be used again
             raise Wrong(f"{graded.name} changes its arguments in place: make a new tensor")
         draws = graded.random or (graded.methods and given[0].training)
         if not draws and not torch.equal(state, torch.get_rng_state()):
@@ -154,13 +174,14 @@ def wrong_kind(value, wanted):
 
 
 def in_words(value):
-    """What a value is: "a tensor of shape (2, 3)", "a tuple of 2"."""
+    """What a value is: "a tensor of shape (2, 3)", "a tuple of 2 (float 1.0, float 2.0)"."""
     if torch.is_tensor(value):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, dict):
         return f"a dict of {', '.join(map(str, value)) or 'nothing'}"
     if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
+        parts = ", ".join(map(in_words, value[:4]))
+        return f"a {type(value).__name__} of {len(value)} ({parts})"
     return f"{type(value).__name__} {str(value)[:40]}"
 
 
@@ -176,15 +197,20 @@ def guard(graded, value):
 # ---- the tests of one function --------------------------------------------------------------
 
 
-def failures(graded, path=""):
-    """(test, why it fails) of the tests of one function, as the modules are by now."""
+def tests_of(graded):
+    """The tests of a function, by name."""
     module = importlib.import_module(TEST_FILES[graded.module].removesuffix(".py"))
-    for test in graded.tests:
+    return {test: getattr(module, test) for test in graded.tests}
+
+
+def failures(tests, path):
+    """(name, why it fails) of tests, as the modules are by now; path: the student's file."""
+    for name, test in tests.items():
         torch.manual_seed(SEED)
         try:
-            call(getattr(module, test))
+            call(test)
         except BaseException as error:  # pytest.fail and SystemExit, too
-            yield test, why(error, path)
+            yield name, why(error, path)
 
 
 def call(test):
@@ -217,8 +243,8 @@ class Worker:
     """Grades what the file defines, one function at a time."""
 
     def __init__(self, path):
-        for file in TEST_FILES.values():
-            importlib.import_module(file.removesuffix(".py"))
+        # found before the file runs, which may put something in their place
+        self.tests = {name: tests_of(graded) for name, graded in all_graded().items()}
         self.path = path
         self.lender = Lender()
         self.before = watched()
@@ -229,15 +255,31 @@ class Worker:
         started = time.process_time()
         value = getattr(self.file, name, None)
         problem = student.problem_of(value, graded, self.path)
-        found = {test: problem for test in graded.tests if problem}
+        found = {}
         if not problem:
             self.lender.graded = name
             places = student.put_in(name, guard(graded, value))
-            found = dict(failures(graded, self.path))
+            found = dict(failures(self.tests[name], self.path))
             student.put_back(name, places)
             self.lender.graded = ""
         seconds = round(time.process_time() - started, 2)
-        return {"failures": found, "seconds": seconds, "changed": changed(self.before)}
+        problem = problem or changed_by_it(self.before)
+        return {"failures": found, "seconds": seconds, "problem": problem}
+
+
+def limit_itself():
+    """No endless list and no endless printing; Windows has no such limits."""
+    try:
+        import resource
+    except ImportError:
+        return
+    limits = {resource.RLIMIT_DATA: MEMORY, resource.RLIMIT_FSIZE: PRINTED}
+    for kind, size in limits.items():
+        _, highest = resource.getrlimit(kind)
+        if highest != resource.RLIM_INFINITY:
+            size = min(size, highest)
+        with contextlib.suppress(OSError, ValueError):  # a system that has no such limit
+            resource.setrlimit(kind, (size, highest))
 
 
 def main():
@@ -254,6 +296,7 @@ def main():
 
     path = sys.argv[1]
     torch.set_num_threads(1)
+    limit_itself()
     try:
         worker = Worker(path)
         reply(loaded=True, changed=changed(worker.before))

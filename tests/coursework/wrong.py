@@ -18,7 +18,7 @@ WRONG = {
         ("ids == pad_id", "ids == PAD_ID"),
         (
             "(ids == pad_id)[:, None, None, :] * HIDDEN",
-            "torch.zeros(ids.shape)[:, None, None].masked_fill((ids == pad_id)[:, None, None], -math.inf)",
+            "torch.zeros(ids.shape).masked_fill(ids == pad_id, -math.inf)[:, None, None, :]",
         ),
     ],
     "Attention": [
@@ -97,7 +97,8 @@ WRONG = {
         ),
         (
             "low, high = torch.cat(gains).quantile(bounds).tolist()",
-            "all_gains = torch.cat(gains)\n    low, high = (all_gains.mean() + all_gains.std() * torch.tensor([-1.96, 1.96])).tolist()",
+            "gains, z = torch.cat(gains), torch.tensor([-1.96, 1.96])\n"
+            "    low, high = (gains.mean() + gains.std() * z).tolist()",
         ),
         (
             "(new - old) / old.clamp(min=1e-9)",

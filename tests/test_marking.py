@@ -200,6 +200,7 @@ def test_figures_that_move_are_told():
     assert secret.is_silent(after)
     assert not secret.is_silent({})
     assert not secret.is_silent({"ppo kl": float("nan")})
+    assert not secret.is_silent({"ppo kl": 1.0, "ppo reward": -3.0})
 
 
 def test_a_bug_is_planted_into_a_students_own_solution(tmp_path):

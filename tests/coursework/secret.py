@@ -143,8 +143,9 @@ def moved(before, after):
 
 
 def is_silent(figures):
-    """The program ended well, and nothing that it printed was infinite or not a number."""
-    return bool(figures) and all(map(math.isfinite, figures.values()))
+    """The program ended well, all figures are finite, and the reward is in its range."""
+    possible = all(map(math.isfinite, figures.values()))
+    return bool(figures) and possible and 0 <= figures.get("ppo reward", 0) <= 1
 
 
 def bug_in_program(key):

@@ -41,8 +41,10 @@ FLIPPED = {
     ast.NotEq: ast.NotEq,
 }
 NEGATED = {ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
+OFTEN = 0.75  # all of them could be undone all at once
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 SIMPLE = (ast.Call, ast.BinOp, ast.Compare)
+NAMED = (*SIMPLE, ast.List, ast.Dict, ast.Subscript, ast.IfExp, ast.BoolOp)
 
 
 def draw(*what):
@@ -204,7 +206,7 @@ def rename(function, old_names, public, key):
 
 
 class Paraphrase(ast.NodeTransformer):
-    """Half of the places where something can be written in another way are written so."""
+    """Most of the places where something can be written in another way are written so."""
 
     def __init__(self, key, used, has_torch):
         self.key = key
@@ -212,7 +214,7 @@ class Paraphrase(ast.NodeTransformer):
         self.has_torch = has_torch
 
     def wanted(self, node, kind):
-        return draw(*self.key, node.lineno, node.col_offset, kind) < 0.5
+        return draw(*self.key, node.lineno, node.col_offset, kind) < OFTEN
 
     def free(self, *names):
         """A name that the function does not use yet."""
@@ -238,6 +240,18 @@ class Paraphrase(ast.NodeTransformer):
             node.left, node.right = node.right, node.left
         return node
 
+    def visit_AugAssign(self, node):
+        """n += 1, n = n + 1; a tensor or another object could be changed in place: not those."""
+        self.generic_visit(node)
+        function = getattr(node.value, "func", None)
+        is_number = getattr(function, "attr", getattr(function, "id", "")) in ("item", "len")
+        new_object = is_number or isinstance(node.value, (ast.Constant, ast.List))
+        if isinstance(node.target, ast.Name) and new_object and self.wanted(node, "augmented"):
+            old = ast.copy_location(ast.Name(node.target.id, ast.Load()), node.target)
+            total = ast.copy_location(ast.BinOp(old, node.op, node.value), node)
+            return ast.copy_location(ast.Assign([node.target], total), node)
+        return node
+
     def visit_IfExp(self, node):
         """a if c else b, b if not c else a"""
         self.generic_visit(node)
@@ -252,6 +266,8 @@ class Paraphrase(ast.NodeTransformer):
         if plain and not isinstance(node.body[0], ast.If) and self.wanted(node, "branches"):
             node.test = negated(node.test)
             node.body, node.orelse = node.orelse, node.body
+        node.body = self.statements(node.body)
+        node.orelse = self.statements(node.orelse)
         return node
 
     def visit_Call(self, node):
@@ -274,17 +290,14 @@ class Paraphrase(ast.NodeTransformer):
         node.body = self.statements(node.body)
         return node
 
-    def visit_For(self, node):
-        self.generic_visit(node)
-        node.body = self.statements(node.body)
-        return node
+    visit_For = visit_With = visit_FunctionDef
 
     def statements(self, body):
         """A step may get a line of its own: y = f(g(x)); return y."""
         result = []
         for statement in body:
             value = getattr(statement, "value", None)
-            if isinstance(statement, ast.Return) and isinstance(value, SIMPLE):
+            if isinstance(statement, ast.Return) and isinstance(value, NAMED):
                 if self.wanted(statement, "return"):
                     result.append(self.named(value, "answer", "outcome"))
                     statement.value = self.load(result[-1], value)
@@ -292,6 +305,9 @@ class Paraphrase(ast.NodeTransformer):
             if inner is not None and self.wanted(statement, "inner"):
                 result.append(self.named(inner, "inner", "piece"))
                 statement.value.args[0] = self.load(result[-1], inner)
+            elif is_pair(statement) and self.wanted(statement, "pair"):
+                result.append(self.named(statement.value.elts[0], "one", "left"))
+                statement.value.elts[0] = self.load(result[-1], statement)
             result.append(statement)
         return result
 
@@ -315,9 +331,17 @@ def negated(test):
     return ast.copy_location(new, test)
 
 
+def is_pair(statement):
+    """a, b = f(x), ...; return f(x), ...: what comes first may be evaluated before."""
+    value = getattr(statement, "value", None)
+    if not isinstance(statement, (ast.Assign, ast.Return)) or not isinstance(value, ast.Tuple):
+        return False
+    return bool(value.elts) and isinstance(value.elts[0], SIMPLE)
+
+
 def first_argument(statement):
     """What `x = f(g(...), ...)` evaluates before all else: g(...). None: there is no such."""
-    if not isinstance(statement, (ast.Assign, ast.Return)):
+    if not isinstance(statement, (ast.Assign, ast.Expr, ast.Return)):
         return None
     call = statement.value
     if not isinstance(call, ast.Call) or not call.args:

@@ -230,12 +230,12 @@ def why(error, path):
         return str(error)
     if isinstance(error, AssertionError) and not where:
         return str(error) or "an assertion of the test fails"
-    if isinstance(error, SystemExit):
-        return f"the function ends the program (SystemExit){where}"
-    if isinstance(error, TypeError) and " argument" in str(error):
-        return f"it cannot be called as the specification says: {student.told(error)}"
+    if isinstance(error, SystemExit) and where:
+        return f"it ends the program (SystemExit, line {where[1:]} of your file)"
     if where:
         return f"{student.told(error)} (line {where[1:]} of your file)"
+    if isinstance(error, TypeError) and " argument" in str(error):
+        return f"it cannot be called as the specification says: {student.told(error)}"
     return f"the test cannot use what it returns: {student.told(error)}"
 
 

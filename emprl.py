@@ -21,6 +21,12 @@ if __name__ == "__main__":  # the imports below take a second, which Ctrl-C may 
 
     signal.signal(signal.SIGINT, stop)
 
+# How torch's threads wait for each other: 500 times round, then asleep. Left alone they go
+# round for milliseconds, and beside one busy program a run takes five times as long. libgomp
+# (Linux) reads this when torch is loaded. On macOS and Windows OpenMP reads KMP_BLOCKTIME.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "500")
+
 import argparse
 import contextlib
 import errno
@@ -231,9 +237,12 @@ def real():
         # most levels are 0 here: without balance the safest aim is always "none"
         reward=RewardConfig(balance=0.6),
         exploring=Sampling(min_length=5, max_length=40),
-        replying=Sampling(min_length=5, max_length=40),
+        # chosen by reading: at temperature 1 few replies of so small a model are sentences
+        replying=Sampling(temperature=0.7, top_k=40, min_length=8, max_length=40),
         # a step is noisy: average the weights; the human responses keep the language
-        ppo=PPOConfig(steps=150, batch_size=256, kl_coef=0.1, ptx_coef=0.5, average=0.99),
+        ppo=PPOConfig(
+            steps=110, batch_size=256, lr=6e-3, kl_coef=0.05, ptx_coef=0.5, average=0.99
+        ),
         eval=EvalConfig(contexts=1024, best_of=8),
     )
 
@@ -333,7 +342,7 @@ def run_all(run, ppo_trainer=PPOTrainer):
 
     # 4. PPO trains a copy of the initial policy. The reward, 0 to 1, is how likely a response
     #    has all three levels that it should have.
-    reward = EmpathyReward(classifiers["identifiers"], config.reward)
+    reward = EmpathyReward(classifiers["identifiers"].to(run.device), config.reward)
     prompts = PromptBatches(pairs["train"], targets.train, config.ppo.batch_size, config.seed)
     validate = Evaluator(run, whole["probe"], tokenizer, classifiers, mle).validate
     trainer = ppo_trainer(mle, reward, prompts, config.exploring, config.ppo, validate)
@@ -343,6 +352,7 @@ def run_all(run, ppo_trainer=PPOTrainer):
     save_pretrained(trainer.model, run.folder / "emprl")
 
     # 5. Before and after: replies to the same test contexts, seen by the same classifiers.
+    run.announce("evaluate")
     test = Evaluator(run, whole["test"], tokenizer, classifiers, mle)
     metrics = {who: classifier_figures(c, labelled["test"]) for who, c in classifiers.items()}
     metrics |= test.before_and_after(mle, trainer.model)
@@ -463,16 +473,23 @@ def total_loss(t5, pairs, size=64, positions=2**15):
 
 
 def train_classifier(run, name, mle, train, valid):
-    """A classifier of levels, trained on labelled pairs and frozen."""
+    """A classifier of levels, trained on labelled pairs and frozen.
+
+    It waits in the CPU's memory: three encoders of a large T5 are too much for a small GPU.
+    """
     config = classifier_settings(run.config, name)
     start = mle  # the T5 whose encoder a network copies
     if config.start == "t5":
         start = initial_t5(run, run.tokenizer)
     run.seed(name)
-    classifier = make_classifier(start, config).to(run.device)
-    seed = zlib.crc32(name.encode()) + run.config.seed
-    rows_at = batches(train.lengths(), config.batch_size, seed)
-    run.train(name, classifier.trainer(train, valid, rows_at, config))
+    classifier = make_classifier(start, config)
+    del start
+    for stage, part in classifier.parts(name).items():
+        part.to(run.device)
+        seed = zlib.crc32(stage.encode()) + run.config.seed
+        rows_at = batches(train.lengths(), config.batch_size, seed)
+        run.train(stage, part.trainer(train, valid, rows_at, config))
+        part.to("cpu")
     return classifier.eval().requires_grad_(False)
 
 
@@ -566,7 +583,9 @@ class Run:
         self.noted = False
         self.in_loop = False
         self.interrupted = False
-        self.clock = time.time()
+        self.began = self.clock = time.time()
+        self.expected = stages_of(config)  # stage -> seconds it may take
+        self.worked = 0.0  # those of the stages that this process has trained
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
     def begin(self, corpus, tokenizer, t5):
@@ -615,6 +634,7 @@ class Run:
         if not state.get("done"):
             self.note_start()
             state = self.loop(name, trainer, self.folder / file, {**state, "key": key})
+            self.worked += self.expected.get(name, 0)
         trainer.model.load_state_dict(state["weights"])
         trainer.model.eval()
         self.results[name] = digest_weights(state["weights"])
@@ -636,7 +656,7 @@ class Run:
             new = {"key": state["key"], "seconds": seconds, "log": log, **result}
             save_atomically(new, path)
 
-        progress = Progress(name, trainer, len(log))
+        progress = Progress(self, name, trainer, len(log))
         saved = time.time()
         self.in_loop = True
         for i in range(len(log), trainer.config.steps):
@@ -659,6 +679,19 @@ class Run:
             raise DataError(f"{name}: training diverged ({broken[0]}); {remedy(name)}")
         save(done=True, weights=weights)
         return load_stage(path)
+
+    def place(self, name):
+        """ "stage 2 of 6  mle"."""
+        names = list(self.expected)
+        return f"stage {names.index(name) + 1} of {len(names)}  {name:<15}"
+
+    def announce(self, name):
+        """At the start of a stage: which it is, and roughly how long the run still takes."""
+        names = list(self.expected)
+        rest = sum(self.expected[later] for later in names[names.index(name) :])
+        # The speed so far: it counts the more, the longer the run has been at work.
+        speed = (self.worked + 20) / (time.time() - self.began + 20)
+        say(f"{self.place(name)}the run still takes about {minutes(rest / speed)}")
 
     def stop_if_nothing_is_learnt(self, name, log, steps):
         last = log[-10:]
@@ -759,9 +792,10 @@ def signs_of_trouble(trainer, record, log):
 
 
 class Progress:
-    """A line every few seconds: how far a stage is, how fast, how long it still takes."""
+    """A line every few seconds: how far a stage is, how long it and the run still take."""
 
-    def __init__(self, name, trainer, first, every=5.0):
+    def __init__(self, run, name, trainer, first, every=5.0):
+        self.run = run
         self.name = name
         self.steps = trainer.config.steps
         self.shown = trainer.shown
@@ -769,6 +803,8 @@ class Progress:
         self.every = every
         self.started = time.time()
         self.last = 0.0
+        if self.steps > first:
+            run.announce(name)
 
     def show(self, i, record, warnings):
         now = time.time()
@@ -777,17 +813,58 @@ class Progress:
             return
         self.last = now
         speed = (i + 1 - self.first) / max(now - self.started, 1e-9)
-        minutes, seconds = divmod(int((self.steps - i - 1) / speed), 60)
         keys = [*self.shown, *(key for key in ("skipped", "stopped_early") if record.get(key))]
         figures = [f"{key} {record[key]:.4g}" for key in keys if key in record]
-        say(
-            f"{self.name:<12}{i + 1:>5}/{self.steps}  {speed:5.2f} steps/s",
-            f"{minutes}:{seconds:02d} left",
-            *figures,
-            sep="  ",
-        )
+        left = minutes((self.steps - i - 1) / speed)
+        place = f"{self.run.place(self.name)}{i + 1:>6}/{self.steps}"
+        say(place, f"{speed:5.2f} steps/s  {left} left", *figures, sep="  ")
         for warning in warnings:
             say(f"    warning: {warning}")
+
+
+def minutes(seconds):
+    """75 -> "1:15"."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+# Seconds of a step, of `evaluate` in all, on two cores of 160 GFLOP/s together: so that a run
+# can say roughly how long it takes. It corrects them by its own speed.
+TOY_SECONDS = {
+    "pretrain": 0.04,
+    "mle": 0.04,
+    "identifiers": 0.1,
+    "judge": 0.1,
+    "context": 0.04,
+    "ppo": 2.4,
+    "evaluate": 24,
+}
+REAL_SECONDS = {
+    "pretrain": 0.8,
+    "mle": 0.7,
+    "identifiers": 3,
+    "judge": 3,
+    "context": 25,
+    "ppo": 5.8,
+    "evaluate": 70,
+}
+
+
+def stages_of(config):
+    """{stage: seconds it may take}, in the order of run_all."""
+    seconds = TOY_SECONDS if config.preset in ("toy", "smoke") else REAL_SECONDS
+    expected = {}
+    for name, step in seconds.items():
+        if name == "evaluate":
+            expected[name] = step
+        elif name in ("identifiers", "judge", "context"):
+            settings = classifier_settings(config, name)
+            is_network = settings.kind == "network"
+            parts = [f"-{m}" for m in MECHANISMS if is_network and not settings.shared]
+            for part in parts or [""]:
+                expected[name + part] = step * (settings.steps if is_network else 1)
+        elif getattr(config, name).steps:
+            expected[name] = step * getattr(config, name).steps
+    return expected
 
 
 def load_stage(path):
@@ -878,6 +955,8 @@ def environment(run):
     threads = torch.get_num_threads()
     speeds = {str(n): round(gflops(n), 1) for n in sorted({1, threads})}
     packages = {name: version(name) for name in ("torch", "sentencepiece", "numpy")}
+    variables = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    waiting = {name: os.environ[name] for name in variables if name in os.environ}
     return {
         "command": command_line(sys.argv),
         "code": run.code,
@@ -885,6 +964,7 @@ def environment(run):
         "packages": packages,
         "device": run.device,
         "threads": threads,
+        "waiting": waiting,
         "gflops": speeds,
     }
 
@@ -1011,13 +1091,13 @@ class Evaluator:
         """Both policies, sampled and greedy; the humans' texts; the gain with its interval."""
         sampling = self.run.config.replying
         greedy = replace(sampling, greedy=True)
-        metrics = {
-            "mle": self.policy("mle", mle, sampling),
-            "emprl": self.policy("emprl", emprl, sampling),
-            "mle_greedy": self.policy("mle_greedy", mle, greedy),
-            "emprl_greedy": self.policy("emprl_greedy", emprl, greedy),
-            "gain": {},
-        }
+        metrics = {}
+        for name, t5 in (("mle", mle), ("emprl", emprl)):
+            self.tell(name)
+            metrics[name] = self.policy(name, t5, sampling)
+            self.tell(f"{name}, greedy")
+            metrics[f"{name}_greedy"] = self.policy(f"{name}_greedy", t5, greedy)
+        metrics["gain"] = {}
         human = [dialogue.response for dialogue in self.pairs.dialogues]
         metrics["human"] = text_figures(human, human)
         for who, gold in self.human.items():
@@ -1027,12 +1107,17 @@ class Evaluator:
             metrics["gain"][PREFIX[who] + "emp_f1"] = gain
         return metrics
 
+    def tell(self, system):
+        """What is measured now."""
+        say(f"evaluate    replies of {system}, {len(self.pairs)} contexts")
+
     def best_of_n(self, mle, reward, targets):
         """The rival of RL that trains nothing: the best of n samples of MLE by expected reward."""
         config = self.run.config
         self.run.seed("evaluate mle")  # so that the first of them are MLE's own replies
         tries = []
-        for _ in range(config.eval.best_of):
+        for k in range(config.eval.best_of):
+            self.tell(f"mle, {k + 1} of best of {config.eval.best_of}")
             responses = respond(mle, self.pairs, config.replying, config.eval.batch_size)
             tries.append(self.pairs.but(responses))
         figures = self.measure("best_of_n", reward.best_of(tries, targets).responses)
@@ -1315,7 +1400,8 @@ def level_table(metrics, test):
     for who in test.human:
         for key, meaning in LEVEL_ROWS.items():
             rows[PREFIX[who] + key] = f"{who}: {meaning}"
-    return table("levels, told by", {system: metrics[system] for system in COLUMNS}, rows)
+    systems = {system: metrics[system] for system in COLUMNS if system in metrics}
+    return table("levels, told by", systems, rows)
 
 
 def mechanism_table(metrics, test):
@@ -1405,7 +1491,7 @@ def draw_plots(run, metrics, test):
         figure = Figure(layout="constrained", dpi=100)
         try:
             (run.folder / "plots").mkdir(exist_ok=True)
-            draw(figure, run, metrics, test)
+            draw(figure, metrics, test)
             figure.savefig(run.folder / "plots" / f"{name}.png")
             captions[name] = caption.format(truth=test.truth)
         except Exception as error:
@@ -1437,7 +1523,7 @@ def interval(levels, human, resamples=300):
     return np.quantile(f1, [0.025, 0.975], axis=0)
 
 
-def draw_emp_f1(figure, run, metrics, test):
+def draw_emp_f1(figure, metrics, test):
     """Bars by mechanism with intervals, floor and ceiling of each mechanism."""
     figure.set_size_inches(7.8, 3.8)
     axis = figure.subplots()
@@ -1456,7 +1542,7 @@ def draw_emp_f1(figure, run, metrics, test):
     axis.legend(ncols=5, loc="upper center", fontsize=8)
 
 
-def draw_levels(figure, run, metrics, test):
+def draw_levels(figure, metrics, test):
     """Which level a reply has where the human's has which; MLE above, EmpRL below."""
     figure.set_size_inches(7.8, 5.4)
     axes = figure.subplots(2, 3, sharex=True, sharey=True)
@@ -1488,11 +1574,11 @@ PPO_PANELS = {  # key -> title, unit, healthy range
 }
 
 
-def draw_ppo(figure, run, metrics, test):
+def draw_ppo(figure, metrics, test):
     """What one looks at when PPO fails. A grey band is a healthy range."""
     figure.set_size_inches(7.8, 4.6)
     axes = figure.subplots(2, 4, sharex=True)
-    log = run.logs["ppo"]
+    log = test.run.logs["ppo"]
     for axis, (key, (title, unit, healthy)) in zip(axes.flat, PPO_PANELS.items()):
         curve(axis, log, key, color=COLOURS["emprl"])
         if healthy:
@@ -1502,17 +1588,17 @@ def draw_ppo(figure, run, metrics, test):
         axis.set_title(title, fontsize=10)
         axis.set_ylabel(unit, fontsize=8)
         axis.tick_params(labelsize=8)
-    if run.config.ppo.adaptive_kl:
+    if test.run.config.ppo.adaptive_kl:
         curve(axes.flat[1].twinx(), log, "kl_coef", color="black", ls=":")
     figure.supxlabel("PPO iteration", fontsize=10)
 
 
-def draw_learnt_vs_truth(figure, run, metrics, test):
+def draw_learnt_vs_truth(figure, metrics, test):
     """The identifiers' opinion of the policy beside the truth, from MLE on."""
     figure.set_size_inches(7.8, 3.6)
     axis = figure.subplots()
     key = PREFIX[test.truth] + "exact_match"
-    log = run.logs["ppo"]
+    log = test.run.logs["ppo"]
     points = {0: log[0]["start"]}
     points |= {r["step"] + 1: r for r in log if f"valid_{key}" in r}
     for name, label, colour in (
@@ -1521,7 +1607,7 @@ def draw_learnt_vs_truth(figure, run, metrics, test):
     ):
         share = np.array([record[f"valid_{name}"] for record in points.values()])
         axis.plot(list(points), share, "o-", ms=4, color=colour, label=label)
-        error = 1.96 * np.sqrt(share * (1 - share) / run.config.ppo.valid_contexts)
+        error = 1.96 * np.sqrt(share * (1 - share) / test.run.config.ppo.valid_contexts)
         axis.fill_between(list(points), share - error, share + error, color=colour, alpha=0.15)
     for (name, figures), style in zip(bounds(metrics).items(), (":", "--")):
         axis.axhline(figures[key], color="black", ls=style, label=name)
@@ -1530,16 +1616,17 @@ def draw_learnt_vs_truth(figure, run, metrics, test):
     axis.legend(fontsize=8)
 
 
-def draw_losses(figure, run, metrics, test):
+def draw_losses(figure, metrics, test):
     """MLE: training and validation loss. Classifiers: what the best weights are chosen by."""
     figure.set_size_inches(7.8, 3.2)
-    stages = [stage for stage in ("mle", "identifiers", "judge") if run.logs[stage]]
+    logs = test.run.logs
+    stages = [stage for stage in ("mle", "identifiers", "judge") if logs[stage]]
     axes = figure.subplots(1, len(stages), squeeze=False)
     for axis, stage in zip(axes.flat, stages):
-        curve(axis, run.logs[stage], "loss", color="0.7", label="training loss (nats)")
+        curve(axis, logs[stage], "loss", color="0.7", label="training loss (nats)")
         right = axis if stage == "mle" else axis.twinx()
         label = "validation loss" if stage == "mle" else "validation, minus macro-F1"
-        curve(right, run.logs[stage], "valid", color="black", marker="o", label=label)
+        curve(right, logs[stage], "valid", color="black", marker="o", label=label)
         axis.set_title({"mle": "MLE, a token"}.get(stage, stage), fontsize=10)
         axis.set_xlabel("step")
         axis.legend(fontsize=7, loc="upper right")
@@ -1717,19 +1804,40 @@ class Finished:
     policies: dict  # "mle", "emprl"
 
 
-def load_run(folder, device):
-    """A finished run. Raises DataError for one that is missing, damaged or put together."""
-    folder = Path(folder)
+RUN_FILES = (  # beside metrics.json; what chat and evaluate need
+    "tokenizer.model",
+    "mle/config.json",
+    "mle/pytorch_model.bin",
+    "emprl/config.json",
+    "emprl/pytorch_model.bin",
+    "checkpoints/identifiers.pt",
+    "checkpoints/judge.pt",
+)
+
+
+def refuse_without_its_files(folder):
+    """Raises DataError unless all is there that a finished run leaves."""
     if not (folder / "metrics.json").exists():
         command = program("--run", str(folder))
         raise DataError(f"--run {folder}: no finished run there; make one with `{command}`")
+    for name in RUN_FILES:
+        if not (folder / name).exists():
+            raise DataError(
+                f"--run {folder}: {name} is missing; the command that made the run makes it again"
+            )
+
+
+def load_run(folder, device):
+    """A finished run. Raises DataError for one that is missing, damaged or put together."""
+    folder = Path(folder)
+    refuse_without_its_files(folder)
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         config = read_config(metrics["config"])
         made_of = metrics["made_of"]
         check_origin("its configuration", digest(metrics["config"]), made_of["config"])
-        same_code = metrics["code"] == code_version()
         run = Run(folder, config, device)
+        same_code = metrics["code"] == run.code
         tokenizer = Tokenizer(folder / "tokenizer.model")
         check_origin("tokenizer.model", digest_bytes(tokenizer.model), made_of["tokenizer"])
         policies = {}
@@ -1739,10 +1847,8 @@ def load_run(folder, device):
             policies[name] = policy.to(device).eval()
         classifiers = {}
         for name in ("identifiers", "judge"):
-            weights = load_stage(folder / "checkpoints" / f"{name}.pt")["weights"]
-            check_origin(f"checkpoints/{name}.pt", digest_weights(weights), made_of[name])
-            classifier = make_classifier(policies["mle"], config.identifiers).to(device)
-            classifier.load_state_dict(weights)
+            classifier = make_classifier(policies["mle"], config.identifiers)
+            load_classifier(classifier, name, folder, made_of)
             classifiers[name] = classifier.eval().requires_grad_(False)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -1752,6 +1858,15 @@ def load_run(folder, device):
     if not same_code:
         say("warning: the run was made by other code than this")
     return Finished(run, tokenizer, classifiers, policies)
+
+
+def load_classifier(classifier, name, folder, made_of):
+    """The weights of its stages; they must be those that metrics.json names."""
+    for stage, part in classifier.parts(name).items():
+        file = f"checkpoints/{stage}.pt"
+        weights = load_stage(folder / file)["weights"]
+        check_origin(file, digest_weights(weights), made_of[stage])
+        part.load_state_dict(weights)
 
 
 def read_config(raw):
@@ -1773,10 +1888,11 @@ def evaluate(arguments):
     """Both policies on any dialogues; figures and replies go into the run folder."""
     finished = load_run(arguments.run, find_device(arguments.device))
     run, tokenizer = finished.run, finished.tokenizer
-    dialogues = data.read_dialogues(arguments.data)
+    # without levels: nothing here needs them, and the oracle knows only its own world
+    dialogues = [replace(d, levels=None) for d in data.read_dialogues(arguments.data)]
+    say(f"{len(dialogues)} dialogues; figures and replies are written at the end")
     lengths = run.config.data
     pairs = Pairs(dialogues, tokenizer, lengths.max_source, lengths.max_scored, run.device)
-    run.config.data_path = arguments.data  # there is no oracle for it
     mle, emprl = finished.policies["mle"], finished.policies["emprl"]
     test = Evaluator(run, pairs, tokenizer, finished.classifiers, mle)
     metrics = test.before_and_after(mle, emprl)
@@ -1787,7 +1903,7 @@ def evaluate(arguments):
     )
     run.write_json(f"{name}.json", metrics)
     run.write(f"{name}.jsonl", responses_jsonl(test))
-    say(level_table(metrics | {"best_of_n": {}}, test))
+    say(level_table(metrics, test))
     say(f"\nfigures {run.folder / name}.json, replies {run.folder / name}.jsonl")
 
 
@@ -1838,6 +1954,10 @@ def signs_of_crisis(text):
 
 def chat(arguments):
     """You write, both policies reply, and the identifiers tell the levels of each reply."""
+    if sys.stdin is None:
+        raise DataError(
+            "chat reads what you type, but it has no input; start it in a terminal"
+        )
     finished = load_run(arguments.run, find_device(arguments.device))
     config = finished.run.config
     say(*OPENING, sep="\n")
@@ -1920,7 +2040,8 @@ def start_run(arguments):
     folder = arguments.run or f"runs/{arguments.preset}-seed{arguments.seed}"
     device = find_device(arguments.device)
     run = Run(folder, config, device, arguments.words)
-    say(f"EmpRL, preset {config.preset}, seed {config.seed}, on {device}; results in {folder}")
+    what = f"preset {config.preset}, seed {config.seed}, on {device}"
+    say(f"EmpRL, {what}, threads: {torch.get_num_threads()}; results in {folder}")
     on_ctrl_c(run.on_interrupt)
     with alone(folder):
         run_all(run)
@@ -1988,7 +2109,7 @@ def main(words=None):
         print(f"\nstopped; go on with: {program(*words)}", file=sys.stderr)
         return 130
     except Exception as error:
-        message = in_one_line(error)
+        message = in_one_line(error, trains=words[:1] not in (["chat"], ["evaluate"]))
         if message:
             print(f"emprl.py: {printable(message)}", file=sys.stderr)
             return 2
@@ -2022,7 +2143,7 @@ CURES = {
 }
 
 
-def in_one_line(error):
+def in_one_line(error, trains=True):
     """What is wrong and what to do, if it could be foreseen: input, disk, memory. Else ""."""
     if isinstance(error, (DataError, CheckpointError)):
         return str(error)
@@ -2035,6 +2156,8 @@ def in_one_line(error):
         return f"{where}{error.strerror or error}; {cure}"
     no_memory = isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error))
     if isinstance(error, MemoryError) or no_memory:
+        if not trains:
+            return "out of memory; end other programs, or add --device cpu if it is the GPU's"
         return (
             "out of memory; lower the stage's micro_batch (the gradient stays the same but for "
             "dropout), ppo.batch_size or eval.batch_size"

@@ -30,6 +30,7 @@ Sources: EmpRL (arXiv 2408.02976), and EPITOME, whose bi-encoder the network is 
 2020, arXiv 2009.08441).
 """
 
+import copy
 import math
 import re
 from collections import Counter
@@ -120,6 +121,7 @@ class NetworkClassifier(nn.Module):
     def __init__(self, t5, config):
         """Every encoder starts as a copy of t5's, a trained T5."""
         super().__init__()
+        self.columns = list(range(len(MECHANISMS)))  # the mechanisms whose levels it tells
         if config.shared:
             encoders = [BiEncoder(t5.config, len(MECHANISMS))]
         else:
@@ -135,8 +137,26 @@ class NetworkClassifier(nn.Module):
             logits = [encoder(context, response) for encoder in self.encoders]
         return torch.cat(logits, 1).float().log_softmax(-1)
 
+    def parts(self, name):
+        """{stage: what it trains}: itself, or the three bi-encoders one after the other.
+
+        All three at once would need three times the memory, and learn the same.
+        """
+        if len(self.encoders) == 1:
+            return {name: self}
+        return {f"{name}-{m}": self.part(i) for i, m in enumerate(MECHANISMS)}
+
+    def part(self, i):
+        """The classifier of one mechanism, number i, with the same weights: (B, 1, L)."""
+        part = copy.copy(self)
+        part._modules = {"encoders": nn.ModuleList([self.encoders[i]])}
+        part.columns = [i]
+        return part
+
     def trainer(self, train, valid, rows_at, config):
         """What trains it on labelled pairs. rows_at: step -> rows of train."""
+        train = train.but(train.responses, train.levels[:, self.columns])
+        valid = valid.but(valid.responses, valid.levels[:, self.columns])
         weights = class_weights(train.levels, config.class_weight).to(train.device)
 
         def loss_sum(rows):
@@ -184,7 +204,7 @@ def validation_loss(classifier, valid, keep):
     log_probs = predict(classifier, valid)
     if keep == "macro_f1":
         return -emp_f1(log_probs.argmax(-1), valid.levels, "macro_f1")
-    plain = torch.ones(len(MECHANISMS), LEVELS)
+    plain = torch.ones_like(log_probs[0])  # (M, L)
     return classification_loss(log_probs, valid.levels, plain).item() / len(valid)
 
 
@@ -192,12 +212,17 @@ def validation_loss(classifier, valid, keep):
 def predict(classifier, pairs, size=128):
     """A classifier's log-probabilities on all pairs: (N, M, L), on the CPU.
 
-    Call classifier.eval() first: in training mode there would be dropout.
+    Call classifier.eval() first: in training mode there would be dropout. A classifier that
+    waits in the CPU's memory is on the pairs' device while it is asked, and goes back.
     """
-    log_probs = torch.zeros(len(pairs), len(MECHANISMS), LEVELS)
-    for rows in pairs.chunks(size):
-        log_probs[rows] = classifier(*pairs.batch(rows)).cpu()
-    return log_probs
+    waits_at = next(classifier.parameters()).device
+    classifier.to(pairs.device)
+    rows, found = [], []
+    for chunk in pairs.chunks(size):
+        rows += chunk
+        found.append(classifier(*pairs.batch(chunk)).cpu())
+    classifier.to(waits_at)
+    return torch.cat(found)[torch.tensor(rows).argsort()]  # in the order of pairs
 
 
 def predict_levels(classifier, pairs):
@@ -569,6 +594,10 @@ class NGramClassifier(nn.Module):
     def forward(self, context, response):
         """(B, S), (B, T) ids -> (B, M, L) log-probabilities."""
         return self.log_probs([self.grams(context, 0), self.grams(response, 1)])
+
+    def parts(self, name):
+        """{stage: what it trains}, as a network has it."""
+        return {name: self}
 
     def trainer(self, train, valid, rows_at, config):
         """Nothing to validate, no batches: the problem is convex, and one step solves it."""

@@ -43,13 +43,13 @@ MAX_UPDATE_KL = 0.5  # nats a token; an update that has moved the policy further
 class PPOConfig:
     """In brackets: what the code of EmpRL's authors has instead, and why we differ."""
 
-    steps: int = option(64, "iterations of rollout and update")
+    steps: int = option(32, "iterations of rollout and update")
     batch_size: int = option(384, "responses an iteration [32: less is noisier]", 1, 10**6)
     minibatch_size: int = option(64, "responses an optimizer step [8, 4 times added up]", 1)
     micro_batch: int = option(0, "responses a forward pass, to save memory; 0: all")
     ppo_epochs: int = option(1, "passes over a rollout [4: rollouts are cheap here]", 1, 1000)
 
-    lr: float = option(6e-3, "step size, relative to each tensor's RMS [1e-5, absolute]")
+    lr: float = option(1e-2, "step size, relative to each tensor's RMS [1e-5, absolute]")
     rms_scaled: bool = True  # see t5_small.Optimizer.set_lr; off for a pretrained T5
     warmup: int = option(5, "iterations in which the learning rate rises [0]")
     average: float = option(

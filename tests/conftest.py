@@ -1,16 +1,22 @@
 """What all tests share: one thread, and a comparison that says what was expected and what came."""
 
 import contextlib
+import os
 import shutil
+import sys
 from collections import Counter
 
 import pytest
 import torch
 
-pytest_plugins = ["tests.coursework.grade"]  # the option --impl, which grades a student's file
+pytest_plugins = [
+    "tests.coursework.grade",  # the option --impl, which grades a student's file
+    "tests.two",  # two processes share the tests
+]
 
 # The tests' models are too small for more, which on a busy machine is far slower.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
 
 
 def check(what, got, expected, tol=1e-5):
@@ -94,9 +100,21 @@ def refusal(capsys):
     return refused
 
 
-# ---- few cases by default, many with --thorough
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(script, word, ...) -> exit code and output, as `python -m` of it, in this process."""
 
-COUNTS = Counter()  # what was tried -> how often; printed at the end of a thorough run
+    def start(script, *words):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            script.main()
+        told = capsys.readouterr()
+        return ended.value.code, told.out + told.err
+
+    return start
+
+
+# ---- few cases by default, many with --thorough
 
 
 def pytest_addoption(parser):
@@ -117,10 +135,17 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if config.getoption("--thorough") and COUNTS:
-        terminalreporter.section("tried")
-        for what, count in sorted(COUNTS.items()):
-            terminalreporter.write_line(f"{count:>6}  {what}")
+    """What was tried, and how often, in a thorough run."""
+    if not config.getoption("--thorough"):
+        return
+    total = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", "") == "teardown":
+                total.update(dict(report.user_properties))
+    terminalreporter.section("tried")
+    for what, count in sorted(total.items()):
+        terminalreporter.write_line(f"{count:>6}  {what}")
 
 
 @pytest.fixture(scope="session")
@@ -129,6 +154,10 @@ def thorough(request):
     return request.config.getoption("--thorough")
 
 
-@pytest.fixture(scope="session")
-def counts():
-    return COUNTS
+@pytest.fixture
+def counts(record_property):
+    """What a test has tried -> how often; it goes into the test's report."""
+    counts = Counter()
+    yield counts
+    for what, count in counts.items():
+        record_property(what, count)

@@ -718,8 +718,8 @@ def test_a_planted_copy_is_complete(tmp_path):
         assert not (plant.ROOT / f"{missing}.py").exists(), missing
 
 
-def test_planting_over_a_folder_is_refused_in_one_line(tmp_path):
-    code, output = run_module("tests.coursework.plant", 5, tmp_path)
+def test_planting_over_a_folder_is_refused_in_one_line(call, tmp_path):
+    code, output = call(plant, 5, tmp_path)
     assert code == 2
     assert output.count("\n") == 1
 
@@ -743,8 +743,8 @@ def test_the_teachers_curves_are_of_the_printed_command():
         assert command in (COURSE / page).read_text(encoding="utf-8")
 
 
-def test_what_is_no_finished_run_is_not_measured(tmp_path):
-    code, output = run_module("tests.coursework.measure_bugs", tmp_path)
+def test_what_is_no_finished_run_is_not_measured(call, tmp_path):
+    code, output = call(measure_bugs, tmp_path)
     assert code == 2
     assert output.count("\n") == 1
 

@@ -208,7 +208,7 @@ def test_a_run_where_text_is_ascii(tmp_path):
 
     run = str(tmp_path / "run")
     commands = [
-        words(run, "ppo.steps=1", "eval.contexts=8"),
+        words(run, "mle.steps=2", "identifiers.steps=2", "ppo.steps=1", "eval.contexts=8"),
         ["evaluate", "--run", run, "--data", str(mine)],
         ["chat", "--run", run],
     ]
@@ -319,8 +319,8 @@ sys.exit(pytest.main(options))
 
 
 def test_what_windows_lacks_stops_no_other_test():
-    """The tests that need fork are skipped, those of the finished run beside them are run."""
-    some = "killed_at or GPU or mle-truncate or run_folder_says"
+    """The tests that need fork are skipped, one beside them is run."""
+    some = "killed_at or GPU or mle-truncate or names_the_test_part"
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, some], cwd=ROOT, capture_output=True, encoding="utf-8"
     )

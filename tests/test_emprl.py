@@ -152,9 +152,13 @@ def test_the_last_screen_says_what_it_must(finished):
 
 
 @pytest.mark.parametrize(
-    "name", ["x", "x" * 200, "two words and läufe 😀", "line\nbreak\x1b[1m"]
+    "name",
+    ["x", "x" * 200, "two words and läufe 😀", "line\nbreak\x1b[1m"],
+    ids=["short", "long", "letters", "control"],
 )
-def test_the_last_screen_fits_whatever_the_folder_is_called(name, tmp_path, capsys, copied):
+def test_the_last_screen_fits_whatever_the_folder_is_called(
+    name, tmp_path, capsys, copied, no_pictures
+):
     folder = copied.rename(tmp_path / name)
     assert emprl.main(words(folder)) == 0
     printed = capsys.readouterr().out
@@ -465,6 +469,27 @@ def test_evaluations_of_different_files_are_kept_apart(copied, tmp_path, capsys)
     assert sorted(texts) == [["My cat is sick."], ["My dog is sad."], ["My dog is sick."] * 3]
 
 
+def test_evaluate_says_that_it_writes_at_the_end(copied, tmp_path, capsys, monkeypatch):
+    """Stopped before, it leaves nothing. Levels in the file are not needed, nor an oracle."""
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(records(3)), encoding="utf-8")
+    command = ["evaluate", "--run", str(copied), "--data", str(file)]
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(emprl, "responses_jsonl", stopped)
+        assert emprl.main(command) == 130
+    assert "3 dialogues; figures and replies are written at the end" in capsys.readouterr().out
+    assert not [*copied.glob("evaluate-*.jsonl")]
+    assert emprl.main(command) == 0
+    table = capsys.readouterr().out
+    assert "oracle" not in table and "best_of_n" not in table
+    (path,) = copied.glob("evaluate-*.json")
+    assert "oracle_emp_f1" not in read_json(path)["emprl"]
+
+
 def test_chat_replies_with_both_models_and_their_levels(finished, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("My dog is sick.\n\nHello\n"))
     assert emprl.main(["chat", "--run", str(finished)]) == 0
@@ -492,6 +517,8 @@ def test_options_lists_all_with_their_range_and_meaning(capsys):
     for name, (_, field) in options.items():
         assert re.search(rf"^  {re.escape(name)} = .*\(.+\)\n      \S", out, re.M), name
         assert field.metadata["help"] in out
+    assert "ppo.whiten_advantages = on " in out
+    assert re.search("ppo.adaptive_kl = off .*\n.*\n      paper: on\n", out)
     assert "er,ip,ex" in out
     assert "0 to 1e+09" not in out.split("reward.mechanisms")[1].split("\n")[0], "it is a text"
 

@@ -244,6 +244,29 @@ def heights(figure):
     return {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
 
 
+def bands(figure):
+    """The lower and upper ends of a picture's bands, from left to right: [[low, high, ...]]."""
+    found = []
+    for band in figure.axes[0].collections:
+        ends = {}
+        for x, y in band.get_paths()[0].vertices.tolist():
+            ends.setdefault(x, []).append(y)
+        one = []
+        for x in sorted(ends):
+            one += [min(ends[x]), max(ends[x])]
+        found.append(one)
+    return found
+
+
+def of_eight_contexts(shares):
+    """p -+ 1.96 (p (1 - p) / 8)^0.5, one after the other."""
+    ends = []
+    for share in shares:
+        half = 1.96 * math.sqrt(share * (1 - share) / 8)
+        ends += [share - half, share + half]
+    return ends
+
+
 @pytest.mark.parametrize("truth", ["oracle", "judge"])
 def test_the_learnt_and_the_true_are_of_one_kind(
     truth, tmp_path, monkeypatch, all_see_the_same
@@ -273,6 +296,7 @@ def test_the_learnt_and_the_true_are_of_one_kind(
     for name in ("exact_match", f"{truth}_exact_match"):
         assert metrics["emprl"][name] == sum(right) / len(right)
     assert list(heights(figure))[1].startswith(truth)
+    assert bands(figure)[0] == pytest.approx(of_eight_contexts(learnt))
     assert set(floor) == {metrics["floors"]["majority"][f"{truth}_exact_match"]}
     balanced = metrics["ceiling"]["context_balanced"]
     assert set(ceiling) == {balanced[f"{truth}_exact_match"]}

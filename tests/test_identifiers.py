@@ -16,18 +16,10 @@ import identifiers
 import t5_small
 from conftest import check
 from identifiers import ClassifierConfig, RewardConfig
-from t5_small import T5, T5Config
+from t5_small import T5
+from tests.tools import tiny_config
 
-TINY = T5Config(
-    vocab_size=24,
-    d_model=16,
-    d_kv=8,
-    d_ff=32,
-    num_layers=1,
-    num_decoder_layers=1,
-    num_heads=2,
-    dropout_rate=0.0,
-)
+TINY = tiny_config(vocab_size=24, num_layers=1, num_decoder_layers=1)
 CONTEXT = torch.tensor([[5, 6, 7, 8, 1], [9, 3, 1, 0, 0], [12, 1, 0, 0, 0]])
 RESPONSE = torch.tensor([[4, 9, 1, 0], [10, 11, 12, 1], [13, 1, 0, 0]])
 LENGTHS = ((5, 3), (3, 4), (2, 2))  # of both, row by row
@@ -60,9 +52,10 @@ class Pairs:
     def batch(self, rows):
         return self.context[rows], self.responses[rows]
 
-    def but(self, responses):
+    def but(self, responses, levels=None):
         other = copy.copy(self)
-        other.responses = torch.stack(responses)
+        other.responses = torch.stack(list(responses))
+        other.levels = levels
         return other
 
 
@@ -151,6 +144,32 @@ def test_shared_and_separate_encoders():
     assert has_gradient == [False, True, False]
     first, second, _ = separate.encoders
     assert not torch.equal(first.head[0].weight, second.head[0].weight)
+
+
+def test_parts_share_the_weights_and_tell_one_mechanism_each():
+    whole = model(False)
+    parts = whole.parts("judge")
+    assert list(parts) == ["judge-er", "judge-ip", "judge-ex"]
+    told = [part(CONTEXT, RESPONSE) for part in parts.values()]
+    check("side by side", torch.cat(told, 1), whole(CONTEXT, RESPONSE))
+    own = {id(p) for part in parts.values() for p in part.parameters()}
+    assert own == {id(p) for p in whole.parameters()}, "not copies"
+    assert [size_of(part) * 3 for part in parts.values()] == [size_of(whole)] * 3
+
+
+def test_training_a_part_leaves_the_others_alone():
+    """It learns its own mechanism's levels: here the second, the only one with a rule."""
+    train, valid, whole = synthetic(400, 1), synthetic(150, 2), model(False, seed=3)
+    before = copy.deepcopy(whole.state_dict())
+    part = whole.parts("identifiers")["identifiers-ip"]
+    config = ClassifierConfig(steps=40, batch_size=32, warmup=2, eval_every=20, shared=False)
+    trainer = part.trainer(
+        train, valid, lambda i: range(32 * i % 320, 32 * i % 320 + 32), config
+    )
+    losses = [trainer.step(i)["loss"] for i in range(40)]
+    assert losses[-1] < losses[0] / 2
+    for name, weights in whole.state_dict().items():
+        assert torch.equal(weights, before[name]) != name.startswith("encoders.1."), name
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -271,6 +290,16 @@ def levels_in_response(context, response):
     return F.one_hot(response[:, :3] - 3, 3).float().log_softmax(-1)
 
 
+class LevelsInResponse(torch.nn.Linear):
+    """A module, since `predict` asks where its weights are."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def forward(self, context, response):
+        return levels_in_response(context, response)
+
+
 def test_predict_levels_keeps_the_order():
     generator = torch.Generator().manual_seed(0)
     levels = torch.randint(3, (50, 3), generator=generator)
@@ -280,11 +309,11 @@ def test_predict_levels_keeps_the_order():
         response[row, 3 + int(torch.randint(7, (1,), generator=generator)) :] = 0
     pairs = Pairs(torch.zeros(50, 2, dtype=torch.long), response, levels)
 
-    log_probs = identifiers.predict(levels_in_response, pairs, size=8)
+    log_probs = identifiers.predict(LevelsInResponse(), pairs, size=8)
     check("levels in the pairs' own order", log_probs.argmax(-1), levels)
-    found = identifiers.predict_levels(levels_in_response, pairs)
+    found = identifiers.predict_levels(LevelsInResponse(), pairs)
     check("and by predict_levels", found, levels)
-    figures = identifiers.classifier_figures(levels_in_response, pairs)
+    figures = identifiers.classifier_figures(LevelsInResponse(), pairs)
     assert list(figures) == ["er", "ip", "ex"]
     assert figures["ip"]["accuracy"] == figures["ex"]["weighted_f1"] == 1.0
     counts = torch.bincount(levels[:, 0], minlength=3)
@@ -502,13 +531,13 @@ def test_best_of(uncertain):
     if uncertain:
         targets = torch.rand(20, 3, 3, generator=generator)
 
-    reward = identifiers.EmpathyReward(levels_in_response, RewardConfig())
+    reward = identifiers.EmpathyReward(LevelsInResponse(), RewardConfig())
     best = reward.best_of(tries, targets)
     chosen = []
     for row in range(20):
         rewards = []
         for one in tries:
-            log_probs = levels_in_response(None, one.responses[row : row + 1])
+            log_probs = LevelsInResponse()(None, one.responses[row : row + 1])
             earned = identifiers.empathy_reward(log_probs, targets[row : row + 1])
             rewards.append(earned.item())
         first = rewards.index(max(rewards))

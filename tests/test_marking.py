@@ -226,8 +226,8 @@ def test_a_bug_is_planted_into_a_students_own_solution(tmp_path):
         ([SECRET, "anna", "new.py", "--solution", "absent.py"], "no such file"),
     ],
 )
-def test_what_cannot_be_planted_is_told_in_one_line(words, told):
-    code, output = run_module("tests.coursework.secret", *words)
+def test_what_cannot_be_planted_is_told_in_one_line(words, told, call):
+    code, output = call(secret, *words)
     assert code == 2
     assert told in output
     assert output.count("\n") == 1

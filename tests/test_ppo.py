@@ -13,7 +13,8 @@ import torch.nn.functional as F
 import ppo
 import t5_small
 from conftest import check
-from t5_small import T5, Sampling, T5Config
+from t5_small import T5, Sampling
+from tests.tools import tiny_config
 
 SAMPLING = Sampling(temperature=0.9, top_k=5, min_length=3, max_length=8)
 LN = math.log
@@ -363,18 +364,8 @@ class Tiny(T5):
 
     def __init__(self, eos):
         torch.manual_seed(0)
-        config = T5Config(
-            vocab_size=16,
-            d_model=16,
-            d_kv=8,
-            d_ff=32,
-            num_layers=1,
-            num_decoder_layers=1,
-            num_heads=2,
-            relative_attention_num_buckets=8,
-            relative_attention_max_distance=16,
-        )
-        super().__init__(config)
+        sizes = {"vocab_size": 16, "d_kv": 8, "d_ff": 32}
+        super().__init__(tiny_config(**sizes, num_layers=1, num_decoder_layers=1))
         self.eval()
         self.eos = eos
 
@@ -832,6 +823,16 @@ def test_a_tiny_policy_learns():
     kl, held_kl = mean_of_last(free, "kl"), mean_of_last(held, "kl")
     what = f"KL {kl:.2f} without a penalty, {held_kl:.2f} with one of 5: it does not hold back"
     assert held_kl < 0.3 * kl, what
+
+
+def test_a_frozen_reference_is_no_frozen_policy():
+    t = trainer()
+    t = ppo.PPOTrainer(
+        t.reference.requires_grad_(False), t.reward, t.prompts, t.sampling, t.config, nothing
+    )
+    before = all_weights(t.policy.t5)
+    run(t, [0])
+    assert not torch.equal(all_weights(t.policy.t5), before)
 
 
 def test_step_records_and_counts():

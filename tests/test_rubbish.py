@@ -412,3 +412,17 @@ def test_a_damaged_run_folder_is_refused_by_evaluate_and_chat(
     mine.write_text('{"context": "Hello", "response": "Hi"}\n', encoding="utf-8")
     for command in (["evaluate", "--data", mine], ["chat"]):
         assert str(copied) in refusal([*command, "--run", copied])
+
+
+@pytest.mark.parametrize("name", emprl.RUN_FILES)
+def test_a_run_folder_that_lacks_a_part_is_refused(name, copied, refusal):
+    (copied / name).unlink()
+    line = refusal(["chat", "--run", copied])
+    assert f"{name} is missing; the command that made the run makes it again" in line
+
+
+def test_metrics_that_do_not_say_of_which_code_they_are_are_refused(copied, refusal):
+    metrics = json.loads((copied / "metrics.json").read_text(encoding="utf-8"))
+    del metrics["code"]
+    (copied / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    assert "'code'" in refusal(["chat", "--run", copied])

@@ -33,10 +33,14 @@ TINY = {
 }
 
 
+def tiny_config(**changes):
+    return T5Config(**{**TINY, **changes})
+
+
 def tiny_t5(seed=0, **changes):
     """A random T5 in eval mode, small, but positions, padding and context all matter to it."""
     torch.manual_seed(seed)
-    return T5(T5Config(**{**TINY, **changes})).eval()
+    return T5(tiny_config(**changes)).eval()
 
 
 def ragged(lengths, low=3, high=30, seed=0):

@@ -14,7 +14,6 @@ Cost: a minute for each variant and run of `toy`, 5 minutes of `real`; `ideal` t
 
 import contextlib
 import io
-import json
 import math
 import shutil
 import sys
@@ -31,7 +30,7 @@ from data import LEVELS, MECHANISMS
 from identifiers import f1_scores, mutual_information, predict
 from ppo import PPOTrainer, Prompts, respond, response_log_probs, rollout, whiten
 from t5_small import load_state, save_atomically
-from tests.lab.command import Parser, means, read_runs, sheet, start, write_json
+from tests.lab.command import Parser, means, read_metrics, read_runs, sheet, start, write_json
 
 ROOT = Path(emprl.__file__).parent
 SHORT = "ppo.steps=12 ppo.warmup=2 ppo.batch_size=256 eval.contexts=200"
@@ -303,7 +302,6 @@ ABLATIONS = {
         for times in (1.01, 1.03, 1.06, 1.1, 1.15)
     },
 }
-BEFORE_PPO = ("pretrain", "mle", "identifiers", "judge", "context")
 AS_IT_IS = ("frontier", "ideal")  # nothing is trained, so nothing is shortened
 MEASURES = {
     "emp_f1": "weighted",
@@ -337,13 +335,14 @@ def measure(source, finished, variant, shortened):
     made_of = [finished["made_of"], asdict(config), trainer, variant.share, variant.times]
     folder = source / "ablations" / emprl.digest([made_of, code()])[:16]
     if (folder / "metrics.json").exists():
-        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return read_metrics(folder)
 
     # All that comes before PPO is the finished run's.
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "checkpoints").mkdir(parents=True)
-    for stage in BEFORE_PPO:
-        shutil.copy(source / "checkpoints" / f"{stage}.pt", folder / "checkpoints")
+    for checkpoint in (source / "checkpoints").glob("*.pt"):
+        if checkpoint.stem != "ppo":
+            shutil.copy(checkpoint, folder / "checkpoints")
     if variant.share is not None:
         mixed = mix(source / "checkpoints", variant.share)
         save_atomically(mixed, folder / "checkpoints" / "ppo.pt")

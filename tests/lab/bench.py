@@ -27,9 +27,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
+import emprl  # before torch: it says how torch's threads wait
 import torch
 
-import emprl
 import t5_small
 from identifiers import NetworkClassifier
 from ppo import PPOConfig, PPOTrainer, Prompts
@@ -390,37 +390,46 @@ def stages(config, t5):
     lengths, ids = config.data, config.identifiers
     N = parameter_count(T5, t5)
     R = parameter_count(classifier_of, t5, ids)
-    towers = 1 if ids.shared else 3
+    part = parameter_count(classifier_of, t5, replace(ids, shared=True))  # trained at a time
     rows = ids.micro_batch or ids.batch_size
 
     def encoders(*sources):
-        one = [activation_bytes(t5, rows, S, half=True) for S in sources]
-        return towers * sum(one)
+        return sum(activation_bytes(t5, rows, S, half=True) for S in sources)
 
-    # Held: the MLE policy, the official T5 that encoders start from, earlier classifiers.
+    # Held: the MLE policy; in PPO the reference, which is the same, and the identifiers.
     found = {}
     found["mle"] = training(N, best=True) | {"held": 0}
     found["mle"]["activations"] = train_bytes(config.mle, t5, lengths)
     labelled = encoders(lengths.identifier_source, lengths.identifier_target)
-    for number, stage in enumerate(("identifiers", "judge", "context")):
-        found[stage] = training(R, best=True) | {"held": 4 * (2 * N + number * R)}
+    for stage in ("identifiers", "judge", "context"):
+        found[stage] = training(part, best=True) | {"held": 4 * N}
         found[stage]["activations"] = labelled
     found["context"]["activations"] = encoders(lengths.max_source, 1)
 
-    found["ppo"] = training(N, best=False) | {"held": 4 * (N + 2 * R)}
+    found["ppo"] = training(N, best=False) | {"held": 4 * (N + R)}
     found["ppo"]["activations"] = ppo_bytes(config, t5)
+    # The judge is asked at validation, when there are neither gradients nor activations.
+    found["validation"] = training(N, best=False) | {"held": 4 * (N + 2 * R), "gradients": 0}
+    found["validation"]["activations"] = rollout_bytes(config, t5)
     return found
 
 
+def rollout_bytes(config, t5):
+    """Support and cache of all responses, and what the reference makes of them at once."""
+    S, T = config.data.max_source, config.exploring.max_length
+    support = config.ppo.batch_size * T * t5.vocab_size
+    return 21 * support + cache_bytes(t5, config.ppo.batch_size, S, T, half=True)
+
+
 def ppo_bytes(config, t5):
-    """The reference sees all responses at once; then come the updates, part by part."""
+    """The rollout's, or the updates', part by part, while its support is kept."""
     S, T = config.data.max_source, config.exploring.max_length
     part = config.ppo.micro_batch or config.ppo.minibatch_size
     update = activation_bytes(t5, part, S, T, half=True, in_ppo=True)
     update += 8 * part * T * t5.vocab_size
     support = config.ppo.batch_size * T * t5.vocab_size
     cache = cache_bytes(t5, config.ppo.batch_size, S, T, half=True)
-    return max(update, 20 * support) + support + cache
+    return max(update + support + cache, rollout_bytes(config, t5))
 
 
 def train_bytes(mle, t5, lengths):
@@ -431,21 +440,20 @@ def train_bytes(mle, t5, lengths):
 
 
 def plan():
-    """The text of --plan: the preset as it is and, if that is too much, with other settings."""
+    """The text of --plan."""
     text = [f"By arithmetic, in GiB; nothing of it was measured. {CUDA} GiB are CUDA's own."]
     for name, t5 in (("t5-small", SMALL), ("t5-base", BASE)):
-        for settings in ([], ["identifiers.shared=on"]):
-            config = emprl.make_config("paper", 0, ".", ".", settings)  # reads no folder
-            rows = {}
-            for stage, parts in stages(config, t5).items():
-                rows[stage] = {what: x / 2**30 for what, x in parts.items()}
-                rows[stage]["all"] = sum(rows[stage].values()) + CUDA
-            most = max(row["all"] for row in rows.values())
-            verdict = "fits" if most <= CARD else "does NOT fit"
-            heading = f"{name}, {' '.join(settings) or 'paper as it is'}"
-            text += [f"{heading}: {most:.1f} GiB {verdict} into {CARD:g}", sheet(rows)]
-            if most <= CARD:
-                break
+        config = emprl.make_config("paper", 0, ".", ".")  # reads no folder
+        rows = {}
+        for stage, parts in stages(config, t5).items():
+            rows[stage] = {what: x / 2**30 for what, x in parts.items()}
+            rows[stage]["all"] = sum(rows[stage].values()) + CUDA
+        most = max(row["all"] for row in rows.values())
+        verdict = "fits" if most <= CARD else "does NOT fit"
+        text += [
+            f"{name}, paper as it is: {most:.1f} GiB {verdict} into {CARD:g}",
+            sheet(rows),
+        ]
     return "\n\n".join(text)
 
 

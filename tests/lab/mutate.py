@@ -1,14 +1,15 @@
 """Would the tests notice? Change one expression of the modules, run the tests, and see.
 
     python -m tests.lab.mutate                 list 200 mutants
-    python -m tests.lab.mutate --log FILE      try them: 20 s each, an hour or two for 200
+    python -m tests.lab.mutate --log FILE      try them: half an hour for 200 on one thread
 
 A mutant is one small change, made on the syntax tree: of an equation (a sign, a constant, a
 comparison) or of the wiring (two arguments swapped, a name replaced by its sibling, a statement
-left out). Its tests are those of its module, then the recipe's, then the whole program's; the
-first that fails ends it. All this happens in a copy of the project. FILE gets a line for each
-mutant; the same command goes on. After new tests delete the lines of the survivors: they alone
-are tried again.
+left out). First all tests run once, and it is noted which functions each of them calls. A mutant
+gets those that call its function: of its module, then of the recipe, then of the whole program,
+fast ones first; the first that fails ends it. All this happens in a copy of the project, each
+time in a fork that has torch already. FILE gets a line for each mutant; the same command goes
+on. After new tests delete the lines of the survivors: they alone are tried again.
 """
 
 import argparse
@@ -16,23 +17,28 @@ import ast
 import contextlib
 import copy
 import hashlib
+import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = "t5_small data identifiers ppo emprl".split()
-LIMIT = 300  # seconds for one mutant
-TESTS = "test_recipe test_emprl".split()  # after the module's own
+FORK = multiprocessing.get_context("fork")
+TESTS = "test_recipe test_emprl test_figures".split()  # after the module's own
 
 # each may stand in the other's place
 PAIRS = """Add Sub, Mult Div, Lt LtE, Gt GtE, Eq NotEq, And Or,
@@ -193,38 +199,136 @@ def sample(seed, count):
 
 
 # ---- the tests on one of them -------------------------------------------------------------------
-def first_failure(folder, tests, limit):
-    """The test that fails first in a copy of the project; "" if none does."""
-    files = [f"tests/{test}.py" for test in tests]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", *files],
-        cwd=folder,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        output = ""  # as good as a failed test
+class Recorder:
+    """A pytest plugin: {test: (seconds of CPU, {(file, first line) of each function it calls})}.
+
+    What a fixture of a file or of the session calls counts for all tests that use it.
+    """
+
+    def __init__(self):
+        self.called = set()
+        self.of_fixture = {}
+        self.tests = {}
+        self.failed = ""
+
+    def profile(self, frame, event, _):
+        if event == "call":
+            code = frame.f_code
+            self.called.add((os.path.basename(code.co_filename), code.co_firstlineno))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef):
+        before, self.called = self.called, set()
+        try:
+            return (yield)
+        finally:
+            if fixturedef.scope != "function":
+                self.of_fixture[fixturedef.argname] = self.called
+            self.called = before | self.called
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        self.called = set()
+        started = time.process_time()
+        sys.setprofile(self.profile)
+        try:
+            return (yield)
+        finally:
+            sys.setprofile(None)
+            for name in item.fixturenames:
+                self.called |= self.of_fixture.get(name, set())
+            self.tests[item.nodeid] = (time.process_time() - started, self.called)
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and not self.failed:
+            self.failed = report.nodeid
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+class Chosen(Recorder):
+    """Runs some tests, in this order, and records nothing but the first that fails."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        found = {item.nodeid: item for item in items}
+        items[:] = [found[name] for name in self.names if name in found]
+
+    def profile(self, frame, event, _):
+        sys.setprofile(None)
+
+
+def run_tests(answer, project, files, plugin, limit):
+    """In a fork: pytest on a copy of the project. Sends what the plugin has found."""
+    os.setsid()  # so that all it starts can be ended with it
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+    for number in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    sys.dont_write_bytecode = True
+    for name in [*sys.modules]:
+        if name.split(".")[0] == "tests":
+            del sys.modules[name]  # it is not the copy's
+    os.chdir(project)
+    options = ["-xq", "-p", "no:cacheprovider", "-o", "pythonpath=.", "--processes", "1"]
+    code = pytest.main([*options, *files], plugins=[plugin])
+    answer.send((plugin.failed or (f"exit code {code}" if code else ""), plugin.tests))
+
+
+def in_a_fork(project, files, plugin, limit):
+    """(the test that fails first, "" if none does; {test: (seconds, calls)}).
+
+    limit: seconds of CPU; a machine that is busy may take ten times as long.
+    """
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=run_tests, args=(theirs, project, files, plugin, limit))
+    process.start()
+    theirs.close()
+    found = "no end", {}  # as good as a failed test
+    with contextlib.suppress(EOFError):
+        if ours.poll(10 * limit):
+            found = ours.recv()
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # and what it started
-    if process.wait():
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
-        return failed[1] if failed else f"exit code {process.returncode}"
-    return ""
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    return found
 
 
-def try_mutant(mutant, content, project, limit):
-    path = project / f"{mutant.module}.py"
-    original = path.read_bytes()
-    path.write_bytes(content)
+def file_of(test):
+    return test.partition("::")[0]
+
+
+def tests_of(mutant, project, tests):
+    """The tests that call the function that the mutant is in: file by file, fast ones first."""
+    inside = ""
+    for node in ast.walk(ast.parse((project / f"{mutant.module}.py").read_bytes())):
+        if isinstance(node, ast.FunctionDef) and node.lineno <= mutant.line <= node.end_lineno:
+            inside = node  # the innermost comes last
+    first = min([inside.lineno, *(x.lineno for x in inside.decorator_list)])
+    function = (f"{mutant.module}.py", first)
     own = f"test_{mutant.module.removesuffix('_small')}"
-    failed = first_failure(project, dict.fromkeys([own, *TESTS]), limit)
-    path.write_bytes(original)
-    return {**mutant._asdict(), "caught_by": failed}
+    files = [f"tests/{name}.py" for name in dict.fromkeys([own, *TESTS])]
+    chosen = [
+        x for x, (_, calls) in tests.items() if function in calls and file_of(x) in files
+    ]
+    return sorted(chosen, key=lambda x: (files.index(file_of(x)), tests[x][0]))
+
+
+def try_mutant(mutant, content, project, tests):
+    chosen = tests_of(mutant, project, tests)
+    failed = "", {}
+    if chosen:
+        path = project / f"{mutant.module}.py"
+        original = path.read_bytes()
+        path.write_bytes(content)
+        files = list(dict.fromkeys(map(file_of, chosen)))
+        limit = 60 + 5 * int(sum(tests[x][0] for x in chosen))
+        failed = in_a_fork(project, files, Chosen(chosen), limit)
+        path.write_bytes(original)
+    return {**mutant._asdict(), "caught_by": failed[0], "tests": len(chosen)}
 
 
 def show(mutants, caught_by):
@@ -237,6 +341,28 @@ def show(mutants, caught_by):
     print(f"{'all':<10}{len(mutants):>5} made{len(survived):>5} survived")
     for m in survived:
         print(f"{m.module}.py:{m.line}  {m.before[:90]}  ->  {m.after[:90]}")
+
+
+def try_all(mutants, log, caught_by):
+    """A line of the log for each that is not in caught_by yet, and caught_by with it."""
+    importlib.import_module("torch._dynamo")  # takes long: once, before the forks
+    with tempfile.TemporaryDirectory() as folder:
+        project = Path(folder) / "project"
+        left_out = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.ipynb")
+        shutil.copytree(ROOT, project, ignore=left_out)
+        own = [f"test_{module.removesuffix('_small')}" for module in MODULES]
+        files = [f"tests/{name}.py" for name in dict.fromkeys([*own, *TESTS])]
+        failed, tests = in_a_fork(project, files, Recorder(), 3600)
+        if failed:
+            sys.exit(f"{failed} fails on the code as it is; mend that first")
+        for mutant, content in mutants.items():
+            if mutant.id in caught_by:
+                continue
+            record = try_mutant(mutant, content, project, tests)
+            caught_by[mutant.id] = record["caught_by"]
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            print(len(caught_by), record["caught_by"] or "survived", flush=True)
 
 
 def main():
@@ -254,22 +380,10 @@ def main():
     options.log.touch()
     records = map(json.loads, options.log.read_text(encoding="utf-8").splitlines())
     caught_by = {record["id"]: record["caught_by"] for record in records}
-    with tempfile.TemporaryDirectory() as folder:
-        project = Path(folder) / "project"
-        left_out = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.ipynb")
-        shutil.copytree(ROOT, project, ignore=left_out)
-        if failed := first_failure(project, TESTS, 10 * LIMIT):
-            sys.exit(f"{failed} fails on the code as it is; mend that first")
-        try:
-            for mutant, content in chosen.items():
-                if mutant.id not in caught_by:
-                    record = try_mutant(mutant, content, project, LIMIT)
-                    caught_by[mutant.id] = record["caught_by"]
-                    with options.log.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(record) + "\n")
-                    print(len(caught_by), record["caught_by"] or "survived", flush=True)
-        finally:
-            show([mutant for mutant in chosen if mutant.id in caught_by], caught_by)
+    try:
+        try_all(chosen, options.log, caught_by)
+    finally:
+        show([mutant for mutant in chosen if mutant.id in caught_by], caught_by)
 
 
 if __name__ == "__main__":

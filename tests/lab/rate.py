@@ -183,6 +183,8 @@ def main():
     parser.add_argument("--number", type=int, default=30, help="contexts")
     parser.add_argument("--seed", type=int, default=0, help="which contexts")
     options = parser.parse_args()
+    if options.number < 1:
+        parser.error("--number is from 1")
     for stream in (sys.stdin, sys.stdout):  # texts and answers may hold anything
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -1484,7 +1484,7 @@ def draw_plots(run, metrics, test):
         name = draw.__name__.removeprefix("draw_")
         steps = []
         for stage in STAGES_OF.get(name, []):
-            steps += run.logs[stage]
+            steps += run.logs.get(stage, [])  # none of a network for each mechanism
         needed = "valid_exact_match" if name == "learnt_vs_truth" else "step"
         if name in STAGES_OF and not any(needed in record for record in steps):
             continue  # its stages were skipped, or not validated
@@ -1620,7 +1620,7 @@ def draw_losses(figure, metrics, test):
     """MLE: training and validation loss. Classifiers: what the best weights are chosen by."""
     figure.set_size_inches(7.8, 3.2)
     logs = test.run.logs
-    stages = [stage for stage in ("mle", "identifiers", "judge") if logs[stage]]
+    stages = [stage for stage in ("mle", "identifiers", "judge") if logs.get(stage)]
     axes = figure.subplots(1, len(stages), squeeze=False)
     for axis, stage in zip(axes.flat, stages):
         curve(axis, logs[stage], "loss", color="0.7", label="training loss (nats)")

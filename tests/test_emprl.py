@@ -537,3 +537,53 @@ def test_modules_keep_to_the_design():
         assert found & {*allowed, "emprl"} == imports, name
         assert ".cuda(" not in source
         assert "float16" not in source.replace("bfloat16", "")
+
+
+# ---- a network for each mechanism
+
+
+def test_a_network_for_each_mechanism_from_the_corpus_to_the_pictures(tmp_path, capsys):
+    """As in `paper`: three stages for each classifier, told by name; load_run puts them together."""
+    settings = (
+        "identifiers.shared=off identifiers.steps=2 context.steps=2 mle.steps=2 ppo.steps=1"
+    )
+    run = tmp_path / "run"
+    words = [
+        "--preset",
+        "smoke",
+        "--run",
+        str(run),
+        "--set",
+        *settings.split(),
+        "eval.best_of=1",
+    ]
+    assert emprl.main(words) == 0
+    out = capsys.readouterr().out
+    for k, stage in enumerate(("identifiers-er", "identifiers-ip", "identifiers-ex"), 3):
+        assert f"stage {k} of 13  {stage}" in out
+    assert (run / "report.md").exists() and (run / "plots" / "losses.png").exists()
+
+    finished = emprl.load_run(run, "cpu")
+    assert len(finished.classifiers["judge"].encoders) == 3
+    (run / "checkpoints" / "judge-ip.pt").write_bytes(
+        (run / "checkpoints" / "judge-er.pt").read_bytes()
+    )
+    with pytest.raises(emprl.DataError, match="checkpoints/judge-ip.pt is not what"):
+        emprl.load_run(run, "cpu")
+
+
+def test_the_time_that_a_run_still_takes(tmp_path, capsys, monkeypatch):
+    """A run twice as fast as expected so far halves what it expects of the rest, with time."""
+    config = emprl.make_config("toy")
+    expected = emprl.stages_of(config)
+    assert expected["ppo"] == config.ppo.steps * emprl.TOY_SECONDS["ppo"]
+    assert list(expected) == ["mle", "identifiers", "judge", "context", "ppo", "evaluate"]
+    run = emprl.Run(tmp_path, config)
+    run.worked, run.began = 10_000.0, 1000.0
+    monkeypatch.setattr(emprl.time, "time", lambda: 6000.0)
+    run.announce("ppo")
+    rest = (expected["ppo"] + expected["evaluate"]) / 2
+    minutes, seconds = divmod(int(rest * 5020 / 5010), 60)
+    out = capsys.readouterr().out
+    assert out.startswith("stage 5 of 6  ppo")
+    assert re.search(rf"{minutes}:{seconds:02d}|{minutes}:{seconds + 1:02d}", out)

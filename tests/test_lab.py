@@ -21,8 +21,8 @@ from identifiers import ClassifierConfig
 from ppo import PPOConfig, PPOTrainer, Prompts
 from t5_small import T5, Sampling, T5Config
 from tests.conftest import check
-from tests.lab import ablate, bench, command, identify, rate, tables
-from tests.tools import tiny_config, tiny_t5
+from tests.lab import ablate, bench, blind, command, identify, rate, tables
+from tests.tools import ragged, tiny_config, tiny_t5
 
 
 @pytest.fixture
@@ -52,6 +52,13 @@ def test_errors_are_one_line(call, capsys, finished, tmp_path):
         (rate, "responses.jsonl", [tmp_path]),
         (rate, "--number is from 1", [finished, "--number", "0"]),
         (rate, "--number is from 1", [finished, "--number", "-1"]),
+        (blind, "give --sheet FILE, or filled", [finished]),
+        (
+            blind,
+            "no 'nobody'; it has human, mle",
+            [finished, "--systems", "nobody", "--sheet", "x"],
+        ),
+        (blind, "no such folder", [finished, "--sheet", "missing/x"]),
     ):
         assert call(script, *arguments) == 2
         error = capsys.readouterr().err
@@ -59,7 +66,7 @@ def test_errors_are_one_line(call, capsys, finished, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["cut"]
 
 
-@pytest.mark.parametrize("script", [ablate, bench, identify, rate, tables])
+@pytest.mark.parametrize("script", [ablate, bench, blind, identify, rate, tables])
 def test_help_says_what_it_costs(script, call, capsys):
     with pytest.raises(SystemExit):
         call(script, "--help")
@@ -108,8 +115,6 @@ def test_advantages_of_the_rivals_by_hand():
     check("REINFORCE", advantages_of(ablate.Reinforce, [1.0, 3.0, 2.0, 2.0]), plain)
     two = [1.0, 3.0, 2.0, 2.0, 11.0, 13.0, 12.0, 12.0]
     check("GRPO: each context by itself", advantages_of(ablate.GRPO, two), plain + plain)
-    best = [[0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
-    check("the best of each", advantages_of(ablate.BestOfGroup, two), best + best)
 
 
 def test_a_group_answers_one_context(monkeypatch):
@@ -119,6 +124,53 @@ def test_a_group_answers_one_context(monkeypatch):
     prompts = trainer.rollout(trainer.prompts(0))
     assert prompts.source[:, 0].tolist() == [3] * 4 + [4] * 4
     assert prompts.human[:, 0].tolist() == [0] * 4 + [2] * 4
+
+
+def test_the_best_of_n_by_hand(monkeypatch):
+    """Two contexts, three samples each: rewards 1 3 2 and 2 0 5."""
+    ids = torch.arange(12).view(6, 2)
+    seen = []
+
+    def generate(t5, source, sampling):
+        seen.append(source[:, 0].tolist())
+        return t5_small.Generation(ids, None, None, None)
+
+    def reward(source, response, targets):
+        assert torch.equal(response, ids)
+        seen.append(targets[:, 0].tolist())
+        return torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0, 5.0])
+
+    monkeypatch.setattr(ablate, "generate", generate)
+    source, targets = torch.tensor([[7], [8]]), torch.tensor([[1], [2]])
+    best = ablate.best_of_n(None, reward, source, targets, None, 3)
+    assert best.tolist() == [[2, 3], [10, 11]]
+    assert seen == [[7, 7, 7, 8, 8, 8], [1, 1, 1, 2, 2, 2]]
+
+
+WORDS = torch.tensor([[21, 22, 23], [24, 25, 26], [27, 28, 29]])
+
+
+def test_a_told_t5_is_one_that_reads_three_words_more():
+    """Levels 2, 0, 1 for the first context and 1, 1, 1 for the others; one context is shorter."""
+    plain = tiny_t5()
+    levels = torch.tensor([[2, 0, 1], [1, 1, 1], [1, 1, 1]])
+    told = ablate.Told(plain, WORDS, lambda source: levels[: len(source)]).eval()
+    source, response = ragged([6, 4, 6], high=20), ragged([5, 3, 4], high=20, seed=1)
+    words = torch.tensor([[23, 24, 28], [22, 25, 28], [22, 25, 28]])
+    longer = torch.cat([words, source], 1)
+    wanted = plain.response_states(longer, response)
+    assert torch.allclose(told.response_states(source, response), wanted, atol=1e-6)
+    assert not torch.allclose(plain.response_states(source, response), wanted, atol=1e-2)
+    greedy = Sampling(greedy=True, max_length=8)
+    found = t5_small.generate(told, source, greedy)
+    wanted = t5_small.generate(plain, longer, greedy)
+    assert torch.equal(found.ids, wanted.ids)
+    assert torch.allclose(found.log_probs, wanted.log_probs, atol=1e-5)
+
+    # In training the words are there already.
+    told.train()
+    assert told.loss_sum(longer, response)[0] == plain.loss_sum(longer, response)[0]
+    assert told.state_dict().keys() == plain.state_dict().keys()
 
 
 def rollout_of(kind, sampling):
@@ -183,12 +235,17 @@ TINY = "ppo.steps=2 ppo.warmup=1 ppo.batch_size=16 ppo.minibatch_size=8 eval.con
 
 @pytest.fixture
 def short(monkeypatch, no_pictures):
-    """Variants of next to no work; only PPO may be trained."""
+    """Variants of next to no work; only the stage of PPO may be trained."""
     monkeypatch.setattr(ablate, "SHORT", TINY)
     monkeypatch.setattr(ablate, "plot", lambda *_: None)
     monkeypatch.setattr(emprl, "gflops", lambda threads: 50.0)
-    for trainer in (t5_small.Trainer, identifiers.NGramTrainer):
-        monkeypatch.setattr(trainer, "step", lambda *_: pytest.fail("only PPO is repeated"))
+    loop = emprl.Run.loop
+
+    def only_ppo(run, name, *arguments):
+        assert name == "ppo", "all that comes before is the finished run's"
+        return loop(run, name, *arguments)
+
+    monkeypatch.setattr(emprl.Run, "loop", only_ppo)
 
 
 @pytest.fixture
@@ -342,6 +399,77 @@ def test_the_ideal_keeps_to_the_perplexity(copied, short, call, monkeypatch, tmp
     kl = [one["KL"] for one in found]
     assert 0 < kl[0] < kl[1] < kl[2] < math.log(6) + 1e-6, "at most that of the best of 6"
     assert len(ablate.Ideal.sampled) == 1, "sampled once"
+
+
+def test_the_rivals_stand_beside_the_runs_own(
+    copied, short, counted, call, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(ablate, "TRIES", 3)
+    monkeypatch.setattr(ablate.Ideal, "sampled", {})
+    assert call(ablate, "rivals", copied, "--write", tmp_path / "all.json") == 0
+    found = figures(tmp_path / "all.json")
+    metrics = json.loads((copied / "metrics.json").read_text(encoding="utf-8"))
+    for name, system in (("MLE", "mle"), ("best of n", "best_of_n"), ("EmpRL", "emprl")):
+        assert found[name]["bits, judge"] == metrics[system]["judge_mutual_information"]
+        assert found[name]["perplexity a word"] == metrics[system]["perplexity_per_word"]
+    assert found["human"] == {
+        "Dist-2": metrics["human"]["dist2"],
+        "distinct": metrics["human"]["unique"],
+        "words": metrics["human"]["length"],
+    }
+    assert found["EmpRL"]["seconds of training"] == metrics["seconds"]["ppo"]
+    mle = found["MLE"]["perplexity a word"]
+    ideal = found["ideal, perplexity times 1.1"]
+    assert ideal["perplexity"] == pytest.approx(1.1 * metrics["mle"]["perplexity"], rel=1e-3)
+    assert ideal["perplexity a word"] > mle
+    for rival in ("MLE on best of n", "MLE, told the levels"):
+        assert found[rival]["perplexity a word"] != mle
+        assert found[rival]["KL"] > 0 and found[rival]["seconds of training"] > 0
+    assert len(counted) == 4, "human, MLE, best of n and EmpRL are of one run"
+
+
+@pytest.fixture
+def told(copied, short, call, monkeypatch):
+    """What is seen of MLE that is told its levels: its trainer, its batches, PPO's targets."""
+    seen = {"batches": []}
+    find_targets, loss_sum = emprl.find_targets, T5.loss_sum
+
+    def watched_targets(run, mle, classifier, pairs):
+        seen["test"] = pairs["test"]
+        seen["targets"] = find_targets(run, mle, classifier, pairs)
+        return seen["targets"]
+
+    def watched_loss(t5, source, response):
+        if t5.training:
+            seen["batches"].append((source, response))
+        return loss_sum(t5, source, response)
+
+    def watched_trainer(start):
+        seen["start"] = start
+        seen["t5"] = (trainer := ablate.told_trainer(start)).model
+        return trainer
+
+    monkeypatch.setattr(emprl, "find_targets", watched_targets)
+    monkeypatch.setattr(T5, "loss_sum", watched_loss)
+    variant = ablate.Variant("reward.balance=0.6", rival=watched_trainer)
+    monkeypatch.setitem(ablate.ABLATIONS, "algorithm", {"told": variant})
+    assert call(ablate, "algorithm", copied) == 0
+    return seen
+
+
+def test_in_training_it_is_told_the_levels_of_the_human_response(told):
+    words, start = told["t5"].words, told["start"]
+    assert words.min() >= start.run.tokenizer.num_pieces, "no text has these ids"
+    assert len(set(words.flatten().tolist())) == 9
+    assert len(told["batches"]) == round(ablate.TOLD_RESPONSES * 2 * 16 / 8)
+    for source, response in told["batches"]:
+        levels = start.reward.identifiers(source[:, 3:], response).argmax(-1)
+        assert torch.equal(source[:, :3], words[torch.arange(3), levels])
+
+
+def test_in_replies_it_is_told_the_likeliest_levels_that_ppo_aims_for(told):
+    source, _ = told["test"].batch(range(len(told["test"])))
+    assert torch.equal(told["t5"].levels_of(source), told["targets"].test.argmax(-1))
 
 
 def test_expected_figures_are_those_of_the_levels():
@@ -866,6 +994,189 @@ def test_damaged_files_are_one_line(tmp_path, rater, file, text, line):
     with pytest.raises(DataError) as error:
         rater(warm, 0).rate(tmp_path, "ann")
     assert str(error.value).startswith(f"{tmp_path / file}{line}: ")
+
+
+# ---- blind
+
+
+def write_four(path, number):
+    """Contexts of one to three turns with four replies, of which best of n's may be MLE's."""
+    lines = []
+    for i in range(number):
+        mle = f"mle says {i}"
+        replies = {"mle": mle, "best_of_n": mle if i % 3 == 0 else f"best says {i}"}
+        replies["emprl"] = f"rl says {i}"
+        context = ["My Dog\x1b[1m ran\naway.", "Oh?", f"Yes, {i}."][-1 - i % 3 :]
+        record = {
+            "id": f"c{i}",
+            "context": context,
+            "human": f"I See {i}!",
+            "replies": replies,
+        }
+        lines.append(json.dumps(record) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def fill(text, ratings):
+    """A sheet with ratings(item number, text of the reply) behind each of its open lines."""
+    lines, texts = [], {}
+    for line in text.splitlines():
+        if re.match("[A-Z]: ", line):
+            texts[line[0]] = line[3:]
+        if re.fullmatch(r"\d+ [A-Z]", line):
+            number, letter = line.split()
+            line += " " + " ".join(map(str, ratings(int(number), texts[letter])))
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def by_system(number, text):
+    """The same whoever the item is of; odd items have one more of fluency."""
+    base = {"i": [4, 5, 5], "m": [2, 2, 1], "b": [2, 3, 1], "r": [3, 3, 4]}[text[0]]
+    return [base[0] + number % 2, *base[1:]]
+
+
+def test_a_sheet_tells_nothing_of_who_wrote_what(tmp_path, call, capsys):
+    replies = write_four(tmp_path / "r.jsonl", 20)
+    for name in ("one", "same"):
+        assert call(blind, replies, "--number", 9, "--sheet", tmp_path / name) == 0
+    text = (tmp_path / "one").read_text(encoding="utf-8")
+    assert text == (tmp_path / "same").read_text(encoding="utf-8")
+    assert call(blind, replies, "--number", 9, "--seed", 1, "--sheet", tmp_path / "other") == 0
+    assert text != (tmp_path / "other").read_text(encoding="utf-8")
+    assert "Content note: " in text.splitlines()[1] and '"17 B 4 3 2"' in text
+    assert not re.search("emprl|best_of_n", text)
+    assert "I See" not in text, "capitals are a person's"
+    assert "\x1b" not in text and "> person: My Dog\\x1b[1m ran away." in text
+    shown = re.findall(
+        r"^(> person: My .*\n> listener: Oh\?\n)?> person: Yes, (\d+)", text, re.M
+    )
+    assert len(shown) >= 2 and text.count("# ---- ") == 9
+
+    # A filled sheet is not written over.
+    assert call(blind, replies, "--sheet", tmp_path / "one") == 2
+    assert (tmp_path / "one").read_text(encoding="utf-8") == text
+
+
+def test_every_reply_is_shown_once_in_an_order_by_chance(tmp_path, call):
+    """Best of n's is not shown a second time where it is MLE's own."""
+    replies = write_four(tmp_path / "r.jsonl", 9)
+    assert call(blind, replies, "--sheet", tmp_path / "sheet") == 0
+    text = (tmp_path / "sheet").read_text(encoding="utf-8")
+    first_letters = set()
+    for item in text.split("# ---- ")[1:]:
+        found = re.findall(r"^([A-Z]): (.*)", item, re.M)
+        said = [reply for _, reply in found]
+        number = said[0].rstrip("!").split()[-1]
+        wanted = {f"i see {number}!", f"mle says {number}", f"rl says {number}"}
+        if int(number) % 3:
+            wanted.add(f"best says {number}")
+        assert set(said) == wanted and len(said) == len(wanted)
+        assert [letter for letter, _ in found] == list("ABCD"[: len(wanted)])
+        first_letters.add(said[0][0])
+    assert len(first_letters) > 2
+
+
+def test_answers_come_back_to_their_systems(tmp_path, call, capsys):
+    replies = write_four(tmp_path / "r.jsonl", 4)
+    assert call(blind, replies, "--sheet", tmp_path / "sheet") == 0
+    text = (tmp_path / "sheet").read_text(encoding="utf-8")
+    one = fill(text, by_system)
+    (tmp_path / "ann.txt").write_text(one, encoding="utf-8")
+    lines = [line for line in one.splitlines() if re.match(r"\d+ ", line)]
+    own_file = "\r\n".join([text.splitlines()[0], "", *lines[::-1]])
+    (tmp_path / "bob.txt").write_text(own_file, encoding="utf-8")
+    written = tmp_path / "answers.json"
+    files = tmp_path / "ann.txt", tmp_path / "bob.txt"
+    capsys.readouterr()
+    assert call(blind, replies, *files, "--write", written) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("2 readers")
+    # Fluency is 4, 5, 4, 5: mean 4.5, 1.96 * (1/3)^0.5 / 2 = 0.57.
+    assert "| human | 4.50 (3.93 to 5.07) | 5.00 (5.00 to 5.00) |" in out
+    assert "| human - mle | 2.00 (2.00 to 2.00) | 3.00 " in out
+    assert "| emprl - mle | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) | 3.00 " in out
+    assert "| kappa | 1.00 | 1.00 | 1.00 |" in out
+
+    raw = written.read_text(encoding="utf-8")
+    found = json.loads(raw)
+    assert found["readers"]["ann"] == found["readers"]["bob"]
+    assert len(found["readers"]["ann"]) == 16, "an equal reply is rated once, and counts twice"
+    same = [
+        line.split()[2:] for line in found["readers"]["ann"] if re.match("c[03] [mb]", line)
+    ]
+    assert same[0] == same[1] and same[2] == same[3]
+    assert " says " not in raw and "Yes" not in raw
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("1 A 4 3", "not as '17 B 4 3 2'"),
+        ("1 A 4 3 6", "not as '17 B 4 3 2'"),
+        ("1 A 4 0 3", "not as '17 B 4 3 2'"),
+        ("1 A four 3 2", "not as '17 B 4 3 2'"),
+        ("1 Z 4 3 2", "no such reply"),
+        ("9 A 4 3 2", "no such reply"),
+        ("1 B 1 1 1", "rated twice"),
+    ],
+)
+def test_a_bad_answer_is_named_by_its_line(line, words, tmp_path, call, capsys):
+    replies = write_four(tmp_path / "r.jsonl", 2)
+    assert call(blind, replies, "--sheet", tmp_path / "sheet") == 0
+    first = (tmp_path / "sheet").read_text(encoding="utf-8").splitlines()[0]
+    answers = tmp_path / "ann.txt"
+    answers.write_text(f"{first}\n\n1 B 4 3 2\n{line}\n", encoding="utf-8")
+    assert call(blind, replies, answers) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{answers}:4: {line!r}: ") and words in error
+    assert error.count("\n") == 1
+
+    answers.write_text("1 B 4 3 2\n", encoding="utf-8")
+    assert call(blind, replies, answers) == 2
+    assert f"{answers}:1: not a sheet of these replies" in capsys.readouterr().err
+    answers.write_text(f"{first}\n1 B\n", encoding="utf-8")
+    assert call(blind, replies, answers) == 2
+    assert "no answers" in capsys.readouterr().err
+
+
+def test_readers_means_and_differences_by_hand():
+    """Item 1: MLE 2 and 4, EmpRL 5 and 5. Item 2: one reader; EmpRL is left out."""
+    ann = {(1, "mle"): [2, 1, 1], (1, "emprl"): [5, 1, 1], (2, "mle"): [5, 3, 1]}
+    bob = {(1, "mle"): [4, 1, 1], (1, "emprl"): [5, 2, 1]}
+    rows = blind.table([ann, bob], ["mle", "emprl"], "mle")
+    # MLE's fluency: 3 and 5; standard deviation 2^0.5, so 4 +- 1.96.
+    assert rows["mle"]["fluency"] == "4.00 (2.04 to 5.96)" and rows["mle"]["contexts"] == "2"
+    assert rows["emprl"]["fluency"] == "5.00"
+    difference = {"fluency": "2.00", "fit": "0.50", "empathy": "0.00", "contexts": "1"}
+    assert rows["emprl - mle"] == difference
+
+
+@pytest.mark.parametrize(
+    "first, second, expected",
+    [
+        ([1, 2, 3], [1, 2, 3], 1),
+        ([1, 5], [5, 1], -1),  # seen 16, by chance 8
+        ([1, 2], [2, 3], 0.5 / 1.5),  # seen 1; by chance (1 + 4 + 0 + 1) / 4
+        ([3, 3], [3, 3], None),
+    ],
+)
+def test_weighted_kappa_by_hand(first, second, expected):
+    found = blind.weighted_kappa(first, second)
+    assert found == (expected if expected is None else pytest.approx(expected))
+
+
+def test_agreement_is_of_what_both_have_rated():
+    ann = {(1, "mle"): [1, 3, 1], (2, "mle"): [5, 3, 1], (3, "mle"): [1, 1, 1]}
+    bob = {(1, "mle"): [5, 3, 1], (2, "mle"): [1, 3, 2], (4, "mle"): [2, 2, 2]}
+    cy = {(1, "mle"): [1, 2, 4], (2, "mle"): [5, 3, 1]}
+    # Fluency: -1, 1, -1. Fit: none; then seen 1/2, by chance 1/2, twice. Empathy, twice
+    # with ann 1 and 1, cy 4 and 1: seen 9/2, by chance 9/2; bob and cy: see below.
+    found = blind.agreement([ann, bob, cy])
+    assert found["fluency"] == f"{-1 / 3:.2f}" and found["fit"] == "0.00"
+    # bob 1, 2 and cy 4, 1: seen (9 + 1) / 2, by chance (9 + 0 + 4 + 1) / 4; ann and bob: 0.
+    assert found["empathy"] == f"{(0 + 0 + 1 - 5 / 3.5) / 3:.2f}"
 
 
 # ---- tables

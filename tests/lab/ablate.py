@@ -9,14 +9,19 @@ to. It prints a Markdown table of means over the runs. A variant's own run, with
 stays in RUN/ablations/, named by what it is made of: the same run, settings and code are not
 measured again.
 
-Cost: a minute for each variant and run of `toy`, 5 minutes of `real`; `ideal` takes longer.
+`rivals` is PPO beside what else may take its time, never shortened: its table has plain figures.
+
+Cost: a minute for each variant and run of `toy`, 5 minutes of `real`; `ideal` and `rivals` take
+longer.
 """
 
 import contextlib
+import copy
 import io
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,10 +31,29 @@ import torch
 import torch.nn.functional as F
 
 import emprl
-from data import LEVELS, MECHANISMS
-from identifiers import f1_scores, mutual_information, predict
-from ppo import PPOTrainer, Prompts, respond, response_log_probs, rollout, whiten
-from t5_small import load_state, save_atomically
+from data import LEVELS, MECHANISMS, batches
+from identifiers import (
+    EmpathyReward,
+    balanced,
+    f1_scores,
+    make_classifier,
+    mutual_information,
+    predict,
+    predict_levels,
+)
+from ppo import PPOConfig, PPOTrainer, Prompts, respond, response_log_probs, rollout, whiten
+from t5_small import (
+    EOS_ID,
+    T5,
+    Sampling,
+    Stack,
+    TrainConfig,
+    Trainer,
+    autocast,
+    generate,
+    load_state,
+    save_atomically,
+)
 from tests.lab.command import Parser, means, read_metrics, read_runs, sheet, start, write_json
 
 ROOT = Path(emprl.__file__).parent
@@ -71,12 +95,147 @@ class GRPO(Reinforce):
         return (centred / (groups.std(1, keepdim=True) + 1e-6)).flatten()
 
 
-class BestOfGroup(GRPO):
-    """MLE once more, on the best of GROUP samples for each context: the gradient of log p."""
+# ---- MLE, trained once more: rivals that are no RL -------------------------------------------
 
-    def advantages(self, total):
-        groups = total.view(-1, GROUP)
-        return F.one_hot(groups.argmax(1), GROUP).float().flatten()
+# How many responses they learn with, over those that PPO samples: so they take PPO's time.
+BEST_OF_N_SAMPLES = 1.5  # these are sampled and rewarded, but most are not learnt from
+TOLD_RESPONSES = 2.4  # these are the humans'
+
+
+@dataclass
+class Start:
+    """What a rival starts from: the run, and the arguments of PPOTrainer."""
+
+    run: emprl.Run
+    mle: T5
+    reward: EmpathyReward
+    prompts: emprl.PromptBatches
+    sampling: Sampling
+    config: PPOConfig
+    validate: Callable
+
+    def settings(self, responses):
+        """As many steps as so many responses need, with PPO's learning rate."""
+        config = self.config
+        steps = round(responses / config.minibatch_size)
+        return TrainConfig(
+            steps=steps,
+            batch_size=config.minibatch_size,
+            micro_batch=config.micro_batch,
+            lr=config.lr,
+            rms_scaled=config.rms_scaled,
+            warmup=config.warmup,
+            eval_every=max(steps // 4, 1),
+        )
+
+
+def best_of_n_trainer(start):
+    """MLE on the best of n samples of MLE for each context, and no KL penalty; n: eval.best_of.
+
+    Source: RAFT, Dong et al. 2023 (arXiv 2304.06767), with one round of it.
+    """
+    policy = copy.deepcopy(start.mle).requires_grad_()
+    pairs, targets = start.prompts.pairs, start.prompts.targets
+    n = start.run.config.eval.best_of
+
+    def loss_sum(rows):
+        source, _ = pairs.batch(rows)
+        aims = targets[rows].to(source.device)
+        ids = best_of_n(start.mle, start.reward, source, aims, start.sampling, n)
+        return policy.loss_sum(source, ids)
+
+    samples = BEST_OF_N_SAMPLES * start.config.steps * start.config.batch_size
+    settings = start.settings(samples / n)
+    rows_at = batches([0] * len(pairs), settings.batch_size, start.run.config.seed)
+    return Trainer(policy, loss_sum, rows_at, None, settings)
+
+
+@torch.no_grad()
+def best_of_n(t5, reward, source, targets, sampling, n):
+    """Of n responses to each context the one of highest reward: (B, S), (B, ...) -> (B, T)."""
+    often = source.repeat_interleave(n, 0)  # (B * n, S)
+    with autocast(source.device):
+        ids = generate(t5, often, sampling).ids
+    rewards = reward(often, ids, targets.repeat_interleave(n, 0))
+    best = rewards.view(-1, n).argmax(1)  # (B,)
+    return ids.unflatten(0, (-1, n))[torch.arange(len(source)), best]
+
+
+class Told(T5):
+    """A T5 that is told which levels its response should have, by three words before the context.
+
+    words:     (M, L) ids of a word for each level; nothing else may use them.
+    levels_of: contexts (B, S) -> levels (B, M). When it replies, or is measured, it is told
+               these. In training mode its contexts have the words already: see told_trainer.
+    """
+
+    def __init__(self, t5, words, levels_of):
+        super().__init__(t5.config)
+        self.decoder = ToldDecoder(t5.config, is_decoder=True)
+        self.load_state_dict(t5.state_dict())
+        self.words = words
+        self.levels_of = levels_of
+
+    def encode(self, source):
+        """(B, S) -> (B, M + S, D), or in training mode (B, S, D)."""
+        if not self.training:
+            levels = self.levels_of(source).to(source.device)
+            words = self.words[torch.arange(len(MECHANISMS)), levels]  # (B, M)
+            source = torch.cat([words.to(source.device), source], 1)
+        return super().encode(source)
+
+
+class ToldDecoder(Stack):
+    """It reads the states of the words, too, which its caller does not know of."""
+
+    def forward(self, x, self_bias, memory=None, memory_bias=None, caches=None):
+        if not self.training:
+            memory_bias = F.pad(memory_bias, (len(MECHANISMS), 0))  # 0: not hidden
+        return super().forward(x, self_bias, memory, memory_bias, caches)
+
+
+def told_trainer(start):
+    """MLE on the human responses, told their levels; when it replies, those to be expected.
+
+    These are the likeliest by the context classifier, balanced as the targets of the reward.
+    The weights of the best perplexity of human responses are kept, as in MLE's own training.
+    """
+    run, pairs = start.run, start.prompts.pairs
+    sentinels = run.tokenizer.sentinels[-len(MECHANISMS) * LEVELS :]  # the last that are used
+    words = torch.tensor(sentinels).view(-1, LEVELS)  # (M, L)
+    told = Told(start.mle, words, expected_levels(run, start.mle, pairs)).to(run.device)
+
+    levels = predict_levels(start.reward.identifiers, pairs)  # (N, M)
+    spoken = words[torch.arange(len(MECHANISMS)), levels].tolist()
+    with_words = copy.copy(pairs)
+    with_words.contexts = [[*said, *ids] for said, ids in zip(spoken, pairs.contexts)]
+
+    def loss_sum(rows):
+        return told.loss_sum(*with_words.batch(rows))
+
+    def validate():
+        return start.validate(told)["valid_perplexity"]
+
+    settings = start.settings(TOLD_RESPONSES * start.config.steps * start.config.batch_size)
+    rows_at = batches(with_words.lengths(), settings.batch_size, run.config.seed)
+    return Trainer(told, loss_sum, rows_at, validate, settings)
+
+
+def expected_levels(run, mle, train):
+    """A function: contexts (B, S) -> the likeliest levels (B, M), by the run's own classifier."""
+    settings = emprl.classifier_settings(run.config, "context")
+    classifier = make_classifier(mle, settings)
+    emprl.load_classifier(classifier, "context", run.folder, run.results)
+    classifier = classifier.to(run.device).eval().requires_grad_(False)
+    share = predict(classifier, emprl.without_response(train, None)).exp().mean(0)  # (M, L)
+
+    @torch.no_grad()
+    def levels_of(source):
+        nothing = source.new_full((len(source), 1), EOS_ID)
+        probs = classifier(source, nothing).exp().cpu()
+        return balanced(probs, share, run.config.reward.balance).argmax(-1)
+
+    return levels_of
 
 
 # ---- details of PPO, done otherwise ---------------------------------------------------------
@@ -173,6 +332,8 @@ class Ideal(emprl.Evaluator):
                 figures[emprl.PREFIX[who] + name] = number
         before = self.perplexities(mle)
         figures["perplexity"] = before["perplexity"] * math.exp(rise)
+        share = math.log(figures["perplexity"]) / math.log(before["perplexity"])
+        figures["perplexity_per_word"] = before["perplexity_per_word"] ** share
         kl = (weights * rewards / beta).sum(0) - log_z(rewards, beta)
         figures["kl"] = kl.mean().item()
         return figures
@@ -240,6 +401,7 @@ def expected_figures(levels, weights, gold):
 class Variant:
     settings: str = ""  # as of --set
     trainer: type = PPOTrainer
+    rival: Callable = None  # what makes the trainer of a rival, in its place
     system: str = "emprl"  # which system of metrics.json is compared with MLE
     share: float = None  # frontier: of the way from MLE's weights to EmpRL's
     times: float = None  # ideal: MLE's perplexity, times so much
@@ -278,7 +440,16 @@ ABLATIONS = {
         "PPO": DEFAULT,
         "REINFORCE": Variant("ppo.value_coef=0 ppo.lam=1", Reinforce),
         "GRPO": Variant("ppo.value_coef=0 ppo.lam=1", GRPO),
-        "MLE on the best of 4": Variant("ppo.value_coef=0 ppo.lam=1", BestOfGroup),
+        "MLE on best of n": Variant(rival=best_of_n_trainer),
+    },
+    "rivals": {
+        "MLE": Variant(share=1, system="mle"),
+        "best of n": Variant(share=1, system="best_of_n"),
+        "MLE on best of n": Variant(rival=best_of_n_trainer),
+        "MLE, told the levels": Variant(rival=told_trainer),
+        "EmpRL": Variant(share=1),  # all of the way: the run's own
+        "ideal, perplexity times 1.1": Variant("ppo.steps=0", system="best_of_n", times=1.1),
+        "human": Variant(share=1, system="human"),
     },
     "details": {
         "default": DEFAULT,
@@ -302,7 +473,7 @@ ABLATIONS = {
         for times in (1.01, 1.03, 1.06, 1.1, 1.15)
     },
 }
-AS_IT_IS = ("frontier", "ideal")  # nothing is trained, so nothing is shortened
+AS_IT_IS = ("frontier", "ideal", "rivals")  # nothing is shortened
 MEASURES = {
     "emp_f1": "weighted",
     "emp_macro_f1": "macro",
@@ -315,6 +486,7 @@ PRICE = {
     "unique": "distinct",
     "length": "words",
 }
+PLAIN = {"perplexity_per_word": "perplexity a word", **PRICE, "kl": "KL"}
 
 
 # ---- measuring ------------------------------------------------------------------------------
@@ -331,7 +503,7 @@ def measure(source, finished, variant, shortened):
     config = emprl.read_config(finished["config"])
     for setting in (*shortened.split(), *variant.settings.split()):
         emprl.apply_setting(config, setting)
-    trainer = variant.trainer.__name__
+    trainer = (variant.rival or variant.trainer).__name__
     made_of = [finished["made_of"], asdict(config), trainer, variant.share, variant.times]
     folder = source / "ablations" / emprl.digest([made_of, code()])[:16]
     if (folder / "metrics.json").exists():
@@ -353,12 +525,19 @@ def measure(source, finished, variant, shortened):
     with mock.patch.object(emprl, "Evaluator", evaluator):
         with contextlib.redirect_stdout(io.StringIO()):
             run = emprl.Run(folder, config, emprl.find_device())
-            return emprl.run_all(run, partial(unwatched, variant.trainer))
+            trainer = partial(unwatched, variant.trainer)
+            if variant.rival:
+                trainer = partial(start_rival, variant.rival, run)
+            return emprl.run_all(run, trainer)
 
 
 def unwatched(trainer, *arguments):
     """A trainer without validations: only the end counts here."""
     return trainer(*arguments[:-1], lambda t5: {})
+
+
+def start_rival(make, run, *arguments):
+    return make(Start(run, *arguments))
 
 
 def mix(checkpoints, share):
@@ -385,6 +564,22 @@ def figures_of(metrics, system):
     figures["KL"] = after["kl"]
     for key, name in PRICE.items():
         figures[f"{name}, times"] = float(after[key]) / float(before[key])
+    return figures
+
+
+def plain_figures(metrics, system):
+    """What the table of the rivals shows of a system, as it is; of people only their texts."""
+    measured = metrics[system]
+    figures = {}
+    for who, prefix in emprl.PREFIX.items():
+        for key, name in MEASURES.items():
+            if prefix + key in measured:
+                figures[f"{name}, {who}"] = measured[prefix + key]
+    for key, name in PLAIN.items():
+        if key in measured:
+            figures[name] = float(measured[key])
+    if system == "emprl":
+        figures["seconds of training"] = metrics["seconds"]["ppo"]
     return figures
 
 
@@ -432,6 +627,8 @@ def main():
     shortened = "" if options.whole or options.name in AS_IT_IS else SHORT
     runs = read_runs(options.run)
     variants = ABLATIONS[options.name]
+    are_rivals = options.name == "rivals"
+    shown = plain_figures if are_rivals else figures_of
     figures = {name: {} for name in variants}
     with contextlib.ExitStack() as stack:
         for folder in runs:
@@ -441,15 +638,16 @@ def main():
             for number, (name, variant) in enumerate(variants.items(), 1):
                 emprl.say(f"seed {seed}, {number} of {len(variants)}: {name}")
                 metrics = measure(folder, finished, variant, shortened)
-                figures[name][seed] = figures_of(metrics, variant.system)
-    rows = rows_of(figures)
-    emprl.say(
-        f"\nMeans over {len(runs)} runs; the gain in Emp-F1 with its range",
-        sheet(rows),
-        sep="\n\n",
-    )
+                figures[name][seed] = shown(metrics, variant.system)
+    if are_rivals:
+        rows = {name: means(list(by_seed.values())) for name, by_seed in figures.items()}
+        title = f"Means over {len(runs)} runs"
+    else:
+        rows = rows_of(figures)
+        title = f"Means over {len(runs)} runs; the gain in Emp-F1 with its range"
+    emprl.say(f"\n{title}", sheet(rows), sep="\n\n")
     write_json(options.write, figures)
-    if options.write:
+    if options.write and not are_rivals:
         plot(rows, options.write.with_suffix(".png"))
 
 

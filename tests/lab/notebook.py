@@ -61,16 +61,26 @@ def execute(source, namespace):
 
 
 def figures():
-    """All figures that are open, as outputs of a cell; they are closed."""
+    """All figures that are open, as outputs of a cell; they are closed.
+
+    A figure's label, which pictures.show sets, is the text for people who cannot see it. It
+    goes where Jupyter puts the alt text of a picture, and screen readers find it.
+    """
     outputs = []
     for number in plt.get_fignums():
+        figure = plt.figure(number)
         picture = io.BytesIO()
-        plt.figure(number).savefig(picture, format="png")
-        shown = {
-            "image/png": base64.b64encode(picture.getvalue()).decode(),
-            "text/plain": ["<Figure>"],
+        figure.savefig(picture, format="png")
+        alt = figure.get_label()
+        output = {
+            "output_type": "display_data",
+            "metadata": {"image/png": {"alt": alt}} if alt else {},
+            "data": {
+                "image/png": base64.b64encode(picture.getvalue()).decode(),
+                "text/plain": [f"<Figure: {alt}>"],
+            },
         }
-        outputs.append({"output_type": "display_data", "metadata": {}, "data": shown})
+        outputs.append(output)
     plt.close("all")
     return outputs
 

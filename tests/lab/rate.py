@@ -26,11 +26,11 @@ from data import DataError, printable
 from emprl import OPENING, say
 from tests.lab.command import Parser, mean, start
 
-NOTE = (
+CONTENT = (
     "Content note: the contexts are about hard moments of people's lives, and some replies to",
-    "them are cold, false or hurtful. Stop whenever you like: an empty line is enough.",
-    *OPENING,
+    "them are cold, false or hurtful.",
 )
+NOTE = (*CONTENT, "Stop whenever you like: an empty line is enough.", *OPENING)
 QUESTIONS = {
     "empathy": "shows more empathy",
     "relevance": "is more relevant to what was said",
@@ -78,14 +78,18 @@ def table(items, raters):
 def agreement(items, raters, question):
     """Share of equal answers, and mean kappa, over all pairs of raters; "-" for none."""
     equal, kappas = [], []
-    for one, other in itertools.combinations(raters, 2):
-        both = [item for item in items if item in one and item in other]
-        first = [one[item][question] for item in both]
-        second = [other[item][question] for item in both]
+    for first, second in paired(items, raters, question):
         equal += [x == y for x, y in zip(first, second)]
         kappas.append(kappa(first, second))
     kappas = [x for x in kappas if x is not None]
     return "".join(f"{mean(x):8.2f}" if x else f"{'-':>8}" for x in (equal, kappas))
+
+
+def paired(items, raters, question):
+    """Of each two raters the answers to the items that both have rated: two lists."""
+    for one, other in itertools.combinations(raters, 2):
+        both = [item for item in items if item in one and item in other]
+        yield [one[item][question] for item in both], [other[item][question] for item in both]
 
 
 # ---- files ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import sys
 from collections import Counter
 
 import pytest
@@ -37,9 +38,25 @@ def check(what, got, expected, tol=1e-5):
             expected[wrong][:20],
         )
     if wrong.any():
-        pytest.fail(
-            f"{what}\n  expected {expected.tolist()}\n  got      {got.tolist()}", pytrace=False
-        )
+        expected, got = rounded(expected, got)
+        pytest.fail(f"{what}\n  expected {expected}\n  got      {got}", pytrace=False)
+
+
+def rounded(expected, got):
+    """Both as lists of numbers of 4 digits, or of as many as it takes to tell them apart."""
+    for digits in (4, 6, 9, 17):
+        lists = [shortened(x.tolist(), digits) for x in (expected, got)]
+        if lists[0] != lists[1]:
+            break
+    return lists
+
+
+def shortened(x, digits):
+    """A number, or a list of lists of them, with so many digits."""
+    if isinstance(x, list):
+        return [shortened(part, digits) for part in x]
+    number = float(f"{x:.{digits}g}")
+    return int(number) if number.is_integer() and abs(number) < 1e6 else number
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +98,20 @@ def refusal(capsys):
         return line
 
     return refused
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(script, word, ...) -> exit code and output, as `python -m` of it, in this process."""
+
+    def start(script, *words):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            script.main()
+        told = capsys.readouterr()
+        return ended.value.code, told.out + told.err
+
+    return start
 
 
 # ---- few cases by default, many with --thorough

@@ -1788,6 +1788,9 @@ def test_span_corruption():
     source, target = data.span_corrupt([5, 6], [], [x])
     check("no span", source, [5, 6, 1])
     check("no span", target, [x, 1])
+    source, target = data.span_corrupt([5, 6, 7], [(0, 2)], [x, y], eos_id=3)
+    check("a span at the start, </s> is 3", source, [x, 7, 3])
+    check("a span at the start, </s> is 3", target, [x, 5, 6, y, 3])
 
 
 def test_random_spans():

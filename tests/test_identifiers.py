@@ -120,8 +120,12 @@ def test_mean_pool():
     first = [[1.0, 2.0], [3.0, 4.0], [100.0, 100.0]]
     second = [[5.0, 6.0], [7.0, 7.0], [7.0, 7.0]]
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    got = identifiers.mean_pool(torch.tensor([first, second]), mask)
+    x = torch.tensor([first, second], requires_grad=True)
+    got = identifiers.mean_pool(x, mask)
     check("mean of the first two positions; of the first", got, [[2.0, 3.0], [5.0, 6.0]])
+    got[:, 0].sum().backward()
+    what = "gradient of the means by the first column: 1 / number of positions"
+    check(what, x.grad[..., 0], [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
 
 
 def size_of(model):
@@ -202,9 +206,15 @@ def test_class_weights():
 def test_class_weights_of_absent_levels(exponent):
     levels = torch.tensor([[0, 0]] * 6 + [[2, 0]] * 3)
     weights = identifiers.class_weights(levels, exponent)
-    assert weights.isfinite().all()
+    assert weights.isfinite().all(), f"weights of absent levels: {weights.tolist()}"
     mean = torch.stack([weights[m][levels[:, m]].mean() for m in range(2)])
     check("mean weight of an example, levels {0, 2} and {0} present", mean, [1.0, 1.0])
+    common = (3 / 2) ** exponent
+    scale = (6 * common + 3 * 3**exponent) / 9
+    first = [common / scale, 9**exponent / scale, 3**exponent / scale]
+    what = "6, 0 and 3 of 9: a level that never occurs counts as if it occurred once"
+    check(what, weights[0], first)
+    check("9, 0 and 0 of 9", weights[1], [1.0, 9**exponent, 9**exponent])
 
 
 def test_classification_loss():
@@ -631,7 +641,26 @@ def test_f1_scores(case):
     expected = {"accuracy": accuracy, "macro_f1": macro, "weighted_f1": weighted}
     for name, number in expected.items():
         what = f"{name} of gold {gold}, predicted {predicted} (scikit-learn's)"
-        check(what, float(got[name]), number, tol=1e-7)
+        check(what, float(got[name]), number, tol=1e-6)
+
+
+def test_f1_scores_of_many_tables():
+    """Counts of shape (2, 2, 3, 3), integers and floats; one of them has no counts at all, one
+    a single one, and in one a level occurs only once, in gold."""
+    table, nothing = [[3, 1, 1], [1, 2, 0], [0, 1, 1]], [[0] * 3] * 3
+    single, rare = [[0, 0, 0], [0, 1, 0], [0, 0, 0]], [[3, 0, 0], [0, 2, 0], [1, 0, 0]]
+    counts = torch.tensor([[table, nothing], [single, rare]])
+    of_rare = 6 / 7  # its F1s are 6/7, 1 and 0
+    expected = {
+        "accuracy": [[0.6, 0.0], [1.0, 5 / 6]],
+        "macro_f1": [[0.5793650794, 0.0], [1.0, (of_rare + 1) / 3]],
+        "weighted_f1": [[0.6047619048, 0.0], [1.0, (3 * of_rare + 2) / 6]],
+    }
+    for given in (counts, counts.float()):
+        got = identifiers.f1_scores(given)
+        for name, numbers in expected.items():
+            what = f"{name} of four tables; of one without counts it is 0"
+            check(what, torch.as_tensor(got[name]), numbers)
 
 
 def test_emp_f1():
@@ -643,7 +672,9 @@ def test_emp_f1():
     check("weighted", weighted, (2 / 3 + 0.5333333333 + 1 / 6) / 3, tol=1e-7)
     macro = identifiers.emp_f1(predicted, gold, "macro_f1")
     check("macro", macro, (0.625 + 0.5333333333 + 1 / 6) / 3, tol=1e-7)
-    assert identifiers.emp_f1(gold, gold) == 1.0
+    accuracy = identifiers.emp_f1(predicted, gold, "accuracy")
+    check("accuracy", accuracy, (2 / 3 + 2 / 3 + 1 / 3) / 3, tol=1e-7)
+    check("of gold itself", identifiers.emp_f1(gold, gold), 1.0)
 
 
 def test_mutual_information():
@@ -701,26 +732,45 @@ GAIN = ("relative", "low", "high")
 
 
 def test_paired_bootstrap():
-    gold, before, after = systems(300, 0.4)
+    gold, before, after = systems(40, 0.6)
 
-    def gain(old, new, **settings):
+    def gain(old, new, resamples=50, **settings):
+        settings = {"resamples": resamples, **settings}
         return identifiers.paired_bootstrap(old, new, gold, gold, **settings)
 
-    same = gain(before, before, resamples=200)
+    same = gain(before, before)
     what = "two identical systems: gain and interval"
     check(what, [same[name] for name in GAIN], [0.0, 0.0, 0.0])
-    got = gain(before, after, resamples=500)
+    got = gain(before, after)
     old, new = identifiers.emp_f1(before, gold), identifiers.emp_f1(after, gold)
     check("relative gain", got["relative"], (new - old) / old)
     assert 0 < got["low"] < got["relative"] < got["high"], f"a clear gain: {got}"
-    assert got == gain(before, after, resamples=500), "not reproducible"
-    other = gain(before, after, resamples=500, seed=1)
-    assert other["low"] != got["low"] and other["relative"] == got["relative"]
-    assert gain(after, before, resamples=200)["high"] < 0
+    assert got == gain(before, after), "the same seed gives another interval"
+    other = gain(before, after, seed=1)
+    assert other["low"] != got["low"], "another seed gives the same interval"
+    check("and the same gain", other["relative"], got["relative"])
+    assert gain(after, before)["high"] < 0, "a clear loss has an interval below 0"
 
-    gold, before, after = systems(300, 0.0, 3)
-    none = gain(before, after, resamples=200)
-    assert none["low"] <= 0 <= none["high"]
+    one = gain(before, after, resamples=1)
+    check("of one resample both percentiles are its gain", one["high"], one["low"])
+    wrong = (gold + 1) % 3
+    figures = gain(wrong, gold)
+    check("nothing right before: 1 / 1e-9", figures["relative"], 1e9)
+
+
+def test_paired_bootstrap_is_the_exact_interval():
+    """Three contexts have 27 resamples, all as likely. The worst and the best are each one
+    context three times: 1/27, or 3.7 %, is between 2.5 % and 5 %, so they end the interval."""
+    before = torch.tensor([[1, 1, 0], [2, 0, 1], [2, 0, 0]])
+    after = torch.tensor([[0, 2, 2], [1, 0, 1], [2, 1, 2]])
+    gold_before = torch.tensor([[0, 2, 0], [2, 1, 2], [0, 0, 1]])
+    gold_after = torch.tensor([[0, 2, 0], [1, 1, 2], [0, 0, 1]])
+    tables = before, after, gold_before, gold_after
+    got = identifiers.paired_bootstrap(*tables, resamples=4000, seed=3)
+    # e.g. the last context: 1 of 3 levels right before, none of 3 after
+    what = "percentiles of the gains of resamples, both systems drawn alike"
+    check(what, [got["low"], got["high"]], [-1.0, 1.0])
+    check("the gain of the contexts as they are", got["relative"], 2 / 3)
 
 
 def test_paired_bootstrap_is_the_plain_loop():

@@ -49,7 +49,8 @@ def test_response_mask():
     check("mask of t1 .. the first </s>", ppo.response_mask(ids).long(), expected)
     other = ppo.response_mask(torch.tensor([[4, 1, 3, 0]]), eos_id=3)
     check("another </s> id", other.long(), [[1, 1, 1, 0]])
-    assert ppo.response_mask(ids).dtype == torch.bool
+    dtype = ppo.response_mask(ids).dtype
+    assert dtype == torch.bool, f"the mask is {dtype}, not torch.bool"
 
 
 def test_token_log_probs():
@@ -64,13 +65,25 @@ def test_token_log_probs():
     what = "temperature 0.5 squares: 16/(4 + 16) over the support, 64/(64 + 16 + 4 + 4)"
     check(what, log_probs, [[LN(16 / 20), LN(64 / 88)]])
     check("entropy over the support", entropy[0, 0], -0.2 * LN(0.2) - 0.8 * LN(0.8))
-    assert entropy.isfinite().all()
+    assert entropy.isfinite().all(), f"entropy {entropy.tolist()}: 0 log 0 is 0"
 
     total = torch.zeros(1, 2)
     for token in range(4):
         same = torch.full((1, 2), token)
         total += ppo.token_log_probs(logits, same, support, 0.5)[0].exp()
     check("the tokens' probabilities add up to 1", total, [[1.0, 1.0]])
+
+
+def test_token_log_probs_pass_their_gradient():
+    """d log p(chosen) / d logits = (1 for the chosen - p) / temperature, 0 off the support."""
+    logits = torch.tensor([[1.0, 1.0, 2.0]]).log().requires_grad_()
+    support = mask_of([1, 0, 1])
+    log_probs, _ = ppo.token_log_probs(logits, torch.tensor([2]), support, temperature=0.5)
+    log_probs.sum().backward()
+    check("gradient by the logits", logits.grad, [[-0.4, 0.0, 0.4]])
+    coarse = torch.tensor([[1.0, 3.0]]).bfloat16()
+    log_probs, _ = ppo.token_log_probs(coarse, torch.tensor([1]))
+    check("logits in bfloat16: computed in float32", log_probs, [-math.log1p(math.exp(-2))])
 
 
 def test_kl_estimate():
@@ -87,6 +100,15 @@ def test_kl_estimate():
     d = torch.linspace(-3, 3, 61)
     assert (ppo.kl_estimate(d, torch.zeros(61), "k3") >= -1e-6).all(), "k3 is never negative"
     check("k1 is the default", ppo.kl_estimate(p.log(), q.log()), k1)
+
+
+def test_kl_estimate_passes_its_gradient():
+    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
+    expected = {"k1": [1.0, 1.0, 1.0], "k3": [1 - 0.4, 1 - 2 / 3, 1 - 3]}  # 1, and 1 - q / p
+    for kind, gradient in expected.items():
+        log_probs = p.log().requires_grad_()
+        ppo.kl_estimate(log_probs, q.log(), kind).sum().backward()
+        check(f"gradient of {kind}", log_probs.grad, gradient)
 
 
 def test_masked_mean():
@@ -106,6 +128,9 @@ def test_whiten():
     check("no variance: zeros, not nan", equal, torch.zeros(2, 3), tol=1e-3)
     one = ppo.whiten(torch.tensor([[3.0, 5.0]]), mask_of([1, 0]))
     check("one token: zero, not nan", one, [[0.0, 0.0]])
+    near = ppo.whiten(torch.tensor([[1e-4, -1e-4]]), mask_of([1, 1]))
+    what = "1e-8 is added to the variance, 2e-8, under the root: 1e-4 / sqrt(3e-8)"
+    check(what, near, [[0.577350, -0.577350]], tol=1e-4)
 
 
 def test_token_rewards():
@@ -144,6 +169,15 @@ def test_gae_ignores_padding():
     advantages, returns = ppo.gae(rewards, values, mask, 1.0, 0.5)
     check("advantages", advantages, [[0.3, 0.4, 0, 0]] * 2)  # delta = .1, .4
     check("returns", returns, [[0.8, 1.0, 0, 0]] * 2)
+    lengths = mask_of([1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0])
+    rewards, values = torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 3), torch.ones(3, 4)
+    advantages, returns = ppo.gae(rewards, values, lengths, 1.0, 1.0)
+    what = "responses of 2, 4 and 1 tokens: the rewards to come, within each"
+    check(what, returns, [[3.0, 2, 0, 0], [10, 9, 7, 4], [1, 0, 0, 0]])
+    check("minus the value", advantages, [[2.0, 1, 0, 0], [9, 8, 6, 3], [0, 0, 0, 0]])
+    by_default, _ = ppo.gae(rewards, values, lengths)
+    given, _ = ppo.gae(rewards, values, lengths, gamma=1.0, lam=0.95)
+    check("gamma 1 and lambda 0.95 are the defaults", by_default, given)
 
 
 def test_policy_loss():
@@ -160,6 +194,20 @@ def test_policy_loss():
     check(what, log_probs.grad, [[0.0, -0.1, 0.3, 0.0], [-0.44, 0.0, 0.0, 0.0]])
     narrow, _ = ppo.policy_loss(log_probs, old, advantages, mask, 0.1)
     check("clipped at 0.1: -(1.1 + 0.5 - 1.5 - 0.9 + 2.2) / 5", narrow, -0.28)
+    by_default, _ = ppo.policy_loss(log_probs, old, advantages, mask)
+    check("0.2 is the default", by_default, loss)
+
+
+def test_policy_loss_of_equal_policies():
+    """Before the first step: minus the mean advantage, nothing clipped, but a gradient."""
+    log_probs = torch.tensor([[-1.0, -2.0, -9.0]], requires_grad=True)
+    advantages = torch.tensor([[1.0, -3.0, 7.0]])
+    mask = mask_of([1, 1, 0])
+    loss, share = ppo.policy_loss(log_probs, log_probs.detach(), advantages, mask)
+    check("-(1 - 3) / 2", loss, 1.0)
+    check("both losses are equal: nothing is clipped", share, 0.0)
+    loss.backward()
+    check("-A / 2", log_probs.grad, [[-0.5, 1.5, 0.0]])
 
 
 def test_value_loss():
@@ -177,6 +225,21 @@ def test_value_loss():
     one = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
     loss = ppo.value_loss(one, old, one, mask_of([1, 0, 0, 0]), 0.2)
     check("clipped around the old value 0.4: 1/2 max(0, 0.4^2)", loss, 0.08)
+
+
+def test_value_loss_clips_where_it_is_told():
+    """V 1, V_old 0, R 2: the clipped error is 2 - eps, 1 at the least."""
+    value, old, target = (
+        torch.tensor([[1.0, -7.0]]),
+        torch.zeros(1, 2),
+        torch.full((1, 2), 2.0),
+    )
+    mask = mask_of([1, 0])
+    for eps, expected in ((0.1, 1.9), (0.2, 1.8), (0.5, 1.5), (3.0, 1.0)):
+        loss = ppo.value_loss(value, old, target, mask, eps)
+        check(f"clipped at +-{eps}: 1/2 {expected}^2", loss, expected**2 / 2)
+    by_default = ppo.value_loss(value, old, target, mask)
+    check("0.2 is the default", by_default, 1.8**2 / 2)
 
 
 def test_explained_variance():
@@ -209,12 +272,14 @@ def test_beta_stays_positive():
         beta = 0.3
         for sign in (1, -1, 1, -1, -1):
             changed = ppo.adapt_kl_coef(beta, sign * kl, target, batch, horizon)
-            assert 0 < changed < math.inf, (batch, horizon, kl, target)
+            case = f"beta {beta:.3g}, KL {sign * kl:.3g}, target {target:.3g}, "
+            case += f"batch {batch}, horizon {horizon:.3g}: {changed:.4g}"
+            assert 0 < changed < math.inf, f"{case} is not positive and finite"
             error = min(max(sign * kl / target - 1, -0.2), 0.2)
-            assert (changed - beta) * error >= 0, "the wrong way"
-            if batch <= horizon:
-                expected = beta * (1 + error * batch / horizon)
-                assert changed == pytest.approx(expected, rel=1e-9)
+            assert (changed - beta) * error >= 0, f"{case} is the wrong way"
+            factor = min(max(1 + error * batch / horizon, 0.5), 2.0)
+            expected = pytest.approx(beta * factor, rel=1e-9)
+            assert changed == expected, f"{case}, not {beta * factor:.4g}"
             beta = changed
 
 
@@ -591,6 +656,173 @@ def test_kl_is_zero_at_first_and_the_reference_stays(average):
 
 
 # ---- one iteration -------------------------------------------------------------------------
+
+
+def off_policy(t):
+    """A rollout with advantages and returns, and the trainer's policy moved away from it."""
+    part = rollout_of(t)
+    generator = torch.Generator().manual_seed(4)
+    part.advantages = torch.randn(part.ids.shape, generator=generator) * part.mask
+    part.returns = torch.randn(part.ids.shape, generator=generator) * part.mask
+    for parameter in t.policy.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data += 0.2 * noise * parameter.std(correction=0).clamp(min=0.05)
+    return part
+
+
+def value_loss_by_hand(t, part, states):
+    """Over a flat list of tokens."""
+    values = t.policy.value_head(states)[..., 0][part.mask]
+    old_values, returns = part.values[part.mask], part.returns[part.mask]
+    eps = t.config.value_clip_range
+    clipped = old_values + (values - old_values).clamp(-eps, eps)
+    return torch.max((values - returns) ** 2, (clipped - returns) ** 2).mean() / 2
+
+
+def loss_by_hand(t, part):
+    """L, what is logged of it, the largest |ratio - 1|: over a flat list of tokens."""
+    mask, eps = part.mask, t.config.clip_range
+    states = t.policy.t5.response_states(part.source, part.ids)
+    full = log_softmax_over(part.support, t.policy.t5.logits(states))
+    log_probs = full.gather(-1, part.ids[..., None])[..., 0][mask]
+    log_ratio = log_probs - part.log_probs[mask]
+    ratio, advantages = torch.exp(log_ratio), part.advantages[mask]
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - eps, 1 + eps)
+    measured = {
+        "policy_loss": torch.max(plain, clipped).mean(),
+        "value_loss": value_loss_by_hand(t, part, states),
+        "entropy": -(full.exp() * full).sum(-1)[mask].mean(),
+        "clip_share": (clipped > plain).float().mean(),
+        "ratio": ratio.mean(),
+        "update_kl": (ratio - 1 - log_ratio).mean(),
+    }
+    loss = measured["policy_loss"] + t.config.value_coef * measured["value_loss"]
+    return loss, measured, (ratio - 1).abs().max()
+
+
+def test_loss_by_hand():
+    """Other clip ranges and another coefficient than the defaults; gradients, too."""
+    t = trainer(clip_range=0.15, value_clip_range=0.3, value_coef=0.7)
+    part = off_policy(t)
+    loss, measured, error = t.loss(part)
+    expected_loss, expected, expected_error = loss_by_hand(t, part)
+    missing = expected.keys() - measured.keys()
+    assert not missing, f"loss measures no {', '.join(sorted(missing))}"
+    for name, number in expected.items():
+        check(f"{name} of a policy that has moved", measured[name], number)
+    check("policy loss + value_coef * value loss", loss, expected_loss)
+    check("the largest |ratio - 1|", error, expected_error)
+    assert 0 < measured["clip_share"] < 1, "not a test of clipping"
+
+    gradients = []
+    for one in (loss, expected_loss):
+        t.policy.zero_grad()
+        one.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in t.policy.parameters()]))
+    check("gradient by all weights", *gradients)
+
+
+def iteration_by_hand(t, i):
+    """What step does, with the trainer's own parts. Returns the record."""
+    config = t.config
+    batch = ppo.rollout(t.policy, t.reference, t.reward, t.prompts(i), t.sampling)
+    mask, rewards = batch.mask, t.scaled(batch.rewards)
+    kl = (batch.log_probs - batch.ref_log_probs) * mask
+    per_token = -t.kl_coef * kl
+    for row, length in enumerate(mask.sum(1).tolist()):
+        per_token[row, length - 1] += rewards[row]
+    if config.whiten_rewards:
+        per_token = ppo.whiten(per_token, mask, shift_mean=False)
+    advantages, batch.returns = ppo.gae(per_token, batch.values, mask, 1.0, config.lam)
+    if config.whiten_advantages:
+        advantages = ppo.whiten(advantages, mask)
+    batch.advantages = advantages
+    t.optimizer.set_lr(t.learning_rate(i), config.rms_scaled)
+    record = {**t.describe(batch), **t.update(batch)}
+    if config.adaptive_kl:
+        kl, target = record["kl"], config.kl_target
+        horizon = config.kl_horizon
+        t.kl_coef = ppo.adapt_kl_coef(t.kl_coef, kl, target, len(mask), horizon)
+    return record
+
+
+def compare_iterations(count, validated, **settings):
+    """step and iteration_by_hand give the same records, weights and beta."""
+    one, other = trainer(**settings), trainer(**settings)
+    asked = []
+
+    def validate(t5):
+        asked.append(t5)
+        return {"valid": float(len(asked))}
+
+    one.validate = validate
+    for i in range(count):
+        torch.manual_seed(SEED + i)
+        got = one.step(i)
+        torch.manual_seed(SEED + i)
+        expected = iteration_by_hand(other, i)
+        start, valid = got.pop("start", None), got.pop("valid", None)
+        assert start == ({"valid": 1.0} if i == 0 else None), f"start, iteration {i}: {start}"
+        assert (valid is not None) == (i in validated), f"validation, iteration {i}: {valid}"
+        assert got.keys() == expected.keys(), f"the record has {', '.join(sorted(got))}"
+        for name, number in expected.items():
+            check(f"{name} of iteration {i}", got[name], number)
+        what = f"weights of the policy after iteration {i}"
+        check(what, all_weights(one.policy), all_weights(other.policy))
+        what = f"weights of the result after iteration {i}"
+        check(what, all_weights(one.model), all_weights(other.model))
+        check(f"beta after iteration {i}", one.kl_coef, other.kl_coef)
+    assert asked[0] is one.reference, "the first validation is of the reference"
+    assert all(t5 is one.model for t5 in asked[1:]), "the others are of the result"
+
+
+def test_one_iteration_by_hand():
+    """Three of them: in the second and third the policy is not the reference."""
+    compare_iterations(3, {0, 1, 2}, steps=3, eval_every=100)
+
+
+def test_one_iteration_by_hand_with_other_settings():
+    adaptive = {"adaptive_kl": True, "kl_target": 0.7, "kl_horizon": 30.0, "kl_coef": 0.5}
+    rewards = {"whiten_rewards": True, "centre_rewards": True, "scale_rewards": False}
+    settings = {"whiten_advantages": False, "average": 0.5, "lam": 0.6, "rms_scaled": False}
+    validated = {0, 1, 2, 3, 5, 7, 8}  # after 1, 2, 4, 8 and every 3
+    compare_iterations(9, validated, eval_every=3, **adaptive, **rewards, **settings)
+
+
+def test_an_iteration_that_is_not_finite_changes_nothing():
+    def reward(source, ids, targets):
+        return torch.full((len(ids),), math.nan)
+
+    t = trainer(reward, adaptive_kl=True)
+    before, beta = all_weights(t.policy), t.kl_coef
+    (record,) = run(t, [0])
+    assert record.get("skipped") == 1.0, f"the record of a skipped iteration: {record}"
+    assert math.isnan(record["reward"]), "and the mean reward as it came, NaN"
+    check("the weights stay", all_weights(t.policy), before, tol=0)
+    assert t.moments.count == 0, "rewards of NaN come into the running moments"
+    assert t.kl_coef == beta, "beta moves"
+
+    t = trainer(same_reward)
+    t.policy.value_head.weight.data.fill_(math.nan)
+    (record,) = run(t, [0])
+    assert record.get("skipped") == 1.0, f"values of NaN are not skipped: {record}"
+    assert record["reward"] == 0.5, f"the mean reward is the number 0.5: {record['reward']}"
+    assert not torch.is_tensor(record["reward"]), "the reward in the record is a tensor"
+
+
+def test_a_tiny_policy_learns():
+    """A reward for one token raises its share; a strong KL penalty holds the policy back."""
+    settings = {"batch": 32, "minibatch_size": 16, "sampling": Sampling(max_length=6)}
+    free = run(trainer(share_of(7), kl_coef=0.0, steps=15, lr=2e-2, **settings), range(15))
+    held = run(trainer(share_of(7), kl_coef=5.0, steps=15, lr=2e-2, **settings), range(15))
+    first, last = free[0]["reward"], mean_of_last(free, "reward")
+    what = (
+        f"without a penalty the reward goes from {first:.2f} to {last:.2f}, by less than 0.3"
+    )
+    assert last > first + 0.3, what
+    kl, held_kl = mean_of_last(free, "kl"), mean_of_last(held, "kl")
+    what = f"KL {kl:.2f} without a penalty, {held_kl:.2f} with one of 5: it does not hold back"
+    assert held_kl < 0.3 * kl, what
 
 
 def test_a_frozen_reference_is_no_frozen_policy():

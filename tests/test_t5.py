@@ -181,6 +181,24 @@ def test_rms_norm():
         norm(torch.ones(1, 4)),
         [[0.5, 1.0, 0.5, -0.5]],
     )
+    norm.eps = 0.0
+    both = torch.tensor([[[1.0, 1.0, 1.0, 1.0], [2.0, -2.0, 2.0, -2.0]]])
+    what = "of shape (1, 2, 4): each position has its own root mean square, 1 and 2"
+    check(what, norm(both), [[[1.0, 2.0, 1.0, -1.0], [1.0, -2.0, 1.0, 1.0]]])
+
+
+def test_rms_norm_is_learnt_and_in_float32():
+    norm = t5_small.RMSNorm(2, eps=0.0)
+    large = torch.tensor([[300.0, 400.0]]).half()  # their squares are above float16's limit
+    got = norm(large)
+    check("300 and 400 in float16", got, [[300 / 353.55339, 400 / 353.55339]])
+    assert got.dtype == torch.float32, f"RMSNorm of float16 returns {got.dtype}, not float32"
+
+    x = torch.tensor([[3.0, 4.0]], requires_grad=True)
+    norm(x)[0, 0].backward()
+    what = "gradient of y_1 by x: 1 / rms - x_1^2 / (2 rms^3), -x_1 x_2 / (2 rms^3)"
+    check(what, x.grad, [[0.181019, -0.135765]])
+    check("gradient of y_1 by the weight: x_1 / rms", norm.weight.grad, [0.848528, 0.0])
 
 
 def test_attention_one_head():
@@ -209,6 +227,16 @@ def attention_of_one_query(attention, x, memory, bias, head):
     return weights @ values / weights.sum()
 
 
+def same_gradients(what, module, got, expected):
+    """The sum of both has the same gradient by all weights of a module."""
+    weights = [*module.parameters()]
+    ours = torch.autograd.grad(got.sum(), weights, allow_unused=True)
+    theirs = torch.autograd.grad(expected.sum(), weights, allow_unused=True)
+    for (name, weight), one, other in zip(module.named_parameters(), ours, theirs):
+        one = torch.zeros_like(weight) if one is None else one
+        check(f"{what}: gradient by {name}", one, other)
+
+
 def test_attention_many_heads():
     """Against plain loops over batch, query and head; the inner width is not d_model."""
     torch.manual_seed(1)
@@ -225,15 +253,130 @@ def test_attention_many_heads():
                 for h in range(2)
             )
             expected[b, t] = attention.o.weight @ torch.cat([one, two])
-    check("two heads", attention(x, attention.keys_values(memory), bias), expected)
+    got = attention(x, attention.keys_values(memory), bias)
+    check("two heads", got, expected)
+    same_gradients("two heads", attention, got, expected)
+
+
+def test_attention_weights():
+    """q = identity: softmax(1, 0) = (.731, .269), whose derivatives are +- .731 * .269."""
+    config = T5Config(d_model=2, d_kv=2, num_heads=1, dropout_rate=0.5)
+    attention = t5_small.Attention(config)
+    attention.q.weight.data = torch.eye(2)
+    x, keys = torch.tensor([[[1.0, 0.0]]]), torch.eye(2)[None, None]
+    weights = attention.weights(x, keys, torch.zeros(1, 1, 1, 2))
+    check("softmax(1, 0): no scaling, no dropout", weights, [[[[0.731059, 0.268941]]]])
+    weights[..., 0].sum().backward()
+    what = "gradient of the first weight by q"
+    check(what, attention.q.weight.grad, [[0.196612, 0.0], [-0.196612, 0.0]])
+
+    attention = attention.bfloat16().eval()
+    x, keys = x.bfloat16(), keys.bfloat16()
+    bias = torch.zeros(1, 1, 1, 2).bfloat16()
+    weights = attention.weights(x, keys, bias)
+    assert weights.dtype == torch.float32, "softmax of bfloat16 is taken in float32"
+    check("and is as exact", weights, [[[[0.731059, 0.268941]]]])
+    values = attention.keys_values(torch.ones(1, 2, 2).bfloat16())
+    got = attention(x, values, bias)
+    assert got.dtype == torch.bfloat16, f"forward in bfloat16 returns {got.dtype}"
+
+
+def test_attention_drops_weights_in_training():
+    """Equal scores over 8 positions whose values are the unit vectors: each column of what comes
+    out is one weight, 1/8; in training a half of them is dropped, and the others are 1/4."""
+    config = T5Config(d_model=8, d_kv=8, num_heads=1, dropout_rate=0.5)
+    attention = t5_small.Attention(config)
+    attention.q.weight.data.zero_()
+    for linear in (attention.k, attention.v, attention.o):
+        linear.weight.data = torch.eye(8)
+    x, bias = torch.ones(1, 16, 8), torch.zeros(1, 1, 1, 8)
+    keys_values = attention.keys_values(torch.eye(8)[None])
+
+    whole = attention.eval()(x, keys_values, bias)
+    check("in eval mode nothing is dropped", whole, torch.full((1, 16, 8), 1 / 8))
+    dropped = attention.train()(x, keys_values, bias)
+    share = (dropped == 0).float().mean().item()
+    assert 0.25 < share < 0.75, f"in training {share:.0%} of the weights are dropped, not half"
+    kept = dropped[dropped != 0]
+    check("the weights that are kept count twice", kept, torch.full_like(kept, 1 / 4))
 
 
 def test_padding_bias():
     bias = t5_small.padding_bias(torch.tensor([[5, 1, 0], [7, 8, 1]]))
-    assert bias.shape == (2, 1, 1, 3)
-    assert bias[0, 0, 0, 2] < -1e8
-    check("tokens are not hidden", bias[0, 0, 0, :2], [0.0, 0.0])
-    check("tokens are not hidden", bias[1, 0, 0], [0.0, 0.0, 0.0])
+    what = "-1e9 on padding, 0 elsewhere, of shape (B, 1, 1, S)"
+    check(what, bias, [[[[0.0, 0.0, -1e9]]], [[[0.0, 0.0, 0.0]]]])
+    other = t5_small.padding_bias(torch.tensor([[5, 0, 3]]), pad_id=5)
+    check("another padding id", other, [[[[-1e9, 0.0, 0.0]]]])
+
+
+def block_of(is_decoder):
+    """A block of random weights, the norms' included, without dropout."""
+    torch.manual_seed(1)
+    config = T5Config(d_model=6, d_kv=2, num_heads=2, d_ff=8, dropout_rate=0.0)
+    block = t5_small.Block(config, is_decoder)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return block
+
+
+def block_by_hand(block, x, self_bias, memory, memory_bias):
+    h = block.self_norm(x)
+    x = x + block.self_attn(h, block.self_attn.keys_values(h), self_bias)
+    if block.is_decoder:
+        keys_values = block.cross_attn.keys_values(memory)
+        x = x + block.cross_attn(block.cross_norm(x), keys_values, memory_bias)
+    return x + block.ff(block.ff_norm(x))
+
+
+def test_block_by_hand():
+    torch.manual_seed(2)
+    x, memory = torch.randn(2, 3, 6), torch.randn(2, 5, 6)
+    biases = torch.randn(1, 2, 3, 3), torch.randn(2, 1, 1, 5)
+    for is_decoder in (False, True):
+        block = block_of(is_decoder)
+        expected = block_by_hand(block, x, biases[0], memory, biases[1])
+        if is_decoder:
+            got = block(x, biases[0], memory, biases[1])
+        else:
+            got = block(x, biases[0])
+        what = "a decoder's block" if is_decoder else "an encoder's block"
+        check(what, got, expected)
+        same_gradients(what, block, got, expected)
+
+
+def test_block_with_a_cache():
+    """Token by token it gives what it gives for all tokens at once, the future hidden."""
+    torch.manual_seed(2)
+    x, memory = torch.randn(2, 3, 6), torch.randn(2, 5, 6)
+    future = torch.ones(3, 3).triu(1) * -1e9
+    self_bias, memory_bias = torch.randn(1, 2, 3, 3) + future, torch.randn(2, 1, 1, 5)
+    block = block_of(True)
+    expected = block_by_hand(block, x, self_bias, memory, memory_bias)
+    cache = t5_small.BlockCache(block, memory)
+    for t in range(3):
+        row = self_bias[:, :, t : t + 1, : t + 1]
+        got = block(x[:, t : t + 1], row, None, memory_bias, cache)
+        check(f"token {t}, with a cache", got, expected[:, t : t + 1])
+
+
+def test_block_drops_in_training():
+    """What a branch adds is dropped or doubled; the other branches are made to add nothing."""
+    x, memory = torch.randn(2, 3, 6), torch.randn(2, 5, 6)
+    arguments = (x, torch.zeros(1, 2, 3, 3), memory, torch.zeros(2, 1, 1, 5))
+    ends = {"self_attn": "o", "cross_attn": "o", "ff": "wo"}
+    for branch in ends:
+        block = block_of(True)
+        for other, end in ends.items():
+            if other != branch:
+                getattr(getattr(block, other), end).weight.data.zero_()
+        whole = block.eval()(*arguments) - x
+        block.dropout.p = 0.5
+        check(f"{branch} in eval mode", block(*arguments) - x, whole)
+        dropped = block.train()(*arguments) - x
+        kept = dropped.abs() > 1e-6
+        assert not kept.all(), f"nothing that {branch} adds is dropped in training"
+        assert kept.any(), f"all that {branch} adds is dropped in training"
+        check(f"what is kept of {branch}, doubled", dropped[kept], 2 * whole[kept])
 
 
 def test_initialisation():
@@ -356,6 +499,7 @@ def test_decoder_is_causal_and_sees_the_context():
 def keeps(logits, top_k=0, top_p=1.0):
     """Which tokens filter_logits keeps, after checking that their logits are unchanged."""
     filtered = t5_small.filter_logits(logits.clone(), top_k, top_p)
+    assert filtered.shape == logits.shape, f"shape {tuple(filtered.shape)}, not the logits'"
     kept = filtered > -torch.inf
     assert torch.equal(filtered[kept], logits[kept]), "kept logits must not change"
     return kept.long().tolist()
@@ -383,16 +527,60 @@ def test_filter_logits():
         check(what, keeps(logits, top_k, top_p), expected)
     banned = torch.tensor([[1.0, -torch.inf, 0.0, -torch.inf]])
     check("a banned token stays banned", keeps(banned, 3, 0.99), [[1, 0, 1, 0]])
+    unlikely = torch.tensor([[0.0, -40.0, -50.0]])  # the first has all mass, rounded
+    check("top_p 1 keeps the least likely, too", keeps(unlikely, 0, 1.0), [[1, 1, 1]])
 
 
 def test_filter_logits_ties():
     tied = torch.tensor([[1.0, 2.0, 1.0, 1.0, 0.0]])
-    for k in (1, 2, 3):
-        (kept,) = keeps(tied, k)
-        assert kept[1] and not kept[4], f"top_k {k} of {tied.tolist()} keeps {kept}"
-        assert k <= sum(kept) <= 4, f"top_k {k} of {tied.tolist()} keeps {kept}"
+    check("top_k 1: the likeliest", keeps(tied, 1), [[0, 1, 0, 0, 0]])
+    for k in (2, 3, 4):
+        what = f"top_k {k} of {tied.tolist()}: all that tie with the k-th stay"
+        check(what, keeps(tied, k), [[1, 1, 1, 1, 0]])
     (kept,) = keeps(torch.zeros(1, 4), 0, 0.5)
     assert sum(kept) == 2, f"top_p .5 of four equals keeps two, not {kept}"
+
+
+def test_draw_greedy_and_support():
+    """Temperature 0.5 squares: 1 4 16 64; top_k 3 keeps 4 16 64, top_p .9 then 16 64."""
+    logits = torch.tensor([[1.0, 2.0, 4.0, 8.0], [8.0, 4.0, 1.0, 2.0]]).log()
+    sampling = Sampling(temperature=0.5, top_k=3, top_p=0.9, greedy=True)
+    tokens, log_probs, support = t5_small.draw(logits.repeat(20, 1), sampling)
+    check("greedy: the likeliest tokens", tokens, [3, 0] * 20)
+    what = "their log-probs among those that are left: log 64/80"
+    check(what, log_probs, [math.log(0.8)] * 40)
+    check("support", support.long(), [[0, 0, 1, 1], [1, 1, 0, 0]] * 20)
+    assert support.dtype == torch.bool, f"the support is {support.dtype}, not bool"
+
+    banned = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0]])
+    for greedy in (True, False):
+        tokens, log_probs, support = t5_small.draw(banned, Sampling(greedy=greedy))
+        check("a banned token is not in the support", support.long(), [[0, 1, 0, 1]])
+        assert tokens[0] in (1, 3), f"a banned token, {tokens.tolist()}, is sampled"
+        assert log_probs.isfinite().all(), "log-probs are finite"
+
+
+def test_draw_samples_what_it_says():
+    """Chi-square of 4,000 tokens; with 3 degrees of freedom, 21.1 is p = 1e-4."""
+    n = 4000
+    logits = torch.tensor([[0.1, 1.0, 2.0, 4.0, 8.0]]).log().repeat(n, 1)
+    probs = torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0]).sqrt()  # temperature 2
+    probs = probs / probs.sum()
+    sampling = Sampling(temperature=2.0, top_k=4)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        tokens, log_probs, _ = t5_small.draw(logits, sampling)
+        assert tokens.shape == log_probs.shape == (n,), "one token and log-prob for each row"
+        check("log-probs of the tokens", log_probs, probs.log()[tokens])
+        drawn.append(tokens)
+    assert torch.equal(drawn[0], drawn[1]), "the same seed of torch, other tokens"
+    assert not torch.equal(drawn[0], drawn[2]), "another seed of torch, the same tokens"
+    counts, expected = torch.bincount(drawn[2], minlength=5)[1:], n * probs[1:]
+    assert counts.sum() == n, "a token that top_k leaves out is sampled"
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    what = f"sampled {counts.tolist()}, expected about {expected.round().tolist()}"
+    assert chi_square < 21.1, what
 
 
 def restricted_log_probs(logits, step, sampling):

@@ -1,9 +1,9 @@
 """What each silent bug does to the curves: python -m tests.coursework.measure_bugs RUN0 RUN1 RUN2
 
-RUN0 .. are finished toy runs of different seeds. For each bug and run, PPO's first 15 iterations
-are repeated in a copy with the bug (bug 7 also retrains the identifiers there, bug 8 the MLE
-policy; bug 9 changes a figure only and is left out). About an hour for three runs. Writes
-bugs.json and bugs.png beside this file; what bugs.json has already is not measured again.
+RUN0 .. are finished toy runs of different seeds. For each bug and run this is the command that
+plant.py prints, in a copy with the bug; stages that the bug does not touch are taken from the
+finished run. About half an hour for three runs. Writes bugs.json and bugs.png beside this file;
+what bugs.json has already is not measured again.
 """
 
 import argparse
@@ -19,45 +19,96 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from tests.coursework.plant import BUGS, plant
+from tests.coursework.plant import BUGS, SETTINGS, plant
 
 HERE = Path(__file__).resolve().parent
-PANELS = ("reward", "kl", "length", "value_loss")
+PANELS = ("reward", "kl", "length", "value_loss", "explained_variance")
+FIGURES = ("emp_f1", "oracle_emp_f1")  # of the replies of both policies
+KEPT = {  # bug -> the stages before PPO that are not trained again with it
+    7: ("pretrain", "mle"),
+    8: ("pretrain",),
+}
+ALL_KEPT = ("pretrain", "mle", "identifiers", "judge", "context")
 
 
-def short_run(bug, run, settings=()):
-    """The records of a short run with a bug (0: none): see short_run.py."""
+def train_with(bug, run, settings=SETTINGS):
+    """The figures of the printed command in a copy with a bug (0: none)."""
+    config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         plant(bug, copy)
-        shutil.copy(HERE / "short_run.py", copy)
-        command = [sys.executable, "short_run.py", str(Path(run).resolve()), str(bug)]
-        done = subprocess.run(
-            [*command, *settings],
-            cwd=copy,
-            stdout=subprocess.PIPE,
-            check=True,
-            encoding="utf-8",
+        checkpoints = copy / "run" / "checkpoints"
+        checkpoints.mkdir(parents=True)
+        for stage in KEPT.get(bug, ALL_KEPT):
+            shutil.copy(Path(run) / "checkpoints" / f"{stage}.pt", checkpoints)
+        command = [sys.executable, "emprl.py", "--run", "run"]
+        command += ["--preset", config["preset"], "--seed", str(config["seed"])]
+        subprocess.run(
+            [*command, "--set", *settings], cwd=copy, stdout=subprocess.DEVNULL, check=True
         )
-    return json.loads(done.stdout.splitlines()[-1])
+        return figures_of(copy / "run")
+
+
+def figures_of(run):
+    """{"ppo": a record for each iteration, "mle": Emp-F1s, "emprl": Emp-F1s}, rounded."""
+    records = []
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["stage"] == "ppo":
+            records.append(rounded(record, PANELS))
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    figures = {policy: rounded(metrics[policy], FIGURES) for policy in ("mle", "emprl")}
+    return {"ppo": records, **figures}
+
+
+def rounded(figures, keys):
+    return {key: round(figures[key], 4) for key in keys}
 
 
 def measure(runs, path):
-    """Records of all bugs and runs, by "bug/number of the run", kept in a file as they come."""
+    """Figures of all bugs and runs, by "bug/number of the run", kept in a file as they come."""
     figures = {}
     if path.exists():
         figures = json.loads(path.read_text(encoding="utf-8"))
-    for bug in [0, *BUGS]:
-        for i, run in enumerate(runs):
+    for i, run in enumerate(runs):
+        for bug in [0, *BUGS]:
             name = f"{bug}/{i}"
-            if bug == 9 or name in figures:
+            if name in figures:
                 continue
-            figures[name] = short_run(bug, run)
+            figures[name] = train_with(bug, run)
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(figures) + "\n", encoding="utf-8")
             temporary.replace(path)
             print(f"bug {bug}, run {i}", flush=True)
     return figures
+
+
+def table(figures):
+    """A line of Markdown for each bug: from the first two iterations to the last three."""
+    lines = []
+    for bug in [0, *BUGS]:
+        of_bug = [found for name, found in figures.items() if name.startswith(f"{bug}/")]
+        cells = [str(bug or "none")]
+        for key, digits in zip(PANELS, (3, 2, 1, 2, 2)):
+            first = mean(mean_of(found["ppo"][:2], key) for found in of_bug)
+            last = mean(mean_of(found["ppo"][-3:], key) for found in of_bug)
+            first, last = round(first, digits) + 0.0, round(last, digits) + 0.0  # no -0.00
+            cells.append(f"{first:.{digits}f} to {last:.{digits}f}")
+        for policy in ("mle", "emprl"):
+            cells.append(
+                f"{mean_of([found[policy] for found in of_bug], 'oracle_emp_f1'):.3f}"
+            )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def mean(numbers):
+    numbers = list(numbers)
+    return sum(numbers) / len(numbers)
+
+
+def mean_of(records, key):
+    return mean(record[key] for record in records)
 
 
 def draw(figures, path):
@@ -86,10 +137,11 @@ def draw(figures, path):
 
 
 def draw_curves(axis, figures, bug, key, colour):
-    """A quantity of all runs with a bug."""
-    for name, records in figures.items():
+    """A quantity of all runs with a bug; iterations count from 1."""
+    for name, found in figures.items():
         if name.startswith(f"{bug}/"):
-            axis.plot([record[key] for record in records], color=colour, lw=1)
+            values = [record[key] for record in found["ppo"]]
+            axis.plot(range(1, len(values) + 1), values, color=colour, lw=1)
 
 
 def main():
@@ -105,6 +157,7 @@ def main():
             parser.exit(2, f"{run}: no finished run there; make one with python emprl.py\n")
     figures = measure(runs, HERE / "bugs.json")
     draw(figures, HERE / "bugs.png")
+    print(table(figures))
     print(f"written: {HERE / 'bugs.json'}, {HERE / 'bugs.png'}")
 
 

@@ -1,8 +1,9 @@
-"""Plant a silent bug: python -m tests.coursework.plant NUMBER COPY
+"""Plant one of eleven silent bugs, to practise on: python -m tests.coursework.plant NUMBER COPY
 
 Copies the program to the new folder COPY, with tests/lab but without tests, and makes one mistake
 in it that published code has made. Every command still runs there and the curves look plausible:
-train in the copy, look, read, and find it. The answers are here and in teacher.md.
+train in the copy, look, read, and find it. The answers are here and in teacher.md. For bugs that
+are not public: secret.py.
 """
 
 import argparse
@@ -13,17 +14,13 @@ from pathlib import Path
 from emprl import command_line
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FILES = (
-    "data.py",
-    "emprl.py",
-    "identifiers.py",
-    "ppo.py",
-    "t5_small.py",
-    "train.ipynb",
-    "requirements.txt",
-    "README.md",
-    "LICENSE",
-)
+MODULES = ("data.py", "emprl.py", "identifiers.py", "ppo.py", "t5_small.py")
+FILES = (*MODULES, "train.ipynb", "requirements.txt", "README.md", "LICENSE")
+# Of this folder a copy has only what train.ipynb imports: nothing that knows of bugs.
+PICTURES = Path("tests", "coursework", "pictures.py")
+# What shortens a training so far that bugs can still be seen: two minutes on two cores. The
+# curves in bugs.png are of this command.
+SETTINGS = ("ppo.steps=15", "ppo.batch_size=192", "eval.contexts=100")
 BUGS = {  # number: (file, right, wrong)
     1: (
         "ppo.py",
@@ -101,17 +98,30 @@ def with_bug(number):
     return name, text.replace(right, wrong)
 
 
-def plant(number, copy):
-    """The program in the new folder `copy`, with bug `number` (0: none)."""
-    copy = Path(copy)
+def copy_program(copy):
+    """The program in a new folder: the modules, the notebook, the lab; no tests, no answers."""
     copy.mkdir(parents=True)
     for name in FILES:
         shutil.copy(ROOT / name, copy)
     without = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "tests" / "lab", copy / "tests" / "lab", ignore=without)
+    if (ROOT / PICTURES).exists():
+        (copy / PICTURES).parent.mkdir()
+        shutil.copy(ROOT / PICTURES, copy / PICTURES)
+
+
+def plant(number, copy):
+    """The program in the new folder `copy`, with bug `number` (0: none)."""
+    copy = Path(copy)
+    copy_program(copy)
     if number:
         name, text = with_bug(number)
         (copy / name).write_text(text, encoding="utf-8")
+
+
+def training_command():
+    """What a student starts in a copy."""
+    return command_line(["python", "emprl.py", "--set", *SETTINGS])
 
 
 def main():
@@ -128,7 +138,7 @@ def main():
     plant(arguments.number, arguments.copy)
     there = command_line(["cd", arguments.copy])
     print(f"bug {arguments.number} is somewhere in {arguments.copy}; start with: {there}")
-    print("and then: python emprl.py")
+    print(f"and then: {training_command()}")
 
 
 if __name__ == "__main__":

@@ -1620,8 +1620,9 @@ def draw_losses(figure, metrics, test):
     """MLE: training and validation loss. Classifiers: what the best weights are chosen by."""
     figure.set_size_inches(7.8, 3.2)
     logs = test.run.logs
-    stages = [stage for stage in ("mle", "identifiers", "judge") if logs.get(stage)]
-    axes = figure.subplots(1, len(stages), squeeze=False)
+    stages = ("mle", "identifiers", "judge")
+    stages = [stage for stage in stages if len(logs.get(stage, [])) > 1]  # n-grams: one step
+    axes = figure.subplots(1, max(len(stages), 1), squeeze=False)
     for axis, stage in zip(axes.flat, stages):
         curve(axis, logs[stage], "loss", color="0.7", label="training loss (nats)")
         right = axis if stage == "mle" else axis.twinx()

@@ -120,7 +120,7 @@ def kl_estimate(log_probs, ref_log_probs, kind="k1"):
     With d = log p - log p_ref:
         k1 = d               unbiased, may be negative: the penalty
         k3 = e^-d - 1 + d    unbiased, never negative, less noisy: for the log and the brake
-    Source: Schulman, "Approximating KL divergence", 2020.
+    Source: Schulman 2020, joschu.net/blog/kl-approx.html.
     """
     difference = log_probs - ref_log_probs
     if kind == "k1":
@@ -190,7 +190,7 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
     A token that has moved far enough in its advantage's direction has no gradient any more. If
     each response is used once (ppo_epochs 1), only the minibatches before can have moved it.
     All (B, T). Returns the loss, and the share of tokens where clipping makes it larger.
-    Source: PPO's paper, equation 7.
+    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7.
     """
     ratio = torch.exp(log_probs - old_log_probs)
     plain = -advantages * ratio
@@ -227,7 +227,7 @@ def adapt_kl_coef(kl_coef, kl, target, batch_size, horizon):
     """beta <- beta clip(1 + clip(KL / target - 1, -0.2, 0.2) batch_size / horizon, 0.5, 2).
 
     The outer clip is ours: with a horizon that is short beside the batch, beta would turn
-    negative. Source: Ziegler et al., section 2.2.
+    negative. Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     factor = 1 + error * batch_size / horizon

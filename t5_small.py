@@ -106,7 +106,8 @@ def relative_position_bucket(
         -3 -> 3 and +3 -> 16 + 3 = 19, -50 -> 8 + floor(8 * log(50/8) / log(128/8)) = 13.
 
     relative_position: position of the key - position of the query, integers of any shape.
-    Returns buckets of the same shape. Source: T5's paper, section 2.1, and its code.
+    Returns buckets of the same shape. Source: Raffel et al. 2020 (arXiv 1910.10683), section
+    2.1, and T5's code.
     """
     if bidirectional:
         num_buckets = num_buckets // 2

@@ -38,7 +38,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = "t5_small data identifiers ppo emprl".split()
 FORK = multiprocessing.get_context("fork")
-TESTS = "test_recipe test_emprl test_figures".split()  # after the module's own
+TESTS = "test_recipe test_emprl test_figures test_results".split()  # after the module's own
 
 # each may stand in the other's place
 PAIRS = """Add Sub, Mult Div, Lt LtE, Gt GtE, Eq NotEq, And Or,

@@ -207,7 +207,7 @@ def figures_of(own, judge, oracle=None, perplexity=4.0):
     }
 
 
-UP, DOWN, UNSURE = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.1)
+UP, DOWN, UNSURE, NONE = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.1), (0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +218,7 @@ UP, DOWN, UNSURE = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.1)
         (DOWN, DOWN, DOWN, ["worse than MLE's", "-20.0%", "no sign"]),
         (UP, UNSURE, UNSURE, ["no better than MLE's", "may have been gamed"]),
         (UP, DOWN, DOWN, ["worse than MLE's", "may have been gamed"]),
+        (NONE, NONE, NONE, ["no better than MLE's", "+0.0%", "no sign"]),
         (UP, UNSURE, None, ["no better than MLE's", "by the judge", "may have been gamed"]),
         (UP, UP, None, ["better than MLE's", "by the judge", "no sign"]),
     ],
@@ -397,6 +398,43 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, monkey
     assert says in err, err
     assert err.count("\n") == 1, err
     assert set(tmp_path.iterdir()) == before, "nothing was written"
+
+
+ORIGINAL = """
+mle.epochs=3 mle.batch_size=8 mle.lr=0.0001 mle.warmup=0 data.max_source=200 data.max_target=50
+exploring.temperature=0.9 exploring.top_k=20 exploring.min_length=5 exploring.max_length=30
+replying.min_length=1 reward.target=human identifiers.shared=False identifiers.start=t5
+ppo.batch_size=32 ppo.ppo_epochs=4 ppo.lr=1e-05 ppo.lam=0.95 ppo.clip_range=0.2
+ppo.value_clip_range=0.2 ppo.value_coef=0.1 ppo.whiten_rewards=True ppo.adaptive_kl=True
+ppo.kl_coef=0.2 ppo.kl_target=6.0 ppo.kl_horizon=10000
+"""
+
+
+def test_the_preset_paper_is_the_originals():
+    """The facts of the authors' code, one by one."""
+    config = emprl.PRESETS["paper"]()
+    found = []
+    for setting in ORIGINAL.split():
+        section, name = setting.partition("=")[0].split(".")
+        found.append(f"{section}.{name}={getattr(getattr(config, section), name)}")
+    assert found == ORIGINAL.split()
+
+
+def test_presets_know_their_names():
+    for name, make in emprl.PRESETS.items():
+        assert make().preset == name
+
+
+def test_a_new_tokenizer_learns_the_newest_two_turns_and_the_responses(monkeypatch):
+    dialogue = emprl.Dialogue(("one", "two", "three"), "four")
+    labelled = emprl.Dialogue(("five",), "six")
+    corpus = SimpleNamespace(
+        dialogues={"train": [dialogue], "test": [labelled]},
+        labelled={"train": [labelled], "judge_train": [dialogue]},
+    )
+    monkeypatch.setattr(emprl.Tokenizer, "train", lambda texts, size: texts)
+    texts = emprl.make_tokenizer(emprl.make_config("smoke"), corpus)
+    assert texts == "two three four five six two three four".split()
 
 
 def test_settings_with_an_effect_stay(finished, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -236,6 +237,23 @@ def test_each_stage_sees_its_own_part(stage, learns_from, looks_at, run):
     assert len(ids) == len(set(ids)) == 400
     assert run.parts(stage, True) == learns_from
     assert run.parts(stage, False) - learns_from == looks_at
+
+
+def test_turns_are_for_pretraining_only(tmp_path, monkeypatch):
+    """Of a corpus that has more of them than training pairs."""
+    embedded = data.embedded_corpus
+
+    def with_turns(*sizes):
+        corpus = embedded(*sizes)
+        turns = embedded(9, 30, 1, 1, 1).dialogues["train"]
+        corpus.dialogues["turns"] = [replace(d, id=f"turns/{d.id}") for d in turns]
+        return corpus
+
+    monkeypatch.setattr(data, "embedded_corpus", with_turns)
+    watched = Watched(tmp_path / "run", ("ppo.steps=1", "eval.contexts=4"))
+    assert watched.parts("pretrain", True) == {"turns/train"}
+    for stage in ("mle", "context", "ppo"):
+        assert watched.parts(stage, True) == {"train"}, stage
 
 
 def test_the_context_classifier_sees_no_response(run):

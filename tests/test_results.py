@@ -200,6 +200,30 @@ def test_a_stage_made_anew_from_other_weights_refuses_all_after_it(
 # ---- the content of the data counts -------------------------------------------------------------
 
 
+def test_a_stage_is_saved_at_its_end_and_now_and_then(tmp_path, monkeypatch, no_pictures):
+    """Not at every step, which would cost more than the steps; skipped ones are not saved."""
+    saved, save, step = [], emprl.save_atomically, t5_small.Trainer.step
+
+    def watched(state, path):
+        saved.append(f"{path.stem} {len(state['log'])}" if "log" in state else path.stem)
+        save(state, path)
+
+    def skipped(trainer, i):
+        return {**step(trainer, i), "skipped": float(i % 2)}
+
+    monkeypatch.setattr(emprl, "save_atomically", watched)
+    monkeypatch.setattr(emprl.Run, "save_every", 1e9)
+    emprl.run_all(emprl.Run(tmp_path / "a", emprl.make_config("smoke")))
+    stages = ["pretrain 4", "mle 12", "identifiers 8", "judge 8", "context 4", "ppo 4"]
+    assert saved == stages
+
+    saved.clear()
+    monkeypatch.setattr(emprl.Run, "save_every", -1.0)
+    monkeypatch.setattr(t5_small.Trainer, "step", skipped)
+    emprl.run_all(emprl.Run(tmp_path / "b", emprl.make_config("smoke", settings=NO_PPO)))
+    assert saved[:3] == ["pretrain 1", "pretrain 3", "pretrain 4"]
+
+
 def test_data_that_has_changed_is_seen(tmp_path, capsys, no_pictures, nothing_is_trained):
     lines = records(61)
     file, run = tmp_path / "mine.jsonl", tmp_path / "run"
@@ -216,6 +240,7 @@ def test_data_that_has_changed_is_seen(tmp_path, capsys, no_pictures, nothing_is
     assert emprl.main([*command, "--data", str(moved)]) == 0, "the same at another place"
 
 
+NO_PPO = ["mle.steps=0", "identifiers.steps=0", "context.steps=0", "ppo.steps=0"]
 NO_STEPS = [
     f"{stage}.steps=0" for stage in ("pretrain", "mle", "identifiers", "context", "ppo")
 ]

@@ -904,6 +904,7 @@ def test_trainer_schedule_and_best_weights():
     assert [r.get("valid") for r in records] == [None, 5.0, None, 1.0, None, 3.0]
     assert trainer.best_loss == 1.0
 
+    model.train()
     trainer.finish()
     assert torch.equal(model.shared.weight, weights[3])
     assert not torch.equal(weights[3], weights[5])

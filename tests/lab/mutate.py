@@ -38,7 +38,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = "t5_small data identifiers ppo emprl".split()
 FORK = multiprocessing.get_context("fork")
-TESTS = "test_recipe test_emprl test_figures".split()  # after the module's own
+TESTS = "test_recipe test_emprl test_figures test_results".split()  # after the module's own
 
 # each may stand in the other's place
 PAIRS = """Add Sub, Mult Div, Lt LtE, Gt GtE, Eq NotEq, And Or,
@@ -303,11 +303,12 @@ def file_of(test):
 
 def tests_of(mutant, project, tests):
     """The tests that call the function that the mutant is in: file by file, fast ones first."""
-    inside = ""
+    first = 0  # line of the innermost function around the mutant, or of its decorator
     for node in ast.walk(ast.parse((project / f"{mutant.module}.py").read_bytes())):
-        if isinstance(node, ast.FunctionDef) and node.lineno <= mutant.line <= node.end_lineno:
-            inside = node  # the innermost comes last
-    first = min([inside.lineno, *(x.lineno for x in inside.decorator_list)])
+        if isinstance(node, ast.FunctionDef):
+            start = min([node.lineno, *(x.lineno for x in node.decorator_list)])
+            if first < start <= mutant.line <= node.end_lineno:
+                first = start
     function = (f"{mutant.module}.py", first)
     own = f"test_{mutant.module.removesuffix('_small')}"
     files = [f"tests/{name}.py" for name in dict.fromkeys([own, *TESTS])]

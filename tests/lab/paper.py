@@ -1,0 +1,90 @@
+"""How much memory does the preset `paper` need? Two steps of every stage, with random weights.
+
+    python -m tests.lab.paper small --data DIR     t5-small's sizes
+    python -m tests.lab.paper base --data DIR      t5-base's
+
+DIR holds the real corpora, of which 400 dialogues of each part are taken. On a GPU a row is the
+peak of its stage; on a CPU (Linux) it is the peak of the process so far, what is imported
+included. `bench --plan` has the same by arithmetic.
+
+Cost: a minute on a GPU; on a CPU half an hour for `small`.
+"""
+
+import resource
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import emprl
+import torch
+
+from data import Tokenizer
+from tests.lab.bench import BASE, SMALL
+from tests.lab.command import Parser, sheet, start
+
+STEPS = "mle.epochs=0 mle.steps=2 identifiers.steps=2 context.steps=2 ppo.steps=2"
+FEW = "eval.contexts=8 eval.best_of=2 ppo.valid_contexts=8"
+DIALOGUES = 400
+
+
+def peak(device):
+    """GiB: of the process on a CPU, of the stage on a GPU, where it then begins anew."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    found = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return found
+
+
+class Measured(emprl.Run):
+    """A run that notes the peak of each stage."""
+
+    def train(self, name, trainer, made_of=()):
+        super().train(name, trainer, made_of)
+        self.peaks[name] = {"GiB": peak(self.device)}
+
+
+def few_dialogues(load_corpus):
+    """load_corpus, but for DIALOGUES of each part."""
+
+    def load(config):
+        corpus = load_corpus(config)
+        for parts in (corpus.dialogues, corpus.labelled):
+            for name in parts:
+                parts[name] = parts[name][:DIALOGUES]
+        return corpus
+
+    return load
+
+
+def random_checkpoint(folder, t5, data_path):
+    """An official folder with random weights, and a tokenizer of the corpus."""
+    corpus = emprl.load_corpus(emprl.make_config("real", data_path=data_path))
+    texts = [dialogue.response for dialogue in corpus.dialogues["train"]]
+    (folder / "spiece.model").write_bytes(Tokenizer.train(texts, 5000).model)
+    torch.manual_seed(0)
+    emprl.save_pretrained(emprl.T5(t5), folder)
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("size", choices=("small", "base"))
+    parser.add_argument("--data", required=True, help="folder of the real corpora")
+    parser.add_argument("--device", default="", choices=("cpu", "cuda"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        random_checkpoint(folder, {"small": SMALL, "base": BASE}[options.size], options.data)
+        settings = f"{STEPS} {FEW}".split()
+        config = emprl.make_config("paper", 0, options.data, folder, settings)
+        run = Measured(folder / "run", config, emprl.find_device(options.device))
+        run.peaks = {}
+        with mock.patch.object(emprl, "load_corpus", few_dialogues(emprl.load_corpus)):
+            emprl.run_all(run)
+        run.peaks["evaluate"] = {"GiB": peak(run.device)}
+    print(sheet(run.peaks))
+
+
+if __name__ == "__main__":
+    sys.exit(start(main))

@@ -17,7 +17,7 @@ what is wrong with a file. Add to 8 what you like; its rules stand at its head.
 Three models learn from these data:
 
     policy        writes responses: a T5 that learns to answer as people do, and then, by
-                  reinforcement learning, to be paid a higher reward
+                  reinforcement learning, to earn a higher reward
     identifiers   classifiers that tell how empathetic a response is (its levels, below); the
                   closer the levels are to those of the human response, the higher the reward
     judge         a second classifier, only for evaluation: it never gives reward
@@ -220,7 +220,7 @@ def slices(rows, size):
 
 
 class IdRows:
-    """Lists of ids in one array: 4 bytes an id, where a list of Python ints takes up to 36."""
+    """Lists of ids in one array: 4 bytes per id, where a list of Python ints takes up to 36."""
 
     def __init__(self, rows):
         self.ids = array("i")
@@ -249,7 +249,7 @@ class Pairs:
         self.responses = IdRows(
             tokenizer.encode_response(d.response, max_target) for d in dialogues
         )
-        # Unknown levels become 0. No one reads them: levels are asked for only of labelled
+        # Unknown levels become 0. Nothing reads them: levels are asked for only of labelled
         # parts, where all are known.
         unknown = (0,) * len(MECHANISMS)
         self.levels = torch.tensor([d.levels or unknown for d in dialogues])  # (N, M)
@@ -283,7 +283,7 @@ class Pairs:
         return contexts.to(self.device), responses.to(self.device)
 
     def but(self, responses, levels=None):
-        """The same contexts with other responses.
+        """The same contexts with other responses; `dialogues` still has the original ones.
 
         responses: a list of ids for each context. levels: LongTensor (N, M); None: unknown.
         """
@@ -309,9 +309,9 @@ def batches(lengths, batch_size, seed):
     @functools.lru_cache(maxsize=1)  # the batches of the current epoch are kept
     def shuffled(epoch):
         rng = np.random.default_rng([seed, epoch])
-        # Sorted by length alone, the batches would be the same in every epoch. So noise mixes
-        # examples of similar length: 5 % of it among the long ones; among the short ones that
-        # would be less than one id, so up to one is added.
+        # Sorted by length alone, every epoch would have the same batches. So each length gets
+        # noise: up to 5 %, which mixes the long examples, and up to one id, which mixes the
+        # short ones.
         noisy = lengths * rng.uniform(0.95, 1.05, len(lengths))
         noisy = noisy + rng.uniform(0, 1, len(lengths))
         rows = slices(np.argsort(noisy).tolist(), batch_size)
@@ -330,8 +330,8 @@ def batches(lengths, batch_size, seed):
 def random_spans(length, density=0.15, mean_span=3.0, generator=None):
     """[(start, length), ...]: spans over about `density` of all positions, never position 0.
 
-    As in T5, what is kept and what is taken out are each cut at random into the same number of
-    pieces, which alternate.
+    As in T5, the kept and the removed positions are each split at random into `count` pieces;
+    they alternate, a kept piece first. length: at least 2.
     """
     noise = min(max(round(length * density), 1), length - 1)
     kept = length - noise
@@ -384,7 +384,7 @@ class DataError(ValueError):
         super().__init__(printable(message))
 
 
-# Control characters, line ends, marks that change the direction of writing, half surrogates.
+# Control characters, line ends, bidirectional control characters, lone surrogates.
 _UNSAFE = re.compile(
     "[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -507,7 +507,7 @@ def read_turns(path):
         )
 
     turns = []
-    skipped = []  # numbers of lines
+    skipped = []  # line numbers
     histories = defaultdict(list)  # conversation -> its utterances so far
     rows = [(number, line) for number, line in enumerate(lines, 2) if line]
     for number, line in rows:
@@ -531,7 +531,7 @@ def read_turns(path):
         raise DataError(
             f"{path}:{skipped[0]}: {len(skipped)} of {len(rows)} rows are not as they were "
             "published, this one first: fields too many, empty, missing or out of place, or "
-            "quoted as by a table program; fetch it again"
+            "quoted as by a spreadsheet; fetch it again"
         )
     if not turns:
         raise DataError(f"{path}:2: no response that can be used; fetch the file again")
@@ -723,7 +723,7 @@ def _clean_field(value, name, where):
 
 
 def _level(value, where):
-    """0, 1 or 2, also as text, with blanks, or as a table program writes it: 1.0."""
+    """0, 1 or 2, also as text, with blanks, or as a spreadsheet writes it: 1.0."""
     written = None
     if type(value) in (str, int, float):  # and not bool, although True == 1
         written = re.fullmatch(r"([012])(\.0*)?", str(value).strip())
@@ -950,7 +950,7 @@ def _open(path):
 
 
 # What no one sees and no model should learn: control characters, marks of the direction of
-# writing, blanks of no width, U+FFFD, half surrogates.
+# writing, zero-width spaces, U+FFFD, lone surrogates.
 _INVISIBLE = (
     "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
     "\u2060-\u206f\ufeff\ufff9-\ufffb\ufffd\ud800-\udfff]"
@@ -1020,7 +1020,7 @@ SOURCES = [  # (url, path below the data folder, SHA-256, the files to unpack fr
         [],
     ),
 ]
-# No server may fill the disk. The archive's size is known; a file of EPITOME has below 2 MB.
+# No server may fill the disk. The archive's size is known; EPITOME's files are under 2 MB each.
 SIZES = {"empatheticdialogues.tar.gz": 28_022_709}
 LARGEST = 50_000_000  # bytes, where the size is not known
 MAX_UNPACKED = 200_000_000  # bytes
@@ -1312,7 +1312,7 @@ def draw_other_topic(rng, scene):
 
 
 def draw_context(rng, scene):
-    """1, 3 or 5 utterances: the speaker's turns, with empty words of the listener in between.
+    """1, 3 or 5 utterances: the speaker's turns, with short replies without content in between.
 
     The first turn begins with the opener, one of them names the feeling, the last one tells
     how severe it is.

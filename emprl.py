@@ -1,5 +1,10 @@
 """EmpRL, end to end: settings and presets, the recipe, run folder, evaluation, commands.
 
+A T5 first learns to reply as people did (MLE). PPO then rewards replies that show as much
+empathy as a human reply would. Empathy has three mechanisms: emotional reaction (ER),
+interpretation (IP), exploration (EX); each has the level 0 none, 1 weak or 2 strong. Emp-F1
+measures how well the levels of replies match those of human replies.
+
     python emprl.py                            train and evaluate the preset `toy`: minutes
     python emprl.py --preset real --data DIR   the real corpora, from scratch
     python emprl.py evaluate --run RUN --data FILE
@@ -21,9 +26,9 @@ if __name__ == "__main__":  # the imports below take a second, which Ctrl-C may 
 
     signal.signal(signal.SIGINT, stop)
 
-# How torch's threads wait for each other: 500 times round, then asleep. Left alone they go
-# round for milliseconds, and beside one busy program a run takes five times as long. libgomp
-# (Linux) reads this when torch is loaded. On macOS and Windows OpenMP reads KMP_BLOCKTIME.
+# Idle threads of torch spin 500 rounds before they sleep. By default they spin for
+# milliseconds; beside one busy program that makes a run five times slower. libgomp (Linux)
+# reads this when torch is loaded; on macOS and Windows OpenMP reads KMP_BLOCKTIME.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
@@ -110,7 +115,12 @@ class DataConfig:
     num_train: int = option(12000, "embedded world: dialogues", 1, 10**7)
     num_valid: int = option(300, "embedded world: dialogues to validate on", 1, 10**7)
     num_test: int = option(600, "embedded world: dialogues to test on", 1, 10**7)
-    num_labelled: int = option(8000, "embedded world: labelled pairs, twice", 1, 10**7)
+    num_labelled: int = option(
+        8000,
+        "embedded world: labelled pairs for the identifiers, as many for the judge",
+        1,
+        10**7,
+    )
     vocab_size: int = option(1200, "pieces and 100 sentinels of a new tokenizer", 110, 10**6)
     max_source: int = option(72, "tokens of a context; the newest are kept", 1, 10**5)
     max_target: int = option(64, "tokens of a response, </s> included", 1, 10**5)
@@ -130,7 +140,7 @@ class PretrainConfig:
 @dataclass
 class MLEConfig(TrainConfig):
     steps: int = option(1000, "optimizer steps", 0, 10**9)
-    batch_size: int = option(16, "pairs a step", 1, 10**6)
+    batch_size: int = option(16, "pairs per step", 1, 10**6)
     lr: float = option(4e-2, "peak learning rate; see t5_small.Optimizer", 0, 1e9)
     eval_every: int = option(250, "steps between validations; the best weights stay", 1, 10**9)
     muon: bool = option(False, "Muon for the layers' matrices; see t5_small.Optimizer")
@@ -239,7 +249,7 @@ def real():
         exploring=Sampling(min_length=5, max_length=40),
         # chosen by reading: at temperature 1 few replies of so small a model are sentences
         replying=Sampling(temperature=0.7, top_k=40, min_length=8, max_length=40),
-        # a step is noisy: average the weights; the human responses keep the language
+        # one step is noisy: average the weights; the human responses keep the language
         ppo=PPOConfig(
             steps=110, batch_size=256, lr=6e-3, kl_coef=0.05, ptx_coef=0.5, average=0.99
         ),
@@ -320,14 +330,15 @@ def run_all(run, ppo_trainer=PPOTrainer):
     )
 
     # 1. The initial policy: the T5 learns to reply as people did (maximum likelihood, MLE).
-    #    `made_of` is for the checkpoint: a result of other settings is refused, not used.
+    #    `made_of`: settings that shape the result, besides the trainer's own. A checkpoint
+    #    that was made with other settings is refused.
     trainer = pretrainer(mle, pairs["turns"], tokenizer, config)
     run.train("pretrain", trainer, made_of=[config.data, config.t5, config.pretrain])
     run.train("mle", mle_trainer(mle, pairs["train"], pairs["valid"], config))
 
     # 2. Classifiers of empathy levels. The identifiers (one for each mechanism, in one model)
     #    give the reward. The judge, trained on other data, never does: a gain that the judge
-    #    sees, too, is not an artefact of the reward.
+    #    sees as well is less likely to be an artefact of the reward.
     classifiers = {
         "identifiers": train_classifier(
             run, "identifiers", mle, labelled["train"], labelled["valid"]
@@ -444,7 +455,7 @@ def pretrainer(t5, pairs, tokenizer, config):
 
 
 def mle_trainer(t5, train, valid, config):
-    """Maximum likelihood on pairs, validated by the loss a token."""
+    """Maximum likelihood on pairs, validated by the loss per token."""
     settings = config.mle
     if settings.epochs:
         steps = settings.epochs * math.ceil(len(train) / settings.batch_size)
@@ -498,7 +509,7 @@ def classifier_settings(config, name):
     if name != "context":
         return config.identifiers
     own = asdict(config.context)
-    # of this classifier plain probabilities are wanted
+    # this classifier should give plain, unweighted probabilities
     return replace(config.identifiers, class_weight=0.0, keep="loss", **own)
 
 
@@ -519,29 +530,30 @@ def find_targets(run, mle, identifiers, pairs):
     The levels of the one human response, which the paper aims for, are noisy: other people
     would have replied otherwise. The context classifier learns how likely each level is.
     """
+    # predict and predict_levels take a classifier to the pairs' device, and back.
     levels = {part: predict_levels(identifiers, pairs[part]) for part in ("train", "valid")}
     contexts = {part: without_response(pairs[part], levels.get(part)) for part in pairs}
     context = train_classifier(run, "context", mle, contexts["train"], contexts["valid"])
-    train = predict(context, contexts["train"]).exp()  # predict gives log-probabilities
-    test = predict(context, contexts["test"]).exp()
-    share = train.mean(0)
+    train_probs = predict(context, contexts["train"]).exp()  # predict gives log-probabilities
+    test_probs = predict(context, contexts["test"]).exp()
+    share = train_probs.mean(0)
 
     config = run.config.reward
     if config.target == "human":
         aims = levels["train"]
     else:
-        aims = expected_targets(config, train, share)
+        aims = expected_targets(config, train_probs, share)
     return Targets(
         human=levels["train"],
         train=aims,
-        test=expected_targets(config, test, share),
-        probs=test,
+        test=expected_targets(config, test_probs, share),  # the human's are unknown there
+        probs=test_probs,
         share=share,
     )
 
 
 def without_response(pairs, levels):
-    """The same contexts with empty responses: what a classifier tells then is by the context."""
+    """The same contexts with empty responses, so that a classifier can use the context only."""
     return pairs.but([[EOS_ID]] * len(pairs), levels)
 
 
@@ -689,7 +701,7 @@ class Run:
         """At the start of a stage: which it is, and roughly how long the run still takes."""
         names = list(self.expected)
         rest = sum(self.expected[later] for later in names[names.index(name) :])
-        # The speed so far: it counts the more, the longer the run has been at work.
+        # Expected over actual time so far; the 20 seconds keep it near 1 at the start.
         speed = (self.worked + 20) / (time.time() - self.began + 20)
         say(f"{self.place(name)}the run still takes about {minutes(rest / speed)}")
 
@@ -721,13 +733,14 @@ class Run:
         return f"take another folder: {other}"
 
     def note_start(self):
-        """Before anything is trained: what this run is, for people and for later commands."""
+        """Before anything is trained: delete earlier results, and write down what this run is."""
         if self.noted:
             return
         self.noted = True
         for results in (
             "metrics.json",
-            "*.md",
+            "report.md",
+            "samples.md",
             "responses.jsonl",
             "evaluate-*",
             "plots/*.png",
@@ -827,8 +840,8 @@ def minutes(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-# Seconds of a step, of `evaluate` in all, on two cores of 160 GFLOP/s together: so that a run
-# can say roughly how long it takes. It corrects them by its own speed.
+# Expected seconds per step, of `evaluate` in all, on two cores of 160 GFLOP/s together: so that
+# a run can say roughly how long it takes. They are rescaled by how fast the run turns out to be.
 TOY_SECONDS = {
     "pretrain": 0.04,
     "mle": 0.04,
@@ -1058,7 +1071,7 @@ class Evaluator:
         return {**self.compare(levels), **text_figures(texts, human)}
 
     def policy(self, system, t5, sampling):
-        """The figures of a policy that samples, its KL in nats a response and its perplexities."""
+        """The figures of a policy that samples, its KL in nats per response, its perplexities."""
         self.run.seed(f"evaluate {system}")
         size = self.run.config.eval.batch_size
         responses, kl = respond_and_compare(t5, self.reference, self.pairs, sampling, size)
@@ -1067,7 +1080,7 @@ class Evaluator:
         return {**figures, **self.perplexities(t5)}
 
     def perplexities(self, t5):
-        """Of the human responses, a token and a word; their ends are predicted, too.
+        """Of the human responses, per token and per word, their ends included.
 
         Responses that are longer are cut to max_scored, for both figures.
         """
@@ -1081,7 +1094,7 @@ class Evaluator:
         return {"perplexity": exp(loss / tokens), "perplexity_per_word": exp(loss / count)}
 
     def validate(self, t5):
-        """Inside PPO: a few figures."""
+        """A few figures for PPO's log; nothing is decided by them."""
         figures = self.policy("valid", t5, self.run.config.replying)
         shown = ["emp_f1", "kl", "perplexity", "unique", "exact_match"]
         shown.append(PREFIX[self.truth] + "exact_match")
@@ -1103,7 +1116,7 @@ class Evaluator:
         for who, gold in self.human.items():
             before = self.replies["mle"].levels[who]
             after = self.replies["emprl"].levels[who]
-            gain = paired_bootstrap(before, after, gold, gold)
+            gain = paired_bootstrap(before, after, gold_before=gold, gold_after=gold)
             metrics["gain"][PREFIX[who] + "emp_f1"] = gain
         return metrics
 
@@ -1141,10 +1154,11 @@ class Evaluator:
         }
 
     def ceilings(self, level_probs, targets):
-        """What can be reached at best by a policy that knows P(level | context).
+        """What a policy scores that gives the levels to be expected from the context.
 
-        In the generated world P is known (level_probs: id -> P); everywhere the context
-        classifier estimates it. "context_balanced" raises rare levels by half: it scores more.
+        In the generated world P(level | context) is known (level_probs: id -> P); everywhere
+        the context classifier estimates it. "context_balanced" divides P by the square root of
+        the level's share, so that rare levels are chosen more often. No strict bounds of F1.
         """
         ceilings = {}
         if level_probs:
@@ -1317,9 +1331,11 @@ def answer(metrics, truth):
         how = "better than MLE's"
     if gain["high"] < 0:
         how = "worse than MLE's"
-    agrees = "no sign that the reward was gamed"
-    if own["low"] > 0 and judge["low"] <= 0:
+    agrees = "both see a gain, so the reward was not simply gamed"
+    if judge["low"] <= 0:
         agrees = "no sure gain, so the reward may have been gamed"
+    if own["low"] <= 0:
+        agrees = "the reward itself has not surely risen"
     first = (
         f"EmpRL's replies match the human's levels {how}: Emp-F1 {number(after[key])} against "
         f"{number(before[key])} by the {truth}, {in_percent(gain)}."
@@ -1340,18 +1356,18 @@ COLUMNS = ("mle", "best_of_n", "emprl", "mle_greedy", "emprl_greedy")
 LEVEL_ROWS = {
     "emp_f1": "Emp-F1, weighted: the paper's measure",
     "emp_macro_f1": "Emp-F1, macro: every level counts the same, however rare",
-    "mutual_information": "bits that a reply's level tells of the human's; 0 for a constant",
+    "mutual_information": "bits that a reply's level carries about the human's; 0 for a constant",
     "exact_match": "share of replies with all three levels right",
 }
 TEXT_ROWS = {
-    "perplexity": "perplexity a token of whole human responses",
-    "perplexity_per_word": "the same a word",
-    "kl": "nats a reply between the policy and MLE",
+    "perplexity": "perplexity per token of whole human responses",
+    "perplexity_per_word": "the same per word",
+    "kl": "nats per reply between the policy and MLE",
     "bleu": "BLEU-4 with the human response, 0 to 100",
     "dist1": "different words, % of all",
     "dist2": "different pairs of words, % of all",
     "unique": "share of replies that occur once",
-    "length": "words a reply",
+    "length": "words per reply",
 }
 BOUND_ROWS = {
     "floors.majority": "always the commonest level of each mechanism",
@@ -1401,7 +1417,7 @@ def level_table(metrics, test):
         for key, meaning in LEVEL_ROWS.items():
             rows[PREFIX[who] + key] = f"{who}: {meaning}"
     systems = {system: metrics[system] for system in COLUMNS if system in metrics}
-    return table("levels, told by", systems, rows)
+    return table("levels, according to", systems, rows)
 
 
 def mechanism_table(metrics, test):
@@ -1427,7 +1443,7 @@ def bounds_table(metrics, test):
             rows[row] = meaning
             for who, column in columns.items():
                 column[row] = metrics[kind][name].get(PREFIX[who] + "emp_f1")
-    return table("Emp-F1, told by", columns, rows)
+    return table("Emp-F1, according to", columns, rows)
 
 
 def classifier_table(metrics):
@@ -1484,7 +1500,7 @@ def draw_plots(run, metrics, test):
         name = draw.__name__.removeprefix("draw_")
         steps = []
         for stage in STAGES_OF.get(name, []):
-            steps += run.logs.get(stage, [])  # none of a network for each mechanism
+            steps += run.logs.get(stage, [])  # stages may be "identifiers-er" etc.
         needed = "valid_exact_match" if name == "learnt_vs_truth" else "step"
         if name in STAGES_OF and not any(needed in record for record in steps):
             continue  # its stages were skipped, or not validated
@@ -1564,13 +1580,13 @@ def draw_levels(figure, metrics, test):
 
 PPO_PANELS = {  # key -> title, unit, healthy range
     "reward": ("reward", "0 to 1", None),
-    "kl": ("KL to MLE", "nats a response", (0, 15)),
-    "entropy": ("entropy", "nats a token", None),
+    "kl": ("KL to MLE", "nats per response", (0, 15)),
+    "entropy": ("entropy", "nats per token", None),
     "length": ("length", "tokens", None),
     "value_loss": ("value loss", "", None),
     "explained_variance": ("explained variance", "of the returns", (0, 1)),
     "clip_share": ("clipped", "share of tokens", (0, 0.3)),
-    "update_kl": ("KL of the update", "nats a token", (0, 0.1)),
+    "update_kl": ("KL of the update", "nats per token", (0, 0.1)),
 }
 
 
@@ -1626,9 +1642,9 @@ def draw_losses(figure, metrics, test):
     for axis, stage in zip(axes.flat, stages):
         curve(axis, logs[stage], "loss", color="0.7", label="training loss (nats)")
         right = axis if stage == "mle" else axis.twinx()
-        label = "validation loss" if stage == "mle" else "validation, minus macro-F1"
+        label = "validation loss" if stage == "mle" else "validation: negative macro-F1"
         curve(right, logs[stage], "valid", color="black", marker="o", label=label)
-        axis.set_title({"mle": "MLE, a token"}.get(stage, stage), fontsize=10)
+        axis.set_title({"mle": "MLE, per token"}.get(stage, stage), fontsize=10)
         axis.set_xlabel("step")
         axis.legend(fontsize=7, loc="upper right")
         right.legend(fontsize=7, loc="upper right", bbox_to_anchor=(1, 0.88))
@@ -1640,7 +1656,7 @@ PICTURES = {
     "foreseen from the context.",
     draw_levels: "Among the contexts whose human reply has the level on the left: how often the "
     "generated reply has each level (rows add up to 100 %). Above MLE, below EmpRL. The more on "
-    "the diagonal, the better. Levels are told by the {truth}.",
+    "the diagonal, the better. Levels are those that the {truth} assigns.",
     draw_learnt_vs_truth: "Does PPO please the identifiers, or does it really get levels right? "
     "With reward hacking the identifiers' line rises and the {truth}'s does not. Shaded: 95 % "
     "intervals, on the few contexts that PPO is validated on.",
@@ -1910,8 +1926,8 @@ def evaluate(arguments):
 
 
 OPENING = (
-    "An exercise with a small research model: no person reads along, nothing is understood.",
-    "Are you or is someone near you in danger? 112, 911, 999; 988 (US); findahelpline.com",
+    "A small research model: no person reads what you write, and the model does not understand it.",
+    "In danger, you or someone near you? Call 112, 911 or 999; in the US 988; findahelpline.com",
 )
 # Whole sentences that can hardly mean anything else. It is no safety feature: see README.
 CRISIS = """
@@ -2115,7 +2131,7 @@ def main(words=None):
         if message:
             print(f"emprl.py: {printable(message)}", file=sys.stderr)
             return 2
-        # Not foreseen, perhaps a fault in a changed copy: who mends it needs all of it.
+        # Unforeseen, perhaps a bug in a changed copy: whoever fixes it needs the whole traceback.
         traceback.print_exc()
         print(
             "emprl.py: a fault in the program, see above; what was finished is saved, "

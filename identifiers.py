@@ -13,11 +13,12 @@ A response shows empathy by three mechanisms, each with a level: 0 none, 1 weak,
     ip  interpretation      "You must feel lonely."
     ex  exploration         "What happened exactly?"
 
-Emp-F1 compares the levels of replies with those of the human responses: the F1 of each
-mechanism, averaged over the three.
+Emp-F1 compares the levels of replies with those of the human responses: the weighted F1 over
+the levels of each mechanism, averaged over the three.
 
-The *identifiers* are the classifier that gives the reward. The *judge* is one that never does.
-The *context classifier* sees no response. All learn from `Pairs` (data.py), which have
+The classifier that gives the reward is called the *identifiers*, as in the paper. The *judge*
+is another, for evaluation only. The *context classifier* gets empty responses (only </s>): it
+predicts P(level | context). All learn from `Pairs` (data.py), which have
 
     batch(rows)     padded ids of some pairs: contexts (B, S) and responses (B, T)
     chunks(size)    all rows, in lists of at most `size`
@@ -62,13 +63,15 @@ class ClassifierConfig(TrainConfig):
     batch_size: int = option(64, "labelled pairs a step", 1, 10**6)
     lr: float = option(2e-2, "learning rate, relative if rms_scaled", high=10)
     eval_every: int = option(50, "steps between validations; the best weights are kept", low=1)
-    kind: str = option("network", "what tells levels", choices=("network", "ngrams"))
+    kind: str = option("network", "the type of classifier", choices=("network", "ngrams"))
     shared: bool = option(True, "one network with an output for each mechanism; off: three")
-    class_weight: float = option(0.5, "exponent of 1 / share of a level in the loss", high=2)
+    class_weight: float = option(
+        0.5, "a level's weight in the loss: 1 / its share, to this power", high=2
+    )
     penalty: float = option(2e-4, "n-grams: weight of the squared norm", high=1)
     size: int = option(65536, "n-grams: weights for each level", 1, 10**8)
-    start: str = "mle"  # whose encoder a network copies: "mle", or "t5", before any training
-    keep: str = "macro_f1"  # what tells a network's best weights: "macro_f1" or "loss"
+    start: str = "mle"  # whose encoder a network starts from: "mle", or "t5", before MLE
+    keep: str = "macro_f1"  # the validation score that selects weights: "macro_f1" or "loss"
 
 
 # ---- a classifier ---------------------------------------------------------------------------
@@ -121,7 +124,7 @@ class NetworkClassifier(nn.Module):
     def __init__(self, t5, config):
         """Every encoder starts as a copy of t5's, a trained T5."""
         super().__init__()
-        self.columns = list(range(len(MECHANISMS)))  # the mechanisms whose levels it tells
+        self.columns = list(range(len(MECHANISMS)))  # the mechanisms that it predicts
         if config.shared:
             encoders = [BiEncoder(t5.config, len(MECHANISMS))]
         else:
@@ -138,9 +141,9 @@ class NetworkClassifier(nn.Module):
         return torch.cat(logits, 1).float().log_softmax(-1)
 
     def parts(self, name):
-        """{stage: what it trains}: itself, or the three bi-encoders one after the other.
+        """{name of a training stage: the module trained in it}: itself, or each bi-encoder.
 
-        All three at once would need three times the memory, and learn the same.
+        They share no weights, and all three at once would need three times the memory.
         """
         if len(self.encoders) == 1:
             return {name: self}
@@ -148,7 +151,7 @@ class NetworkClassifier(nn.Module):
 
     def part(self, i):
         """The classifier of one mechanism, number i, with the same weights: (B, 1, L)."""
-        part = copy.copy(self)
+        part = copy.copy(self)  # shallow: the encoder is the same, and so are its weights
         part._modules = {"encoders": nn.ModuleList([self.encoders[i]])}
         part.columns = [i]
         return part
@@ -212,16 +215,16 @@ def validation_loss(classifier, valid, keep):
 def predict(classifier, pairs, size=128):
     """A classifier's log-probabilities on all pairs: (N, M, L), on the CPU.
 
-    Call classifier.eval() first: in training mode there would be dropout. A classifier that
-    waits in the CPU's memory is on the pairs' device while it is asked, and goes back.
+    Call classifier.eval() first: in training mode there would be dropout. A classifier that is
+    kept on the CPU is moved to the pairs' device for the call, and back afterwards.
     """
-    waits_at = next(classifier.parameters()).device
+    home = next(classifier.parameters()).device
     classifier.to(pairs.device)
     rows, found = [], []
     for chunk in pairs.chunks(size):
         rows += chunk
         found.append(classifier(*pairs.batch(chunk)).cpu())
-    classifier.to(waits_at)
+    classifier.to(home)
     return torch.cat(found)[torch.tensor(rows).argsort()]  # in the order of pairs
 
 
@@ -245,7 +248,7 @@ class RewardConfig:
     )
     target: str = option(
         "expected",
-        "the levels to aim for: what the context lets expect, or only the likeliest, or "
+        "the levels to aim for: their probabilities given the context, only the likeliest, or "
         "those of the one human response (the original)",
         choices=("expected", "likeliest", "human"),
     )
@@ -259,9 +262,9 @@ def empathy_reward(log_probs, target, difference="cross_entropy", mechanisms=MEC
     Several mechanisms, the paper's:                     r = exp(-sum_m d_m) = prod_m exp(-d_m)
     Level uncertain, l with probability P(l):            r = prod_m sum_l P_m(l) exp(-d_m(l))
 
-    The last is the expected reward of the line above, with less noise than one human's levels.
-    It multiplies the means of the mechanisms. That is the mean of their product only if
-    their levels are independent given the context, which is assumed.
+    The last is the expectation of the line above over the human's levels, if these are
+    independent given the context (assumed). It is less noisy than one human's levels. The best
+    response still has the likeliest level of each mechanism.
 
     log_probs:  (B, M, L), log p of the levels of the generated response, by the identifiers.
     target:     (B, M), the levels of the human response; or (B, M, L), their probabilities P.
@@ -294,15 +297,16 @@ def balanced(probs, share, exponent):
     """P(l) / share(l)^exponent, normalised: above 0, rare levels count for more.
 
     probs: (N, M, L). share: (M, L), how often each level occurs. Returns (N, M, L).
-    A share of 0 would give infinity; the context classifier never gives exactly 0.
+    A share is a mean of the context classifier's probabilities, so it is never exactly 0.
     """
     return F.normalize(probs / share**exponent, p=1, dim=-1)  # p=1: divided by their sum
 
 
 def expected_targets(config, probs, share):
-    """The levels to aim for, as far as the context tells: (N, M, L) from probs (N, M, L).
+    """The levels to aim for, predicted from the context alone: (N, M, L) from probs (N, M, L).
 
-    With config.target "human" PPO aims for the human's levels instead, best of n for these.
+    With config.target "human" PPO aims for the human response's levels instead. Best of n, which
+    must not see the human response, aims for these all the same.
     """
     probs = balanced(probs, share, config.balance)
     if config.target == "likeliest":
@@ -358,7 +362,7 @@ def confusions(predicted, gold):
 def f1_scores(counts):
     """Accuracy, macro-F1 and weighted F1 of counts (..., L, L), rows gold; each (...).
 
-    F1_k = 2 TP_k / (predicted_k + gold_k); 0 for a level that is never predicted nor in gold.
+    F1_k = 2 TP_k / (predicted_k + gold_k); 0 for a level that is neither predicted nor in gold.
     macro_f1:    the mean of F1_k over the levels that occur in gold or prediction.
     weighted_f1: the mean of F1_k over all levels, weighted by their shares of the gold.
     Both as scikit-learn's. If all counts are 0, so is every figure.
@@ -378,7 +382,7 @@ def f1_scores(counts):
 
 
 def emp_f1(predicted, gold, kind="weighted_f1"):
-    """Emp-F1: the F1 of each mechanism, averaged; predicted and gold levels, (N, M) each.
+    """A score of each mechanism, averaged; by weighted_f1, Emp-F1. Levels, (N, M) each.
 
     kind: "weighted_f1", "macro_f1" or "accuracy"; see f1_scores.
     """
@@ -417,7 +421,9 @@ def classifier_figures(classifier, pairs):
 
 
 def ceiling(probs, gold, draws=50):
-    """The Emp-F1 that knowing P(level | context) gives. probs (N, M, L), gold (N, M).
+    """The Emp-F1 of levels predicted from the context alone: a yardstick, not a strict bound.
+
+    probs: (N, M, L), P(level | context). gold: (N, M).
 
     best:      always giving the likeliest level; not an upper bound of F1.
     mle_ideal: sampling from P, as a perfect MLE model does; a mean over `draws` samples.
@@ -546,8 +552,9 @@ class NGramClassifier(nn.Module):
     logits = b + sum over the sides of scale * sum_g w[side, g] / sqrt(number of g)
 
     A gram g counts once however often it occurs: 7 8 7 8 has the grams 7, 8, (7, 8), (8, 7).
-    So no response is stronger for being long. Grams are hashed, fastText's way: w is a table
-    of `size` rows, and grams that share a row (a collision) share its weights.
+    So repeating one gains nothing, and the root keeps logits from growing with the length.
+    Grams are hashed, fastText's way: w is a table of `size` rows, and grams that share a row
+    (a collision) share its weights.
     Better than a network where labels are few. Source: Joulin et al. 2017, arXiv 1607.01759.
     """
 
@@ -563,7 +570,8 @@ class NGramClassifier(nn.Module):
 
         side: 0 context, 1 response.
         """
-        # A number for each token, its id, and for each bigram, above all ids (hence + 1).
+        # A token's number is its id; a bigram's is above all ids, even for id 0 (hence + 1). The
+        # products below may wrap around in int64: torch's % is never negative all the same.
         bigrams = (ids[:, :-1] + 1) * 1_000_003 + ids[:, 1:]
         bigrams = bigrams.masked_fill(ids[:, 1:] == PAD_ID, 0)
         grams = torch.cat([ids, bigrams], 1)

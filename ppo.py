@@ -15,9 +15,9 @@ An episode is one response, an action one token, a state the context and the tok
     V_t               the value head's estimate of R_t
     beta, eps         kl_coef, clip_range
 
-Shapes: B batch, S source length, T response length, D model width, V vocabulary. Whatever
-belongs to tokens is (B, T), and a mask says which of them the response has. This file knows
-nothing of what the reward measures: it is handed in as a function of ids.
+Shapes: B batch, S source length, T response length, D model width, V vocabulary. What there is
+for each token is (B, T); its mask is true on the response's tokens and false on padding. This
+file does not know what the reward measures: the reward is passed in as a function of ids.
 
 Sources: PPO, Schulman et al. 2017 (arXiv 1707.06347); GAE, Schulman et al. 2016 (arXiv
 1506.02438); PPO on language models, Ziegler et al. 2019 (arXiv 1909.08593).
@@ -41,12 +41,14 @@ MAX_UPDATE_KL = 0.5  # nats a token; an update that has moved the policy further
 
 @dataclass
 class PPOConfig:
-    """In brackets: what the code of EmpRL's authors has instead, and why we differ."""
+    """In brackets: the setting in the code of EmpRL's authors, and why ours differs."""
 
     steps: int = option(32, "iterations of rollout and update")
-    batch_size: int = option(384, "responses an iteration [32: less is noisier]", 1, 10**6)
-    minibatch_size: int = option(64, "responses an optimizer step [8, 4 times added up]", 1)
-    micro_batch: int = option(0, "responses a forward pass, to save memory; 0: all")
+    batch_size: int = option(384, "responses per iteration [32: fewer are noisier]", 1, 10**6)
+    minibatch_size: int = option(
+        64, "responses per optimizer step [8, accumulated 4 times]", 1
+    )
+    micro_batch: int = option(0, "responses per forward pass, to save memory; 0: all")
     ppo_epochs: int = option(1, "passes over a rollout [4: rollouts are cheap here]", 1, 1000)
 
     lr: float = option(1e-2, "step size, relative to each tensor's RMS [1e-5, absolute]")
@@ -54,26 +56,34 @@ class PPOConfig:
     warmup: int = option(5, "iterations in which the learning rate rises [0]")
     average: float = option(
         0.0,
-        "the result is a running mean of the weights of this decay; 0: the last",
+        "above 0: the result is a moving average of the weights with this decay",
         0,
         0.9999,
     )
 
     lam: float = option(1.0, "GAE's lambda [0.95: fades the reward on its way back]", 0, 1)
-    clip_range: float = option(0.2, "eps: how far the ratio may move from 1")
-    value_clip_range: float = option(0.2, "how far a value may move in one iteration")
+    clip_range: float = option(
+        0.2, "eps: no gradient once the ratio is further than this from 1"
+    )
+    value_clip_range: float = option(
+        0.2, "the same for the change of a value in one iteration"
+    )
     value_coef: float = option(0.1, "weight of the value loss")
     ptx_coef: float = option(0.0, "weight of the human responses' MLE loss [none]")
 
     whiten_advantages: bool = option(True, "advantages to mean 0 and variance 1")
     whiten_rewards: bool = option(False, "token rewards to variance 1 [on: rescales the KL]")
     scale_rewards: bool = option(True, "divide rewards by their running standard deviation")
-    centre_rewards: bool = option(False, "subtract their running mean [on: V learns it too]")
+    centre_rewards: bool = option(
+        False, "subtract their running mean [on: V learns it anyway]"
+    )
 
     kl_coef: float = option(0.3, "beta: strength of the KL penalty [0.2]")
     adaptive_kl: bool = option(False, "beta follows the KL [on, but too slow to matter]")
-    kl_target: float = option(6.0, "nats a response; a larger KL raises beta", 1e-3)
-    kl_horizon: float = option(1e3, "in so many responses beta moves by 20 % at most [1e4]", 1)
+    kl_target: float = option(6.0, "nats per response; a larger KL raises beta", 1e-3)
+    kl_horizon: float = option(
+        1e3, "beta moves by at most 20 % in this many responses [1e4]", 1
+    )
     eval_every: int = option(16, "iterations between validations", 1)
     valid_contexts: int = option(128, "contexts of each validation", 1)
 
@@ -102,8 +112,8 @@ def token_log_probs(logits, ids, support=None, temperature=1.0):
 
     A rollout keeps its support. Policy, old policy and reference are all asked for the
     probability of a token among the same tokens, those it was sampled from: so the ratio is 1
-    before the first step (up to rounding), and the KL is that between the distributions that
-    responses come from. With a small top-k it does not see what happens to the other tokens.
+    before the first step (up to rounding), and the KL compares policy and reference, both
+    renormalised over the tokens that the policy could sample. It does not see the others.
     """
     logits = logits.float() / temperature
     if support is not None:
@@ -187,8 +197,8 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
 
         -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)
 
-    A token that has moved far enough in its advantage's direction has no gradient any more. If
-    each response is used once (ppo_epochs 1), only the minibatches before can have moved it.
+    Once a token's ratio has moved past eps in its advantage's direction, its gradient is 0. With
+    ppo_epochs 1, only steps on earlier minibatches of the same rollout can have moved it.
     All (B, T). Returns the loss, and the share of tokens where clipping makes it larger.
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7.
     """
@@ -406,7 +416,7 @@ class PPOTrainer:
         self.sampling = sampling
         self.config = config
         self.validate = validate
-        self.policy = Policy(copy.deepcopy(reference)).requires_grad_()
+        self.policy = Policy(copy.deepcopy(reference)).requires_grad_()  # it may be frozen
         self.policy.eval()  # learns, but without dropout
         self.optimizer = Optimizer(self.policy, unscaled=("relative_bias", "value_head"))
         self.moments = RunningMoments()
@@ -425,10 +435,10 @@ class PPOTrainer:
         if not batch.is_finite():  # nothing to learn from
             return {"reward": batch.rewards.mean().item(), "skipped": 1.0}
 
-        # 2. The responses' rewards, on one scale over the whole run.
+        # 2. The responses' rewards, divided by the running standard deviation of all so far.
         rewards = self.scaled(batch.rewards)
 
-        # 3. A reward for each token: the KL penalty everywhere, the response's on its last.
+        # 3. A reward per token: the KL penalty at each, the response's reward at the last.
         kl = kl_estimate(batch.log_probs, batch.ref_log_probs)
         per_token = token_rewards(rewards, kl, mask, self.kl_coef)
         if config.whiten_rewards:
@@ -445,13 +455,14 @@ class PPOTrainer:
         record = self.describe(batch)
         record.update(self.update(batch))
 
-        # 6. How far the policy is from the reference may move beta.
+        # 6. With adaptive_kl beta rises if the KL is above its target, and falls if below.
         if config.adaptive_kl:
             self.kl_coef = adapt_kl_coef(
                 self.kl_coef, record["kl"], config.kl_target, len(mask), config.kl_horizon
             )
 
-        # 7. Now and then, validation; often at first, when most changes, and before all else.
+        # 7. Validation: often at first, when most changes, then every eval_every iterations. The
+        #    reference, which never changes, is validated once: it is where the run starts.
         if i == 0:
             record["start"] = self.validate(self.reference)
         done = i + 1
@@ -460,11 +471,11 @@ class PPOTrainer:
         return record
 
     def rollout(self, prompts):
-        """A response to each prompt, and what everybody says of it."""
+        """Sample a response to each prompt, and score it."""
         return rollout(self.policy, self.reference, self.reward, prompts, self.sampling)
 
     def scaled(self, rewards):
-        """Rewards (B,) on one scale over the whole run; these join the running moments."""
+        """Rewards (B,), centred and scaled by the running moments, which take them in first."""
         self.moments.update(rewards)
         if self.config.centre_rewards:
             rewards = rewards - self.moments.mean
@@ -480,7 +491,7 @@ class PPOTrainer:
         return config.lr * min(rise, fall)
 
     def describe(self, batch):
-        """What to log of a rollout. KL in nats a response, length in tokens."""
+        """What to log of a rollout. KL in nats per response, length in tokens."""
         mask = batch.mask
         k1 = kl_estimate(batch.log_probs, batch.ref_log_probs)
         k3 = kl_estimate(batch.log_probs, batch.ref_log_probs, "k3")
@@ -518,7 +529,7 @@ class PPOTrainer:
 
         record = {name: sum(numbers) / len(numbers) for name, numbers in log.items()}
         del record["ratio_error"]
-        record["first_ratio_error"] = log["ratio_error"][0]  # near 0: they agree
+        record["first_ratio_error"] = log["ratio_error"][0]  # near 0: sampling and loss agree
         record["optimizer_steps"] = sum(map(math.isfinite, log["grad_norm"]))
         record["stopped_early"] = stopped_early
         return record
@@ -579,6 +590,7 @@ class PPOTrainer:
         # How far the update has gone by now.
         new = log_probs.detach()
         ratio = torch.exp(new - part.log_probs)
+        # KL(p_old || p): the samples are p_old's, so p_old takes the policy's place.
         update_kl = kl_estimate(part.log_probs, new, "k3")
         measured = {
             "policy_loss": policy_part,
@@ -621,7 +633,7 @@ def minibatches(count, config):
 
 
 def move_towards(mean, model, share):
-    """mean <- mean + share (model - mean), for all weights (Polyak & Juditsky 1992)."""
+    """mean <- mean + share (model - mean), for all weights: an exponential moving average."""
     for old, new in zip(mean.parameters(), model.parameters()):
         old.data.lerp_(new.data, share)
 

@@ -370,13 +370,15 @@ def autocast(device):
 
 @dataclass
 class Sampling:
-    """The distribution that responses are sampled from. PPO's log-probs are under it, too."""
+    """What responses are sampled with. PPO computes log-probs under the same distribution."""
 
     temperature: float = option(1.0, "logits are divided by it", 0.01, 100)
     top_k: int = option(0, "sample from the k likeliest tokens only; 0: from all", 0, 10**6)
-    top_p: float = option(1.0, "and from the smallest set of this probability", 0.01, 1)
-    min_length: int = option(1, "number, from 1, of the first token that may be </s>", 1, 1000)
-    max_length: int = option(64, "most tokens of a response, </s> included", 1, 1000)
+    top_p: float = option(
+        1.0, "then only from the smallest set of at least this probability", 0.01, 1
+    )
+    min_length: int = option(1, "shortest response in tokens, </s> included", 1, 1000)
+    max_length: int = option(64, "longest response in tokens, </s> included", 1, 1000)
     greedy: bool = False  # always the likeliest token
 
 
@@ -502,7 +504,7 @@ MAX_GRAD_NORM = 1.0
 
 
 class Optimizer:
-    """AdamW with a learning rate for each tensor; or Muon for the matrices inside the layers.
+    """AdamW with one learning rate per tensor; if asked, Muon takes the layers' matrices.
 
     unscaled: a tensor with one of these words in its name has a rate that is never relative
               (see set_lr). Such tensors start near 0, but what they add is around 1: to an
@@ -581,10 +583,10 @@ def rms(tensor):
 @dataclass
 class TrainConfig:
     steps: int = option(600, "optimizer steps", low=0)
-    batch_size: int = option(32, "examples a step", low=1)
-    micro_batch: int = option(0, "examples a forward pass, to save memory; 0: all", low=0)
+    batch_size: int = option(32, "examples per step", low=1)
+    micro_batch: int = option(0, "examples per forward pass, to save memory; 0: all", low=0)
     lr: float = option(3e-2, "learning rate, relative if rms_scaled", high=10)
-    rms_scaled: bool = True  # lr is relative to each tensor's RMS; not so for a pretrained T5
+    rms_scaled: bool = True  # lr is relative to each tensor's RMS; off for a pretrained T5
     muon: bool = False  # Muon for the layers' matrices; see Optimizer
     warmup: int = option(50, "steps in which the rate rises; then it falls to 0", low=0)
     eval_every: int = option(200, "steps between validations; the best weights stay", low=1)
@@ -593,7 +595,7 @@ class TrainConfig:
 class Trainer:
     """Gradient descent on the mean of a loss, keeping the weights of the best validation.
 
-    rows:     numbers of examples, such as [7, 2]; only loss_sum knows the examples.
+    rows:     indices of examples, such as [7, 2]; only loss_sum looks the examples up.
     loss_sum: rows -> (sum of their losses, number of items that the mean is over).
     rows_at:  step -> the rows of its batch.
     validate: () -> validation loss, lower is better. None: the last weights are kept.
@@ -726,7 +728,7 @@ def save_atomically(state, path):
 
 
 def load_state(path):
-    """What save_atomically wrote: tensors and plain values only. No code of the file is run.
+    """Loads a torch.save file: tensors and plain values only; no code in it is run.
 
     Raises CheckpointError.
     """
@@ -745,7 +747,7 @@ def check_archive(path):
             raise ValueError(f"compressed, {unpacked / 1e9:.3g} GB when unpacked")
         damaged = archive.testzip()  # torch itself compares no checksums
         if damaged:
-            raise ValueError(f"{damaged} has another checksum")
+            raise ValueError(f"{damaged} fails its checksum")
 
 
 FLOATS = {
@@ -873,7 +875,7 @@ def official_name(name):
 
 
 def settle_embedding(state, config, raw):
-    """Changes state and config: the embedding is in state once, a head only if it is needed.
+    """Changes state and config: afterwards state has the embedding once, a head if needed.
 
     Official files have the embedding up to four times: shared, encoder's, decoder's, and head.
     tied is config.tie_word_embeddings, before and after; scaled: are logits scaled by D^-1/2?
@@ -904,7 +906,7 @@ def settle_embedding(state, config, raw):
     if not scaled or HEAD not in state:
         return
 
-    # The tensors decide, whatever config.json says.
+    # Scaled logits: tied only if head and embedding are equal, whatever config.json says.
     if torch.equal(state[HEAD], state[EMBEDDING]):
         config.tie_word_embeddings = True
         del state[HEAD]
@@ -913,7 +915,7 @@ def settle_embedding(state, config, raw):
 
 
 def check_tensors(state):
-    """Raises CheckpointError for what is not finite tensors by the names of a T5."""
+    """Raises CheckpointError unless state maps names without a prefix to finite tensors."""
     if not isinstance(state, dict) or not all(torch.is_tensor(x) for x in state.values()):
         raise CheckpointError("not tensors by name; save the T5's state_dict() itself")
     for name, tensor in state.items():
@@ -986,13 +988,14 @@ def save_pretrained(model, folder):
 
 # ---- only for speed -------------------------------------------------------------------------
 #
-# A training step with dropout takes 1.2 to 1.4 times as long with nn.Dropout in its place.
+# With nn.Dropout instead of the class below a training step takes 1.2 to 1.4 times as long.
 
 
 class ByteDropout(torch.autograd.Function):
-    """Dropout that draws one byte an element, and keeps it for the backward pass.
+    """Dropout that draws one byte per element, and keeps it for the backward pass.
 
-    On a CPU, torch's dropout draws a float an element, and keeps floats.
+    On a CPU, torch's dropout draws a float per element, and keeps floats. keep: how many of the
+    256 byte values are kept.
     """
 
     @staticmethod
@@ -1011,7 +1014,7 @@ class ByteDropout(torch.autograd.Function):
 
 
 def scaled_mask(random_bytes, keep, like):
-    """256 / keep where a byte is below keep, else 0. (B, T, D), in the type of `like`."""
+    """256 / keep where a byte is below keep, else 0. Shape and type are those of `like`."""
     # Written as floats at once: a mask of bools would have to be converted.
     mask = torch.lt(random_bytes, keep, out=torch.empty_like(like))
     return mask.mul_(256 / keep)
@@ -1020,7 +1023,7 @@ def scaled_mask(random_bytes, keep, like):
 class Dropout(nn.Dropout):
     """nn.Dropout on a GPU, ByteDropout on a CPU.
 
-    There p is rounded to a multiple of 1/256. The mean stays exact: what is kept is scaled by
+    On a CPU p is rounded to a multiple of 1/256. The mean stays exact: what is kept is scaled by
     the rounded p.
     """
 

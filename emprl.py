@@ -246,12 +246,12 @@ def real():
         context=ContextConfig(penalty=3e-6),
         # most levels are 0 here: without balance the safest aim is always "none"
         reward=RewardConfig(balance=0.6),
-        exploring=Sampling(min_length=5, max_length=40),
         # chosen by reading: at temperature 1 few replies of so small a model are sentences
+        exploring=Sampling(temperature=0.7, top_k=40, min_length=8, max_length=40),
         replying=Sampling(temperature=0.7, top_k=40, min_length=8, max_length=40),
-        # one step is noisy: average the weights; the human responses keep the language
+        # one step is noisy: small steps, averaged; the human responses keep the language
         ppo=PPOConfig(
-            steps=110, batch_size=256, lr=6e-3, kl_coef=0.05, ptx_coef=0.5, average=0.99
+            steps=60, batch_size=256, lr=2e-3, kl_coef=0.1, ptx_coef=0.5, average=0.99
         ),
         eval=EvalConfig(contexts=1024, best_of=8),
     )

@@ -213,14 +213,14 @@ UP, DOWN, UNSURE, NONE = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.1), (0.0, 0.0)
 @pytest.mark.parametrize(
     "own, judge, oracle, says",
     [
-        (UP, UP, UP, ["better than MLE's", "+20.0%", "no sign that the reward was gamed"]),
-        (UNSURE, UNSURE, UNSURE, ["no better than MLE's", "+0.0%", "no sign"]),
-        (DOWN, DOWN, DOWN, ["worse than MLE's", "-20.0%", "no sign"]),
+        (UP, UP, UP, ["better than MLE's", "+20.0%", "both see a gain"]),
+        (UNSURE, UNSURE, UNSURE, ["no better than MLE's", "+0.0%", "has not surely risen"]),
+        (DOWN, DOWN, DOWN, ["worse than MLE's", "-20.0%", "has not surely risen"]),
         (UP, UNSURE, UNSURE, ["no better than MLE's", "may have been gamed"]),
         (UP, DOWN, DOWN, ["worse than MLE's", "may have been gamed"]),
-        (NONE, NONE, NONE, ["no better than MLE's", "+0.0%", "no sign"]),
+        (NONE, NONE, NONE, ["no better than MLE's", "+0.0%", "has not surely risen"]),
         (UP, UNSURE, None, ["no better than MLE's", "by the judge", "may have been gamed"]),
-        (UP, UP, None, ["better than MLE's", "by the judge", "no sign"]),
+        (UP, UP, None, ["better than MLE's", "by the judge", "both see a gain"]),
     ],
 )
 def test_the_answer_is_three_sentences_and_honest(own, judge, oracle, says):

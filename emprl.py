@@ -1977,36 +1977,36 @@ def chat(arguments):
             "chat reads what you type, but it has no input; start it in a terminal"
         )
     finished = load_run(arguments.run, find_device(arguments.device))
-    config = finished.run.config
     say(*OPENING, sep="\n")
     say(
         "An empty line starts a new conversation, /help repeats this, the end of input ends it."
     )
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
-    history = ()
+    histories = dict.fromkeys(finished.policies, ())  # each policy knows its own replies only
     for line in sys.stdin:
         line = data.clean(line)[-2000:]
         if line == "/help" or signs_of_crisis(line):
             say(*OPENING, sep="\n")
             continue
         if not line:
-            history = ()
+            histories = dict.fromkeys(finished.policies, ())
             continue
-        history = (*history, line)
-        pairs = Pairs(
-            [Dialogue(history, "")],
-            finished.tokenizer,
-            config.data.max_source,
-            config.data.max_target,
-            finished.run.device,
-        )
-        for name, policy in finished.policies.items():
-            answered = pairs.but(respond(policy, pairs, config.replying))
-            reply = finished.tokenizer.decode(answered.responses[0])
-            levels = predict_levels(finished.classifiers["identifiers"], answered)[0]
+        for name, history in histories.items():
+            history = (*history, line)
+            reply, levels = answer_to(finished, name, history)
             say(f"{name:<6} {printable(reply)}   [{in_words(levels)}]")
-        history = (*history, reply)
+            histories[name] = (*history, reply)
+
+
+def answer_to(finished, name, history):
+    """A policy's reply to a conversation, and its levels as the identifiers see them."""
+    config, tokenizer = finished.run.config, finished.tokenizer
+    lengths = config.data.max_source, config.data.max_target
+    pairs = Pairs([Dialogue(history, "")], tokenizer, *lengths, finished.run.device)
+    answered = pairs.but(respond(finished.policies[name], pairs, config.replying))
+    levels = predict_levels(finished.classifiers["identifiers"], answered)[0]
+    return tokenizer.decode(answered.responses[0]), levels
 
 
 def find_device(wanted=""):

@@ -1241,7 +1241,9 @@ def test_tables_of_two_seeds(copied, call, tmp_path, capsys):
     metrics["config"]["seed"] = 1
     metrics["emprl"]["perplexity"] = 2 * metrics["mle"]["perplexity"]
     (other / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
-    assert call(tables, other, copied, "--write", tmp_path / "all.json") == 0
+    drawn = ["--plot", tmp_path / "two"]
+    assert call(tables, other, copied, "--write", tmp_path / "all.json", *drawn) == 0
+    assert (tmp_path / "two-levels.png").exists() and (tmp_path / "two-gain.png").exists()
     out = capsys.readouterr().out
     assert out.count("| judge, weighted, seed ") == 2 and "| judge, weighted, mean |" in out
     assert re.search(r"\| oracle, macro, mean \|.*\(.*% to .*%\) \|", out)

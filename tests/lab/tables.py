@@ -1,16 +1,21 @@
 """What came out over several seeds? The tables of tests/results/README.md.
 
-    python -m tests.lab.tables RUN [RUN ...] [--write FILE]     finished runs of one preset
+    python -m tests.lab.tables RUN [RUN ...]           finished runs of one preset
+    python -m tests.lab.tables RUN [RUN ...] --plot PREFIX --write FILE
 
 1. Levels, by each classifier: MLE, best of n, EmpRL, floors, ceiling, how much of the way from
    MLE to the ceiling EmpRL goes, and its gain. The interval of the mean gain is a 95 % percentile
    bootstrap over seeds and contexts; contexts that the runs share are drawn jointly.
 2. The price: perplexity, variety, length, KL.
-3. F1 of each level.
-4. How much of Emp-F1 comes from how often a level is given, and how much from where:
+3. How often each level occurs in human responses and in replies.
+4. F1 of each level.
+5. How much of Emp-F1 comes from how often a level is given, and how much from where:
    "shuffled" gives the levels to the contexts at random.
 
---write keeps the figures and the levels of all replies, without texts. Cost: seconds.
+--plot draws the third table (PREFIX-levels.png), and Emp-F1 against perplexity for each run
+(PREFIX-gain.png). --write keeps the figures and the levels of all replies, without texts.
+
+Cost: seconds.
 """
 
 import itertools
@@ -20,11 +25,21 @@ from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 from data import LEVELS, MECHANISMS, DataError
-from emprl import PREFIX, SYSTEMS, digest_bytes, say
+from emprl import COLOURS, MECHANISM_NAMES, PREFIX, SYSTEMS, digest_bytes, say
 from identifiers import emp_f1, f1_scores
-from tests.lab.command import Parser, mean, means, read_runs, sheet, start, write_json
+from tests.lab.command import (
+    Parser,
+    mean,
+    means,
+    new_file,
+    read_runs,
+    sheet,
+    start,
+    write_json,
+)
 
 MEASURES = {"weighted": "emp_f1", "macro": "emp_macro_f1", "bits": "mutual_information"}
 INTERVAL = "{relative:+.1%} ({low:+.1%} to {high:+.1%})"
@@ -144,14 +159,26 @@ def price_rows(runs):
     return rows | {"mean": means(list(rows.values()))}
 
 
+def share_rows(levels):
+    """How often each level occurs, in human responses and replies; means over the seeds."""
+    rows = {}
+    for m, k in itertools.product(range(len(MECHANISMS)), range(LEVELS)):
+        row = {}
+        for who in reversed(levels[0]):
+            for system, name in {"human": "human", **SYSTEMS}.items():
+                given = [one[who][system][:, m] == k for one in levels]
+                row[f"{who}: {name}"] = mean(x.double().mean().item() for x in given)
+        rows[f"{MECHANISMS[m].upper()} {k}"] = row
+    return rows
+
+
 def f1_rows(levels):
-    """How often people have a level, and its F1 for each system; means over the seeds."""
+    """The F1 of each level; means over the seeds."""
     rows = {}
     for m, k in itertools.product(range(len(MECHANISMS)), range(LEVELS)):
         row = {}
         for who in reversed(levels[0]):
             human = [one[who]["human"][:, m] == k for one in levels]
-            row[f"{who}: share"] = mean(x.double().mean().item() for x in human)
             for system, name in SYSTEMS.items():
                 given = [one[who][system][:, m] == k for one in levels]
                 row[f"{who}: {name}"] = mean(map(f1_of, given, human))
@@ -196,21 +223,67 @@ def compact(levels):
     return found
 
 
+# ---- pictures -------------------------------------------------------------------------------
+
+
+def draw_levels(shares, path):
+    """Weak and strong levels of each mechanism, as the judge sees them: human and systems."""
+    figure = Figure((7.8, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(MECHANISMS), sharey=True)
+    for axis, mechanism in zip(axes, MECHANISMS):
+        for place, (system, name) in enumerate({"human": "human", **SYSTEMS}.items()):
+            weak, strong = (
+                shares[f"{mechanism.upper()} {k}"][f"judge: {name}"] for k in (1, 2)
+            )
+            axis.bar(place, strong, color=COLOURS[system])
+            axis.bar(place, weak, bottom=strong, color=COLOURS[system], alpha=0.45)
+        axis.set_title(MECHANISM_NAMES[mechanism], fontsize=10)
+        axis.set_xticks(range(4), ["human", *SYSTEMS.values()], rotation=30, ha="right")
+    axes[0].set_ylabel("share of replies: strong, weak (pale)")
+    figure.savefig(path)
+
+
+def draw_gain(runs, path):
+    """A point for each run and system: weighted Emp-F1 by the judge against the perplexity."""
+    figure = Figure((7.8, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for number, metrics in enumerate(runs.values()):
+        for system, name in SYSTEMS.items():
+            times = metrics[system]["perplexity"] / metrics["mle"]["perplexity"]
+            label = None if number else name
+            found = metrics[system]["judge_emp_f1"]
+            axis.plot(times, found, "o", color=COLOURS[system], label=label)
+    bounds = {"always the commonest levels": ("floors", "majority", ":")}
+    bounds["foreseeable from the context"] = ("ceiling", "context_balanced", "--")
+    for name, (kind, key, style) in bounds.items():
+        height = mean(metrics[kind][key]["judge_emp_f1"] for metrics in runs.values())
+        axis.axhline(height, color="black", ls=style, label=name)
+    axis.set(xlabel="perplexity, times MLE's", ylabel="weighted Emp-F1, by the judge")
+    axis.legend(fontsize=8)
+    figure.savefig(path)
+
+
 def main():
     parser = Parser(__doc__)
+    parser.add_argument("--plot", type=new_file, metavar="PREFIX", help="also draw pictures")
     parser.add_argument("run", nargs="+", help="folder of a finished run")
     parser.can_write()
     options = parser.parse_args()
     runs = read_runs(options.run)
     levels, contexts = zip(*map(read_levels, runs))
     shared = all(other == contexts[0] for other in contexts)
+    shares = share_rows(levels)
     for rows in (
         level_rows(runs, levels, shared),
         price_rows(runs),
+        shares,
         f1_rows(levels),
         placement_rows(levels),
     ):
         say(f"{sheet(rows)}\n")
+    if options.plot:
+        draw_levels(shares, f"{options.plot}-levels.png")
+        draw_gain(runs, f"{options.plot}-gain.png")
     found = {}
     for metrics, told in zip(runs.values(), levels):
         found[metrics["config"]["seed"]] = metrics | {"levels": compact(told)}

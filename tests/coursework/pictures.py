@@ -72,6 +72,15 @@ def pieces(tokenizer, ids):
     return found
 
 
+def hyphenated(pieces):
+    """["▁even", "t", "."] -> ["▁even-", "t", "."]: which pieces have more of their word to come."""
+    labels = []
+    for piece, following in zip(pieces, [*pieces[1:], ""]):
+        goes_on = piece != "▁" and following[:1].isalpha()
+        labels.append(f"{piece}-" if goes_on else piece)
+    return labels
+
+
 def numbers(tensor, digits=2):
     """All entries in one line, rounded."""
     return " ".join(f"{x:.{digits}f}" for x in tensor.flatten().tolist())
@@ -223,10 +232,12 @@ def draw_loss(log):
 def draw_attention(weights, context, reply):
     """weights (T, S): how much each token of the reply attends to each of the context."""
     figure, axis = plt.subplots(figsize=(WIDTH, 1.6 + 0.2 * len(reply)))
-    axis.imshow(weights.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    axis.set_xticks(range(len(context)), context, rotation=90)
-    axis.set_yticks(range(len(reply)), reply)
+    image = axis.imshow(weights.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axis.set_xticks(range(len(context)), hyphenated(context), rotation=90)
+    axis.set_yticks(range(len(reply)), hyphenated(reply))
     axis.set(xlabel="context", ylabel="the token that is written")
+    bar = figure.colorbar(image, label="attention weight", aspect=40)
+    bar.ax.axhline(0.3, color="black")
     return figure
 
 
@@ -339,8 +350,8 @@ def draw_strip(rows, tokens, title):
     size are left out. Colours compare within a column."""
     table = torch.stack(list(rows.values()), 1)  # (T, columns)
     shade = table / table.abs().amax(0, keepdim=True).clamp(min=1e-6)
-    figure, axis = plt.subplots(figsize=(WIDTH, 1.0 + 0.26 * len(tokens)))
-    axis.imshow(shade.numpy(), cmap="PuOr", vmin=-1, vmax=1, aspect="auto")
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.2 + 0.26 * len(tokens)))
+    image = axis.imshow(shade.numpy(), cmap="PuOr", vmin=-1, vmax=1, aspect="auto")
     for t in range(len(tokens)):
         for column in range(len(rows)):
             if table[t, column].abs() >= 0.005:
@@ -351,6 +362,8 @@ def draw_strip(rows, tokens, title):
     axis.xaxis.tick_top()
     axis.set_yticks(range(len(tokens)), tokens)
     axis.set_xlabel(title)
+    bar = figure.colorbar(image, label="share of the column's\nlargest number in size")
+    bar.set_ticks([-1, 0, 1])
     return figure
 
 
@@ -368,15 +381,22 @@ def draw_lambdas(advantages, tokens):
 
 
 def draw_ratios(ratio, advantages):
-    """Histogram of log2 of the ratios (tokens,), by the sign of the advantage."""
-    logs = ratio.log2()
+    """Two histograms of log2 of the ratios (tokens,), by the sign of the advantage.
+
+    Each is of shares of its own tokens, so that the two lines compare.
+    """
+    logs = ratio.log2().clamp(-1, 1)
     good = advantages > 0
     figure, axis = plt.subplots()
-    groups = [logs[good].tolist(), logs[~good].tolist()]
-    labels = ["advantage above 0", "advantage below 0"]
-    style = {"bins": 40, "range": (-1, 1), "stacked": True, "color": [MLE, EMPRL]}
-    axis.hist(groups, label=labels, **style)
-    axis.set(xlabel="log2 of the ratio after the update", ylabel="tokens", yscale="log")
+    groups = (logs[good], "above", MLE, "-"), (logs[~good], "below", EMPRL, "--")
+    for group, side, colour, line in groups:
+        share = torch.histc(group, bins=21, min=-1, max=1) / max(len(group), 1)
+        edges = torch.linspace(-1, 1, 22).tolist()
+        label = f"advantage {side} 0"
+        axis.stairs(share.tolist(), edges, color=colour, ls=line, lw=1.8, label=label)
+    axis.axvline(0, color="0.8", zorder=0)
+    axis.set(xlabel="log2 of the ratio after the update (beyond 1: in the last bin)")
+    axis.set(ylabel="share of these tokens", yscale="log")
     axis.legend()
     return figure
 

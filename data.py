@@ -1226,7 +1226,7 @@ def embedded_corpus(seed=0, num_train=12000, num_valid=300, num_test=600, num_la
     """
     note = (
         f"embedded corpus, seed {seed}: {num_train} / {num_valid} / {num_test} dialogues, "
-        f"{num_labelled} labelled, twice"
+        f"{num_labelled} labelled for the identifiers, as many for the judge"
     )
     corpus = Corpus({}, {}, [note])
     sizes = [  # the training parts last: how large they are changes no other part

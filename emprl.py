@@ -1366,7 +1366,7 @@ TEXT_ROWS = {
     "bleu": "BLEU-4 with the human response, 0 to 100",
     "dist1": "different words, % of all",
     "dist2": "different pairs of words, % of all",
-    "unique": "share of replies that occur once",
+    "unique": "different replies, as a share of all",
     "length": "words per reply",
 }
 BOUND_ROWS = {

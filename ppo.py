@@ -43,7 +43,7 @@ MAX_UPDATE_KL = 0.5  # nats a token; an update that has moved the policy further
 class PPOConfig:
     """In brackets: the setting in the code of EmpRL's authors, and why ours differs."""
 
-    steps: int = option(32, "iterations of rollout and update")
+    steps: int = option(64, "iterations of rollout and update")
     batch_size: int = option(384, "responses per iteration [32: fewer are noisier]", 1, 10**6)
     minibatch_size: int = option(
         64, "responses per optimizer step [8, accumulated 4 times]", 1
@@ -51,7 +51,7 @@ class PPOConfig:
     micro_batch: int = option(0, "responses per forward pass, to save memory; 0: all")
     ppo_epochs: int = option(1, "passes over a rollout [4: rollouts are cheap here]", 1, 1000)
 
-    lr: float = option(1e-2, "step size, relative to each tensor's RMS [1e-5, absolute]")
+    lr: float = option(6e-3, "step size, relative to each tensor's RMS [1e-5, absolute]")
     rms_scaled: bool = True  # see t5_small.Optimizer.set_lr; off for a pretrained T5
     warmup: int = option(5, "iterations in which the learning rate rises [0]")
     average: float = option(

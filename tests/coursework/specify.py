@@ -38,6 +38,10 @@ To train with your functions: python -m tests.coursework.train {file} --preset t
 Shapes: B batch, S source length, T response length, D model width, H heads, V vocabulary,
 N examples, M = 3 mechanisms, L = 3 levels.
 
+Not graded, and at hand: identifiers.confusions(predicted, gold) -> counts (M, L, L), rows gold;
+ppo.masked_mean(x, mask); data.LEVELS, which is 3. A Sampling has temperature, top_k, top_p,
+greedy, min_length and max_length.
+
 References, as they are named below:
 T5's paper            Raffel et al. 2020, arXiv 1910.10683; its code:
                       github.com/google-research/text-to-text-transfer-transformer

@@ -1926,7 +1926,7 @@ def evaluate(arguments):
 
 
 OPENING = (
-    "A small research model: no person reads what you write, and the model does not understand it.",
+    "An exercise with a small research model: no person reads along, and it understands nothing.",
     "In danger, you or someone near you? Call 112, 911 or 999; in the US 988; findahelpline.com",
 )
 # Whole sentences that can hardly mean anything else. It is no safety feature: see README.

@@ -362,7 +362,7 @@ def confusions(predicted, gold):
 def f1_scores(counts):
     """Accuracy, macro-F1 and weighted F1 of counts (..., L, L), rows gold; each (...).
 
-    F1_k = 2 TP_k / (predicted_k + gold_k); 0 for a level that is neither predicted nor in gold.
+    F1_k = 2 TP_k / (predicted_k + gold_k); 0 for a level neither predicted nor in gold.
     macro_f1:    the mean of F1_k over the levels that occur in gold or prediction.
     weighted_f1: the mean of F1_k over all levels, weighted by their shares of the gold.
     Both as scikit-learn's. If all counts are 0, so is every figure.

@@ -197,8 +197,8 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
 
         -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)
 
-    Once a token's ratio has moved past eps in its advantage's direction, its gradient is 0. With
-    ppo_epochs 1, only steps on earlier minibatches of the same rollout can have moved it.
+    Once a token's ratio has moved past eps in its advantage's direction, its gradient is 0.
+    With ppo_epochs 1, only steps on earlier minibatches of the rollout can have moved it.
     All (B, T). Returns the loss, and the share of tokens where clipping makes it larger.
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7.
     """

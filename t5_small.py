@@ -191,7 +191,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + dropout(f(norm(x))) for each f: self- and cross-attention (decoder), feed-forward."""
+    """x + dropout(f(norm(x))): self-attention, cross-attention (decoder), feed-forward."""
 
     def __init__(self, config, is_decoder):
         super().__init__()
@@ -413,9 +413,9 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 def draw(logits, sampling):
     """Sample from softmax(filter_logits(logits / temperature)).
 
-    logits: (B, V), -inf for what must not come. sampling: temperature, top_k, top_p, and greedy,
-    which takes the likeliest token. Returns tokens (B,), their log-probs (B,), and the support
-    (B, V) bool: the tokens that could have been sampled.
+    logits: (B, V), -inf for what must not come. sampling: temperature, top_k, top_p, and
+    greedy, which takes the likeliest token. Returns tokens (B,), their log-probs (B,), and the
+    support (B, V) bool: the tokens that could have been sampled.
     """
     logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
     log_probs = logits.log_softmax(-1)  # (B, V)

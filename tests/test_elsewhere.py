@@ -304,7 +304,7 @@ def test_the_exercise_can_have_any_path(path, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # an invalid escape is only a warning
         compiled = ast.parse(source)
-    command = ast.get_docstring(compiled).split("folder with:\n")[1].split("\n")[0]
+    command = ast.get_docstring(compiled).split("as you like, with:\n")[1].split("\n")[0]
     assert shlex.split(command)[-1] == path
 
 

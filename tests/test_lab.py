@@ -424,7 +424,7 @@ def test_the_rivals_stand_beside_the_runs_own(
     assert ideal["perplexity a word"] > mle
     for rival in ("MLE on best of n", "MLE, told the levels"):
         assert found[rival]["perplexity a word"] != mle
-        assert found[rival]["KL"] > 0 and found[rival]["seconds of training"] > 0
+        assert found[rival]["KL"] > 0 and found[rival]["seconds of training"] >= 0
     assert len(counted) == 4, "human, MLE, best of n and EmpRL are of one run"
 
 

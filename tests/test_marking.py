@@ -283,7 +283,9 @@ def test_the_note_says_why(marks):
 
 
 def test_gradescope_can_read_what_is_kept(marks):
-    results = json.loads((marks.folder / "json" / "one mistake.json").read_text("utf-8"))
+    results = json.loads(
+        (marks.folder / "json" / "one mistake.json").read_text(encoding="utf-8")
+    )
     assert {"score", "tests", "output"} <= results.keys()
     assert results["score"] == sum(test["score"] for test in results["tests"])
 

@@ -416,8 +416,10 @@ def test_a_damaged_run_folder_is_refused_by_evaluate_and_chat(
 
 @pytest.mark.parametrize("name", emprl.RUN_FILES)
 def test_a_run_folder_that_lacks_a_part_is_refused(name, copied, refusal):
-    (copied / name).unlink()
+    for part in copied.glob(name):
+        part.unlink()
     line = refusal(["chat", "--run", copied])
+    name = name.replace("*", "")
     assert f"{name} is missing; the command that made the run makes it again" in line
 
 

@@ -305,8 +305,8 @@ def balanced(probs, share, exponent):
 def expected_targets(config, probs, share):
     """The levels to aim for, predicted from the context alone: (N, M, L) from probs (N, M, L).
 
-    With config.target "human" PPO aims for the human response's levels instead. Best of n, which
-    must not see the human response, aims for these all the same.
+    With config.target "human" PPO aims for the human response's levels instead. Best of n,
+    which must not see the human response, aims for these all the same.
     """
     probs = balanced(probs, share, config.balance)
     if config.target == "likeliest":

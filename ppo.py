@@ -475,7 +475,7 @@ class PPOTrainer:
         return rollout(self.policy, self.reference, self.reward, prompts, self.sampling)
 
     def scaled(self, rewards):
-        """Rewards (B,), centred and scaled by the running moments, which take them in first."""
+        """Rewards (B,), centred and scaled by the running moments, which they join first."""
         self.moments.update(rewards)
         if self.config.centre_rewards:
             rewards = rewards - self.moments.mean

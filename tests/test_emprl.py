@@ -581,7 +581,7 @@ def test_modules_keep_to_the_design():
 
 
 def test_a_network_for_each_mechanism_from_the_corpus_to_the_pictures(tmp_path, capsys):
-    """As in `paper`: three stages for each classifier, told by name; load_run puts them together."""
+    """As in `paper`: three stages for each classifier; load_run puts them together."""
     settings = (
         "identifiers.shared=off identifiers.steps=2 context.steps=2 mle.steps=2 ppo.steps=1"
     )

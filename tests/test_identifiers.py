@@ -159,7 +159,9 @@ def test_parts_share_the_weights_and_tell_one_mechanism_each():
 
 def test_training_a_part_leaves_the_others_alone():
     """It learns its own mechanism's levels: here the second, the only one with a rule."""
-    train, valid, whole = synthetic(400, 1), synthetic(150, 2), model(False, seed=3)
+    train = synthetic(400, 1)
+    valid = synthetic(150, 2)
+    whole = model(False, seed=3)
     before = copy.deepcopy(whole.state_dict())
     part = whole.parts("identifiers")["identifiers-ip"]
     config = ClassifierConfig(steps=60, batch_size=32, warmup=2, eval_every=20, shared=False)

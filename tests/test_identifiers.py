@@ -152,7 +152,9 @@ def test_parts_share_the_weights_and_tell_one_mechanism_each():
     assert list(parts) == ["judge-er", "judge-ip", "judge-ex"]
     told = [part(CONTEXT, RESPONSE) for part in parts.values()]
     check("side by side", torch.cat(told, 1), whole(CONTEXT, RESPONSE))
-    own = {id(p) for part in parts.values() for p in part.parameters()}
+    own = set()
+    for part in parts.values():
+        own |= set(map(id, part.parameters()))
     assert own == {id(p) for p in whole.parameters()}, "not copies"
     assert [size_of(part) * 3 for part in parts.values()] == [size_of(whole)] * 3
 

@@ -852,13 +852,13 @@ TOY_SECONDS = {
     "evaluate": 24,
 }
 REAL_SECONDS = {
-    "pretrain": 0.8,
-    "mle": 0.7,
+    "pretrain": 0.55,
+    "mle": 0.5,
     "identifiers": 3,
     "judge": 3,
     "context": 25,
-    "ppo": 5.8,
-    "evaluate": 70,
+    "ppo": 6,
+    "evaluate": 90,
 }
 
 

@@ -23,7 +23,7 @@ Three models learn from these data:
     judge         a second classifier, only for evaluation: it never gives reward
 
     part of a Corpus                          what it is for
-    dialogues["turns"]                        the policy's pre-training; without it, "train" is
+    dialogues["pretrain"]                     the policy's pre-training; without it, "train" is
     dialogues["train"], ["valid"]             the policy: to learn from, to validate
     labelled["train"], ["valid"]              the identifiers: the same
     labelled["judge_train"], ["judge_valid"]  the judge: the same
@@ -110,7 +110,7 @@ class Corpus:
 class Tokenizer:
     """Sentencepiece's unigram pieces with T5's ids: pad 0, eos 1, unk 2, 100 sentinels on top.
 
-    Unigram pieces are words and parts of words, chosen so that few of them make up a text
+    Unigram pieces are whole words and fragments, chosen so that few of them make up a text
     (Kudo 2018, arXiv 1804.10959). A sentinel stands for a span taken out of it (section 4).
 
     T5's own `spiece.model` (32,000 pieces) gets T5's own ids: 32,100 in all, and <extra_id_0>
@@ -282,7 +282,7 @@ class Pairs:
         responses = pad([self.responses[row] for row in rows])
         return contexts.to(self.device), responses.to(self.device)
 
-    def but(self, responses, levels=None):
+    def with_responses(self, responses, levels=None):
         """The same contexts with other responses; `dialogues` still has the original ones.
 
         responses: a list of ids for each context. levels: LongTensor (N, M); None: unknown.
@@ -411,10 +411,12 @@ def real_corpus(folder, seed=0):
     notes.append(note)
     labelled = split_labelled(pairs, seed)
 
-    # The policy learns the listener's part. In pre-training, before, it reads both speakers'
-    # and EPITOME's responses, of the training parts only.
+    # The policy learns to answer as the listener. Before, in pre-training, it reads both
+    # speakers' and EPITOME's responses, of the training parts only.
     dialogues = {part: listened(turns) for part, turns in both_speakers.items()}
-    dialogues["turns"] = both_speakers["train"] + labelled["train"] + labelled["judge_train"]
+    dialogues["pretrain"] = (
+        both_speakers["train"] + labelled["train"] + labelled["judge_train"]
+    )
     return Corpus(dialogues, labelled, notes)
 
 
@@ -553,7 +555,7 @@ EPITOME_COLUMNS = ("sp_id", "rp_id", "seeker_post", "response_post", "level")
 
 
 def read_epitome(folder):
-    """(dialogues, note) of EPITOME's Reddit part: a file for each mechanism, joined by row.
+    """(dialogues, note) of EPITOME's posts from Reddit: a file for each mechanism, joined by row.
 
     Joined by ids, not by text: the texts differ a little between the files; the first file's
     are taken. A pair listed twice is kept once, with the level that most of its rows have (on
@@ -1341,14 +1343,14 @@ def draw_response(rng, emotion, topic, levels):
     A filler stands where nothing else does, and now and then beside it.
     """
     sentences = world().sentences
-    parts = []
+    said = []
     for name, level in zip(MECHANISMS, levels):
         if level:
-            parts.append(rng.choice(sentences[f"{name} {level} {emotion.valence}"]))
-    if not parts or rng.random() < 0.3:
-        place = rng.choice((0, len(parts)))
-        parts.insert(place, rng.choice(sentences["filler"]))
-    response = " ".join(parts).replace("TOPIC", f"the {topic}")
+            said.append(rng.choice(sentences[f"{name} {level} {emotion.valence}"]))
+    if not said or rng.random() < 0.3:
+        place = rng.choice((0, len(said)))
+        said.insert(place, rng.choice(sentences["filler"]))
+    response = " ".join(said).replace("TOPIC", f"the {topic}")
     return response.replace("FEELING", rng.choice(emotion.feelings))
 
 

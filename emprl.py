@@ -332,7 +332,7 @@ def run_all(run, ppo_trainer=PPOTrainer):
     # 1. The initial policy: the T5 learns to reply as people did (maximum likelihood, MLE).
     #    `made_of`: settings that shape the result, besides the trainer's own. A checkpoint
     #    that was made with other settings is refused.
-    trainer = pretrainer(mle, pairs["turns"], tokenizer, config)
+    trainer = pretrainer(mle, pairs["pretrain"], tokenizer, config)
     run.train("pretrain", trainer, made_of=[config.data, config.t5, config.pretrain])
     run.train("mle", mle_trainer(mle, pairs["train"], pairs["valid"], config))
 
@@ -378,8 +378,8 @@ def run_all(run, ppo_trainer=PPOTrainer):
 def load_corpus(config):
     """The corpus that config.data_path says: a generated world, the real corpora, or your own.
 
-    Two parts are added to its dialogues: "turns", which pre-training reads, and "probe", a few
-    of "valid" for the validation inside PPO. "test" is cut to eval.contexts.
+    Two parts are added to its dialogues: "pretrain", which pre-training reads, and "probe", a
+    few of "valid" for the validation inside PPO. "test" is cut to eval.contexts.
     """
     sizes = config.data
     if not config.data_path:
@@ -391,7 +391,7 @@ def load_corpus(config):
     else:
         corpus = data.own_corpus(config.data_path)
     dialogues = corpus.dialogues
-    dialogues.setdefault("turns", dialogues["train"])
+    dialogues.setdefault("pretrain", dialogues["train"])
     if config.eval.contexts:
         dialogues["test"] = dialogues["test"][: config.eval.contexts]
     dialogues["probe"] = dialogues["valid"][: config.ppo.valid_contexts]
@@ -554,7 +554,7 @@ def find_targets(run, mle, identifiers, pairs):
 
 def without_response(pairs, levels):
     """The same contexts with empty responses, so that a classifier can use the context only."""
-    return pairs.but([[EOS_ID]] * len(pairs), levels)
+    return pairs.with_responses([[EOS_ID]] * len(pairs), levels)
 
 
 class PromptBatches:
@@ -1045,7 +1045,7 @@ class Evaluator:
 
     def levels(self, responses):
         """classifier -> (N, M) levels of a response (ids) to each context."""
-        answered = self.pairs.but(responses)
+        answered = self.pairs.with_responses(responses)
         levels = {who: predict_levels(c, answered) for who, c in self.classifiers.items()}
         if self.has_oracle:
             read = []
@@ -1132,7 +1132,7 @@ class Evaluator:
         for k in range(config.eval.best_of):
             self.tell(f"mle, {k + 1} of best of {config.eval.best_of}")
             responses = respond(mle, self.pairs, config.replying, config.eval.batch_size)
-            tries.append(self.pairs.but(responses))
+            tries.append(self.pairs.with_responses(responses))
         figures = self.measure("best_of_n", reward.best_of(tries, targets).responses)
         n = config.eval.best_of
         figures["kl"] = math.log(n) - (n - 1) / n  # at most this (Beirami et al. 2024)
@@ -2004,7 +2004,7 @@ def answer_to(finished, name, history):
     config, tokenizer = finished.run.config, finished.tokenizer
     lengths = config.data.max_source, config.data.max_target
     pairs = Pairs([Dialogue(history, "")], tokenizer, *lengths, finished.run.device)
-    answered = pairs.but(respond(finished.policies[name], pairs, config.replying))
+    answered = pairs.with_responses(respond(finished.policies[name], pairs, config.replying))
     levels = predict_levels(finished.classifiers["identifiers"], answered)[0]
     return tokenizer.decode(answered.responses[0]), levels
 

@@ -20,10 +20,10 @@ The classifier that gives the reward is called the *identifiers*, as in the pape
 is another, for evaluation only. The *context classifier* gets empty responses (only </s>): it
 predicts P(level | context). All learn from `Pairs` (data.py), which have
 
-    batch(rows)     padded ids of some pairs: contexts (B, S) and responses (B, T)
-    chunks(size)    all rows, in lists of at most `size`
-    levels          (N, M), those of the responses
-    but(responses)  the same contexts with other responses
+    batch(rows)                padded ids of some pairs: contexts (B, S), responses (B, T)
+    chunks(size)               all rows, in lists of at most `size`
+    levels                     (N, M), those of the responses
+    with_responses(responses)  the same contexts with other responses
 
 Shapes: B batch, N all pairs, S context length, T response length, D model width, M = 3
 mechanisms, L = 3 levels. PPO calls EmpathyReward; nothing here depends on how it learns.
@@ -158,8 +158,8 @@ class NetworkClassifier(nn.Module):
 
     def trainer(self, train, valid, rows_at, config):
         """What trains it on labelled pairs. rows_at: step -> rows of train."""
-        train = train.but(train.responses, train.levels[:, self.columns])
-        valid = valid.but(valid.responses, valid.levels[:, self.columns])
+        train = train.with_responses(train.responses, train.levels[:, self.columns])
+        valid = valid.with_responses(valid.responses, valid.levels[:, self.columns])
         weights = class_weights(train.levels, config.class_weight).to(train.device)
 
         def loss_sum(rows):
@@ -344,7 +344,7 @@ class EmpathyReward:
         rewards = [self.of(predict(self.identifiers, one), targets) for one in tries]
         chosen = torch.stack(rewards).argmax(0).tolist()  # (N,) the number of a try
         responses = [tries[k].responses[i] for i, k in enumerate(chosen)]
-        return tries[0].but(responses)
+        return tries[0].with_responses(responses)
 
 
 # ---- measures of levels ---------------------------------------------------------------------

@@ -1357,23 +1357,23 @@ def test_real_corpus():
     assert all(d.levels and d.response and all(d.context) for d in labelled)
     assert {*"\u200b\ufffd\n"}.isdisjoint("".join(joined(map(texts_of, labelled))))
     assert (
-        set(corpus.dialogues) == {"train", "valid", "test", "turns"}
+        set(corpus.dialogues) == {"train", "valid", "test", "pretrain"}
         and corpus.level_probs == {}
         and len(corpus.notes) == 4
     )
 
 
 @real
-def test_turns_for_pretraining_are_of_the_training_parts_only():
+def test_texts_for_pretraining_are_of_the_training_parts_only():
     """Both speakers' turns of the training conversations and the labelled training pairs."""
     corpus = data.real_corpus(REAL)
-    turns, train = corpus.dialogues["turns"], corpus.dialogues["train"]
-    assert ids_of(train) < ids_of(turns), "each of them, and the speakers' turns beside"
+    pretrain, train = corpus.dialogues["pretrain"], corpus.dialogues["train"]
+    assert ids_of(train) < ids_of(pretrain), "each of them, and the speakers' turns beside"
     allowed = conversations_of(train)
-    talks = [d for d in turns if d.levels is None]
+    talks = [d for d in pretrain if d.levels is None]
     assert conversations_of(talks) == allowed
     learnt = corpus.labelled["train"] + corpus.labelled["judge_train"]
-    assert [d for d in turns if d.levels] == learnt
+    assert [d for d in pretrain if d.levels] == learnt
     kept_out = conversations_of(corpus.dialogues["valid"] + corpus.dialogues["test"])
     assert not kept_out & allowed
     assert sum(len(d.context) % 2 == 0 for d in talks) > 20_000

@@ -52,7 +52,7 @@ class Pairs:
     def batch(self, rows):
         return self.context[rows], self.responses[rows]
 
-    def but(self, responses, levels=None):
+    def with_responses(self, responses, levels=None):
         other = copy.copy(self)
         other.responses = torch.stack(list(responses))
         other.levels = levels

@@ -239,19 +239,19 @@ def test_each_stage_sees_its_own_part(stage, learns_from, looks_at, run):
     assert run.parts(stage, False) - learns_from == looks_at
 
 
-def test_turns_are_for_pretraining_only(tmp_path, monkeypatch):
+def test_texts_for_pretraining_are_learnt_from_nowhere_else(tmp_path, monkeypatch):
     """Of a corpus that has more of them than training pairs."""
     embedded = data.embedded_corpus
 
-    def with_turns(*sizes):
+    def with_more(*sizes):
         corpus = embedded(*sizes)
-        turns = embedded(9, 30, 1, 1, 1).dialogues["train"]
-        corpus.dialogues["turns"] = [replace(d, id=f"turns/{d.id}") for d in turns]
+        more = embedded(9, 30, 1, 1, 1).dialogues["train"]
+        corpus.dialogues["pretrain"] = [replace(d, id=f"pretrain/{d.id}") for d in more]
         return corpus
 
-    monkeypatch.setattr(data, "embedded_corpus", with_turns)
+    monkeypatch.setattr(data, "embedded_corpus", with_more)
     watched = Watched(tmp_path / "run", ("ppo.steps=1", "eval.contexts=4"))
-    assert watched.parts("pretrain", True) == {"turns/train"}
+    assert watched.parts("pretrain", True) == {"pretrain/train"}
     for stage in ("mle", "context", "ppo"):
         assert watched.parts(stage, True) == {"train"}, stage
 

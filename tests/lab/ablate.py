@@ -345,7 +345,7 @@ class Ideal(emprl.Evaluator):
         tries, told = [], []
         for _ in range(TRIES):
             responses = respond(mle, self.pairs, config.replying, config.eval.batch_size)
-            tries.append(self.pairs.but(responses))
+            tries.append(self.pairs.with_responses(responses))
             told.append(self.levels(responses))
         levels = {}
         for who in self.human:

@@ -47,7 +47,7 @@ OTHER = {}
 for first, second in map(str.split, PAIRS.split(",")):
     OTHER |= {first: second, second: first}
 
-ROLES = """train valid test probe judge_train judge_valid turns, mle emprl best_of_n,
+ROLES = """train valid test probe judge_train judge_valid pretrain, mle emprl best_of_n,
 identifiers judge context, t5 policy reference average model, gamma lam, low high, before after,
 rewards advantages returns values scores, context response source ids contexts responses,
 gold predicted levels target targets expected promised, er ip ex"""

@@ -33,27 +33,26 @@ Three models learn from these data:
 import contextlib
 import copy
 import csv
-import errno
 import functools
 import hashlib
 import html
-import http.client
 import io
 import itertools
 import json
 import math
 import os
-import posixpath
 import random
 import re
+import ssl
 import stat
 import tarfile
 import unicodedata
-import zlib
 from array import array
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, field, replace
+from http.client import HTTPException
 from typing import NamedTuple
+from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -889,36 +888,24 @@ NOT_THE_FILE = {  # how a file begins that has been saved in the place of anothe
 def _read_lines(path):
     """The lines of a text file in UTF-8, without a byte order mark."""
     content = _read_bytes(path).removeprefix(b"\xef\xbb\xbf")
-    try:
-        lines = content.decode().split("\n")
-    except UnicodeDecodeError as error:
-        number = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{number}: not UTF-8; save the file as UTF-8 text") from None
-    for number, line in enumerate(lines, 1):
-        if "\0" in line or len(line) > 100_000:
-            raise DataError(
-                f"{path}:{number}: a NUL character or a line over 100,000 characters; "
-                "is it the right file?"
-            )
     if not content.strip():
         raise DataError(f"{path}:1: empty file; fetch or write it again")
-    return [line.rstrip("\r") for line in lines]
+    damage = content.find(b"\0")  # -1: none
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        damage = error.start
+    if damage >= 0:
+        number = content.count(b"\n", 0, damage) + 1
+        raise DataError(
+            f"{path}:{number}: not text in UTF-8; is it the right file? Save it as UTF-8"
+        )
+    return [line.rstrip("\r") for line in text.split("\n")]
 
 
 def _read_bytes(path):
-    """All of a file, if it is not too large and not something else saved under its name."""
-    with _open(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_FILE:
-            raise DataError(
-                f"{path}: {size:,} bytes, and {MAX_FILE:,} are the limit; give a smaller file"
-            )
-        try:
-            content = file.read()
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be read ({error.strerror}); check the disk"
-            ) from None
+    """The bytes of a file, unless something else is saved under its name."""
+    content = _read_file(path)
     start = content[:100].lstrip().lower()
     for beginning, problem in NOT_THE_FILE.items():
         if start.startswith(beginning):
@@ -927,26 +914,29 @@ def _read_bytes(path):
 
 
 def sha256(path):
-    """The SHA-256 of a file of any size, in hexadecimal."""
-    digest = hashlib.sha256()
-    with _open(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    """The SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(_read_file(path)).hexdigest()
 
 
-def _open(path):
-    """The file, open for reading bytes. Raises DataError unless it is an ordinary file."""
+def _read_file(path):
+    """The bytes of an ordinary file that is not too large. Raises DataError."""
     try:
-        kind = os.stat(path).st_mode  # first, since to open a pipe may take for ever
-        if stat.S_ISREG(kind):
-            return open(path, "rb")
+        found = os.stat(path)  # first, since to open a pipe may take for ever
+        is_file = stat.S_ISREG(found.st_mode)
+        if is_file and found.st_size <= MAX_FILE:
+            with open(path, "rb") as file:
+                return file.read()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         problem = getattr(error, "strerror", error)
         raise DataError(
             f"{path}: cannot be read ({problem}); check the path and its permissions"
         ) from None
-    if stat.S_ISDIR(kind):
+    if is_file:
+        raise DataError(
+            f"{path}: {found.st_size:,} bytes, and {MAX_FILE:,} are the limit; "
+            "give a smaller file"
+        )
+    if stat.S_ISDIR(found.st_mode):
         raise DataError(f"{path}: a folder; give the path of a file in it")
     raise DataError(f"{path}: a pipe or a device; give the path of an ordinary file")
 
@@ -1022,156 +1012,103 @@ SOURCES = [  # (url, path below the data folder, SHA-256, the files to unpack fr
         [],
     ),
 ]
-# No server may fill the disk. The archive's size is known; EPITOME's files are under 2 MB each.
-SIZES = {"empatheticdialogues.tar.gz": 28_022_709}
-LARGEST = 50_000_000  # bytes, where the size is not known
-MAX_UNPACKED = 200_000_000  # bytes
+LARGEST = 50_000_000  # bytes, nearly twice the archive: no server may fill the disk
+NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
 def download(folder, sources=SOURCES, progress=print):
     """Fetch what is missing, resume what was cut off, check SHA-256, unpack. Raises DataError.
 
-    A second call fetches nothing. A file that someone has put in its place by hand is taken if
-    it is the published one.
+    A second call fetches nothing, but unpacks again: what it finds damaged is whole afterwards.
+    A file that someone has put in its place by hand is taken if it is the published one.
     """
     for url, name, digest, members in sources:
         path = os.path.join(folder, name)
-        is_published = os.path.isfile(path) and sha256(path) == digest
-        done = is_published
-        if members:
-            done = _is_unpacked(folder, members)
-        if done:
+        if _is_published(path, digest):
             progress(f"{name}: already there, and as it was published")
-            continue
-
-        if os.path.exists(path) and not is_published:
-            progress(f"{path}: not the published file, its SHA-256 differs; fetched anew")
-        if not is_published:
+        else:
+            if os.path.exists(path):
+                progress(f"{path}: not the published file, its SHA-256 differs; fetched anew")
             _fetch(url, path, digest, progress)
+            progress(f"{name}: checked and in place")
         if members:
             _unpack(path, folder, members)
-            if not is_published:  # an archive that was put there by hand stays
-                os.remove(path)
-        progress(f"{name}: checked and in place")
+
+
+def _is_published(path, digest):
+    """Whether the file is there and has this SHA-256."""
+    return os.path.isfile(path) and sha256(path) == digest
 
 
 def _fetch(url, path, digest, progress):
     """Put the file with this SHA-256 at `path`; until it is whole it is called `path`.part."""
-    part = f"{path}.part"
-    _write(part, b"", "a")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    partial = f"{path}.part"
+    by_hand = (
+        "if that does not help once the network lets you through, "
+        f"fetch it with a browser, put it at {path}, then run the same command again"
+    )
     try:
-        if sha256(part) != digest:
-            _fetch_rest(url, part, SIZES.get(os.path.basename(path), LARGEST), progress)
-    except (OSError, http.client.HTTPException) as error:
-        if getattr(error, "code", 0) == 416:
-            os.truncate(part, 0)  # the part is longer than the file: it is of another one
+        if not _is_published(partial, digest):
+            _fetch_rest(url, partial, progress)
+    except NETWORK_ERRORS as error:
+        if getattr(error, "code", 0) != 416:  # 416: there is no rest
+            raise DataError(
+                f"{url}: {error}; run the same command again, it goes on from here; {by_hand}"
+            ) from None
+    if not _is_published(partial, digest):
+        os.remove(partial)
         raise DataError(
-            f"{url}: {error}; run the same command again, it goes on from here; "
-            "if that does not help once the network lets you through, "
-            f"fetch it with a browser, put it at {path}, then run the same command again"
-        ) from None
-    finally:
-        if os.path.getsize(part) == 0:
-            os.remove(part)
-    if sha256(part) != digest:
-        os.remove(part)
-        raise DataError(
-            f"{path}: SHA-256 differs from the published one, removed; download it again"
+            f"{url}: not the published file, its SHA-256 differs; run the same command again; "
+            f"{by_hand}"
         )
-    os.replace(part, path)
+    os.replace(partial, path)
 
 
-def _fetch_rest(url, part, limit, progress):
+def _fetch_rest(url, partial, progress):
     """Append to a file what it still lacks; a server that ignores Range starts it over."""
-    have = os.path.getsize(part)
+    have = 0
     request = Request(url)
-    if have:
+    if os.path.exists(partial):
+        have = os.path.getsize(partial)
         request.add_header("Range", f"bytes={have}-")
     with urlopen(request, timeout=30) as answer:
-        if answer.status != 206:  # not a part of the file, but all of it
+        mode = "ab"
+        if answer.status != 206:  # not the rest of the file, but all of it
+            mode = "wb"
             have = 0
-            _write(part, b"", "w")
         size = have + (answer.length or 0)  # in all; 0: the server does not tell
-        while block := answer.read(1 << 20):
-            _write(part, block, "a")
-            have += len(block)
-            if have > limit:
-                os.truncate(part, 0)
-                raise OSError(f"more than the {limit:,} bytes that the file may have")
-            percent = 100 * have // max(size, 1)
-            progress(f"{os.path.basename(part)} {percent:3d} % of {size:,} bytes")
-    if have < size:
-        raise OSError(f"cut off at {have} of {size} bytes")
+        with open(partial, mode) as file:
+            while have <= LARGEST and (block := answer.read(1 << 20)):
+                file.write(block)
+                have += len(block)
+                percent = 100 * have // max(size, 1)
+                progress(f"{os.path.basename(partial)} {percent:3d} % of {size:,} bytes")
+    if have < size <= LARGEST:
+        raise ConnectionError(f"cut off at {have} of {size} bytes")
 
 
-def _unpack(archive, folder, members):
-    """Write the named files; an archive that holds anything unsafe is refused as a whole."""
-    found = {}
-    total = 0
+def _unpack(archive, folder, names):
+    """Write these files of an archive to the folder, and nothing else that it may hold."""
+    contents = {}
     try:
         with tarfile.open(archive) as tar:
             for item in tar:
-                name = posixpath.normpath(item.name)
-                total += item.size
-                is_outside = name.startswith(("/", ".."))
-                is_special = not item.isfile() and not item.isdir()  # a link, a device
-                if is_outside or is_special or total > MAX_UNPACKED:
-                    raise DataError(
-                        f"{archive}: unsafe entry {item.name[:80]!r}; do not use this archive"
-                    )
-                if name in members and item.isfile():
-                    found[name] = tar.extractfile(item).read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+                name = item.name.removeprefix("./")
+                if name in names and item.isfile():
+                    contents[name] = tar.extractfile(item).read()
+    except (tarfile.TarError, EOFError) as error:
         raise DataError(
             f"{archive}: damaged archive ({error}); remove it and fetch it again"
         ) from None
-
-    for name in members:
-        if name not in found:
+    for name in names:
+        if name not in contents:
             raise DataError(f"{archive}: no {name} in it; fetch it again")
-        # A crash must not leave half a file under the name.
         path = os.path.join(folder, name)
-        _write(f"{path}.tmp", found[name], "w")
-        os.replace(f"{path}.tmp", path)
-    _write(_sums_path(folder, members), _sums(folder, members), "w")
-
-
-def _is_unpacked(folder, members):
-    """Whether the unpacked files are there and as they came out of the archive."""
-    try:
-        return _read_bytes(_sums_path(folder, members)) == _sums(folder, members)
-    except DataError:  # one of them is not there
-        return False
-
-
-def _sums_path(folder, members):
-    """Where the SHA-256 of the unpacked files is written down: beside them, in one folder."""
-    return os.path.join(folder, os.path.dirname(members[0]), "SHA256SUMS")
-
-
-def _sums(folder, members):
-    """What `sha256sum` prints for the unpacked files."""
-    lines = [f"{sha256(os.path.join(folder, x))}  {os.path.basename(x)}\n" for x in members]
-    return "".join(lines).encode()
-
-
-def _write(path, content, mode):
-    """Write bytes to a file (mode "wb") or append them ("ab"). Makes its folder if need be.
-
-    Raises DataError, since `_fetch` would take the OSError of a full disk for the network's.
-    """
-    try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, f"{mode}b") as file:
-            file.write(content)
-    except OSError as error:
-        remedy = "choose another folder"
-        if error.errno == errno.ENOSPC:
-            remedy = "make room"
-        raise DataError(
-            f"{path}: cannot be written ({error.strerror}); {remedy}, "
-            "then run the same command again"
-        ) from None
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(contents[name])
+        os.replace(f"{path}.tmp", path)  # a crash leaves no half file under the name
 
 
 # ---- 7. The generated world: its rule, how dialogues are drawn, an oracle -------------------

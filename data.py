@@ -668,24 +668,18 @@ def read_dialogues(path):
         records = _csv_rows(path, REQUIRED, FIELDS)
     else:
         records = _json_rows(path)
-    dialogues = []
-    lines = []  # for each dialogue, the number of its line
-    keys = []  # ... and what its conversation is known by
+    dialogues = {}  # line -> its Dialogue
+    keys = {}  # line -> what it may share with others of its conversation
     for line, record in records:
         where = f"{path}:{line}"
         dialogue = _dialogue(record, where)
-        dialogues.append(dialogue)
-        lines.append(line)
-        keys.append(_conversation_key(record, dialogue, where))
+        dialogues[line] = dialogue
+        keys[line] = [_conversation_key(record, dialogue, where), _without_case(dialogue)]
     if not dialogues:
         raise DataError(f"{path}:2: no dialogues; write at least one")
 
-    first_lines = {}  # conversation -> the line where it begins
-    numbered = []
-    for dialogue, line, name in zip(dialogues, lines, _join_conversations(dialogues, keys)):
-        first = first_lines.setdefault(name, line)
-        numbered.append(replace(dialogue, id=f"{first}/{line}"))
-    return numbered
+    begins = _beginnings(keys)
+    return [replace(d, id=f"{begins[line]}/{line}") for line, d in dialogues.items()]
 
 
 def _dialogue(record, where):
@@ -736,9 +730,7 @@ def _level(value, where):
 def _shown(value):
     """A value of a record in a few characters, for a message."""
     if isinstance(value, list):
-        return "a list"
-    if isinstance(value, dict):
-        return "a record"
+        return "a list or a record"
     return str(value)[:20]
 
 
@@ -750,30 +742,31 @@ def _conversation_key(record, dialogue, where):
             f"{where}: not a record: id is {_shown(name)}; write a text or a number"
         )
     if clean(str(name)):
-        return "id", str(name)
-    return "first", dialogue.context[0].casefold()
+        return f"id {name}"
+    return f"begins with {dialogue.context[0].casefold()}"
 
 
-def _join_conversations(dialogues, keys):
-    """For each dialogue something that is equal for all of its conversation, and for no other.
+def _beginnings(keys):
+    """{line: keys} -> {line: the line where its conversation begins}.
 
-    Dialogues with the same key are one conversation. So are two conversations that have an
-    equal record.
+    Lines that share a key are of one conversation, and so is whatever shares one with them.
     """
-    # Union-find: keys and records are nodes, each of which points to another one of its
-    # conversation; the root points to itself.
-    parent = {}
+    lines_with = defaultdict(list)
+    for line, own_keys in keys.items():
+        for key in own_keys:
+            lines_with[key].append(line)
 
-    def root(node):
-        while parent.setdefault(node, node) != node:
-            parent[node] = parent[parent[node]]  # a shorter way for the next time
-            node = parent[node]
-        return node
-
-    for dialogue, key in zip(dialogues, keys):
-        record = ("record", _without_case(dialogue))
-        parent[root(record)] = root(key)
-    return [root(key) for key in keys]
+    begins = {}
+    for first in keys:
+        reached = [first]
+        while reached:
+            line = reached.pop()
+            if line not in begins:
+                begins[line] = first
+                for key in keys[line]:
+                    reached += lines_with[key]
+                    lines_with[key] = []  # it leads nowhere else
+    return begins
 
 
 def _without_case(dialogue):
@@ -799,27 +792,57 @@ def _json_rows(path):
                 "(a table must be called .csv)"
             )
         try:
-            record = json.loads(line, object_pairs_hook=_each_once)
+            pairs = json.loads(line, object_pairs_hook=list)  # a dict hides a repeated name
         except (ValueError, RecursionError) as error:
             problem = getattr(error, "msg", str(error).partition(";")[0])
             raise DataError(
                 f"{where}: not a record in JSON: {problem}; write one {{..}} a line, whole"
             ) from None
-        record = {name: value for name, value in record.items() if value is not None}
-        _check_names(record, f"{where}: not a record", "field", REQUIRED, FIELDS)
-        yield number, record
+        given = [(name, value) for name, value in pairs if value is not None]
+        names = [name for name, _ in given]
+        _check_names(names, f"{where}: not a record", "field", REQUIRED, FIELDS)
+        yield number, dict(given)
 
 
-def _each_once(pairs):
-    """A dict of (name, value) pairs; json.loads alone would keep the last of two values."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        raise ValueError("a field is there twice")
-    return record
+def _csv_rows(path, required, allowed=None):
+    """(number of the line where it begins, row as dict) of each row of a csv file.
+
+    It must have the required columns, and may have those that are allowed (None: any).
+    """
+    lines = [f"{line}\n" for line in _read_lines(path)]
+    reader = csv.reader(lines, strict=True)
+    begin = 1  # the line where the next row begins
+    try:
+        header = [name.strip() for name in next(filter(None, reader))]
+        _check_header(header, f"{path}:{reader.line_num}", required, allowed or header)
+        begin = reader.line_num + 1
+        for row in reader:
+            if row and len(row) != len(header):
+                raise csv.Error(
+                    f"not {len(header)} fields, as in the first line, but {len(row)}"
+                )
+            if row:
+                yield begin, dict(zip(header, row))
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}:{begin}: {error}; check the commas and quotes") from None
+
+
+def _check_header(header, where, required, allowed):
+    """Raises DataError unless the columns have the right names, separated by commas."""
+    for sign, name in ("\t", "tabs"), (";", "semicolons"):
+        if sign in header[0]:
+            raise DataError(f"{where}: columns separated by {name}; save it with commas")
+    if "" in header:
+        raise DataError(
+            f"{where}: column {header.index('') + 1} has no name; name it or take it out "
+            "(an index of pandas: index=False)"
+        )
+    _check_names(header, where, "column", required, allowed)
 
 
 def _check_names(names, where, kind, required, allowed):
-    """Raises DataError unless all required names are there, and only allowed ones."""
+    """Raises DataError unless all required names are there, and allowed ones once at most."""
     for name in required:
         if name not in names:
             raise DataError(
@@ -831,48 +854,8 @@ def _check_names(names, where, kind, required, allowed):
             raise DataError(
                 f"{where}: a {kind} {name[:40]!r}; take it out, there may be {allowed}"
             )
-
-
-def _csv_rows(path, required, allowed=None):
-    """(number of the line where it begins, row as dict) of each row of a csv file.
-
-    It must have the required columns, and may have those that are allowed (None: any).
-    """
-    lines = [f"{line}\n" for line in _read_lines(path)]
-    reader = csv.reader(lines, strict=True)
-    header = None
-    begin = 1  # the line where the next row begins
-    try:
-        for row in reader:
-            where = f"{path}:{begin}"
-            if row and header is None:
-                header = [name.strip() for name in row]
-                _check_header(header, where)
-                _check_names(header, where, "column", required, allowed or header)
-            elif row and len(row) != len(header):
-                raise csv.Error(
-                    f"not {len(header)} fields, as in the first line, but {len(row)}"
-                )
-            elif row:
-                yield begin, dict(zip(header, row))
-            begin = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}:{begin}: {error}; check the commas and quotes") from None
-
-
-def _check_header(header, where):
-    """Raises DataError unless each column has its own name."""
-    for sign, name in ("\t", "tabs"), (";", "semicolons"):
-        if sign in header[0]:
-            raise DataError(f"{where}: columns separated by {name}; save it with commas")
-    for number, name in enumerate(header, 1):
-        if not name:
-            raise DataError(
-                f"{where}: column {number} has no name; name it or take it out "
-                "(an index of pandas: index=False)"
-            )
-        if header.count(name) > 1:
-            raise DataError(f"{where}: two columns {name[:40]!r}; take one of them out")
+        if names.count(name) > 1:
+            raise DataError(f"{where}: two {kind}s {name[:40]!r}; take one of them out")
 
 
 MAX_FILE = 500_000_000  # bytes; thirty times the largest file of EmpatheticDialogues

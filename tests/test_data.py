@@ -942,7 +942,7 @@ RECORDS = {
     "a field twice": (
         '{"context": "a", "response": "b", "response": "c"}',
         1,
-        "is there twice",
+        "two fields 'response'; take one",
     ),
     "a field missing": ('{"context": "a"}', 1, "no field response; add"),
     "cut": (f"{GOOD}\n{GOOD[:-2]}", 2, "not a record in JSON: Unterminated string"),

@@ -126,7 +126,7 @@ class Tokenizer:
         name = "tokenizer"
         if not isinstance(model, bytes):
             name = model
-            model = _read_model(model)
+            model = _read_bytes(model)
         self.model = model
         self._pieces = sentencepiece.SentencePieceProcessor()
         ids = None
@@ -192,16 +192,6 @@ class Tokenizer:
     def encode_response(self, text, max_length):
         """Ends with eos in any case: the text is cut to make room for it."""
         return [*self.encode(text)[: max_length - 1], self.eos_id]
-
-
-def _read_model(path):
-    """The bytes of a tokenizer's file."""
-    if not os.path.exists(path):
-        raise DataError(
-            f"{path}: cannot be read (no such file); it is the tokenizer of the weights "
-            "beside it: fetch it from where they come from"
-        )
-    return _read_bytes(path)
 
 
 # ---- 3. Pairs and batches -------------------------------------------------------------------
@@ -349,8 +339,7 @@ def random_spans(length, density=0.15, mean_span=3.0, generator=None):
 def _random_pieces(total, count, generator):
     """`count` positive numbers that add up to `total`, at random."""
     cuts = torch.randperm(total - 1, generator=generator)[: count - 1] + 1
-    bounds = [0, *sorted(cuts.tolist()), total]
-    return [end - start for start, end in itertools.pairwise(bounds)]
+    return np.diff([0, *sorted(cuts.tolist()), total]).tolist()
 
 
 def span_corrupt(ids, spans, sentinels, eos_id=1):
@@ -404,7 +393,7 @@ def real_corpus(folder, seed=0):
     notes = []
     for part in ("train", "valid", "test"):
         path = os.path.join(folder, "empatheticdialogues", f"{part}.csv")
-        both_speakers[part], note = read_turns(path)
+        both_speakers[part], note = read_empathetic_dialogues(path)
         notes.append(note)
     pairs, note = read_epitome(os.path.join(folder, "epitome"))
     notes.append(note)
@@ -412,7 +401,7 @@ def real_corpus(folder, seed=0):
 
     # The policy learns to answer as the listener. Before, in pre-training, it reads both
     # speakers' and EPITOME's responses, of the training parts only.
-    dialogues = {part: listened(turns) for part, turns in both_speakers.items()}
+    dialogues = {part: listened(both) for part, both in both_speakers.items()}
     dialogues["pretrain"] = (
         both_speakers["train"] + labelled["train"] + labelled["judge_train"]
     )
@@ -441,17 +430,19 @@ def split_labelled(dialogues, seed):
     train_end = learn_end // 2
     judge_train_end = learn_end - round(0.1 * (learn_end - train_end))
     valid_end = round(0.80 * len(conversations))
-    split = {
-        "train": conversations[:train_end],
-        "judge_train": conversations[train_end:judge_train_end],
-        "judge_valid": conversations[judge_train_end:learn_end],
-        "valid": conversations[learn_end:valid_end],
-        "test": conversations[valid_end:],
-    }
+    ends = (
+        ("train", train_end),
+        ("judge_train", judge_train_end),
+        ("judge_valid", learn_end),
+        ("valid", valid_end),
+        ("test", len(conversations)),
+    )
     parts = {}
-    for part, chosen in split.items():
-        chosen = set(chosen)
+    begin = 0
+    for part, end in ends:
+        chosen = set(conversations[begin:end])
         parts[part] = [d for d in dialogues if _conversation_of(d) in chosen]
+        begin = end
     return parts
 
 
@@ -478,21 +469,15 @@ _ED_ROW = re.compile(
 MAX_BAD_ROWS = 0.02  # with a larger share of bad rows it is not the file that was published
 
 
-def read_empathetic_dialogues(path):
-    """(dialogues, note) of one file of EmpatheticDialogues: the listener's responses."""
-    turns, note = read_turns(path)
-    return listened(turns), note
-
-
-def listened(turns):
+def listened(dialogues):
     """The listener's responses. The speaker begins, so their contexts are of odd length."""
-    return [turn for turn in turns if len(turn.context) % 2]
+    return [dialogue for dialogue in dialogues if len(dialogue.context) % 2]
 
 
-def read_turns(path):
+def read_empathetic_dialogues(path):
     """(dialogues, note) of one file of EmpatheticDialogues: both speakers' responses.
 
-    A turn is any utterance but the first of its conversation, with those before it as context.
+    Any utterance but the first of its conversation is a response to those before it.
     The files are no ordinary csv: '"' is a character like any other, a comma in a text is
     written _comma_. Raises DataError (Rashkin et al. 2019, arXiv 1811.00207).
     """
@@ -507,7 +492,7 @@ def read_turns(path):
             "fetch it again"
         )
 
-    turns = []
+    dialogues = []
     skipped = []  # line numbers
     histories = defaultdict(list)  # conversation -> its utterances so far
     rows = [(number, line) for number, line in enumerate(lines, 2) if line]
@@ -524,8 +509,8 @@ def read_turns(path):
             skipped.append(number)
             continue
         if history:
-            turn_id = f"{row['conversation']}/{row['number']}"
-            turns.append(Dialogue(tuple(history), utterance, row["emotion"], id=turn_id))
+            its_id = f"{row['conversation']}/{row['number']}"
+            dialogues.append(Dialogue(tuple(history), utterance, row["emotion"], id=its_id))
         history.append(utterance)
 
     if len(skipped) > MAX_BAD_ROWS * len(rows):
@@ -534,15 +519,15 @@ def read_turns(path):
             "published, this one first: fields too many, empty, missing or out of place, or "
             "quoted as by a spreadsheet; fetch it again"
         )
-    if not turns:
+    if not dialogues:
         raise DataError(f"{path}:2: no response that can be used; fetch the file again")
-    note = f"{path}: {len(listened(turns))} pairs"
+    note = f"{path}: {len(listened(dialogues))} pairs"
     if skipped:
         note += (
             f"; {len(skipped)} rows skipped: fields out of place, empty, or without the "
             f"utterance before, as in line {skipped[0]}"
         )
-    return turns, printable(note)
+    return dialogues, printable(note)
 
 
 EPITOME_FILES = (  # one for each of MECHANISMS, in their order
@@ -560,25 +545,25 @@ def read_epitome(folder):
     are taken. A pair listed twice is kept once, with the level that most of its rows have (on
     a tie, the first row's). Raises DataError (Sharma et al. 2020, arXiv 2009.08441).
     """
+    paths = [os.path.join(folder, name) for name in EPITOME_FILES]
+    files = [list(_csv_rows(path, EPITOME_COLUMNS)) for path in paths]
+    if len({len(rows) for rows in files}) > 1:
+        raise DataError(f"{folder}: files of different length; fetch all again")
+
     texts = {}  # id of a pair -> post and response
     votes = defaultdict(Counter)  # (id, mechanism) -> how many rows have which level
-    first = None  # the rows of the first file
-    for mechanism, name in zip(MECHANISMS, EPITOME_FILES):
-        path = os.path.join(folder, name)
-        rows = list(_csv_rows(path, EPITOME_COLUMNS))
-        if first is None:
-            first = rows
-        if len(rows) != len(first):
-            raise DataError(f"{folder}: files of different length; fetch all again")
-        for (line, row), (_, expected) in zip(rows, first):
-            pair_id = _pair_id(row)
-            if pair_id != _pair_id(expected):
+    for rows in zip(*files):  # a row of each file, all of the same pair
+        _, first = rows[0]
+        pair_id = _pair_id(first)
+        texts.setdefault(pair_id, (_post(first["seeker_post"]), _post(first["response_post"])))
+        for mechanism, path, (line, row) in zip(MECHANISMS, paths, rows):
+            where = f"{path}:{line}"
+            if _pair_id(row) != pair_id:
                 raise DataError(
-                    f"{path}:{line}: pair {pair_id}, but {_pair_id(expected)} in the first "
-                    "file; fetch all again"
+                    f"{where}: pair {_pair_id(row)}, but {pair_id} in the first file; "
+                    "fetch all again"
                 )
-            texts.setdefault(pair_id, (_post(row["seeker_post"]), _post(row["response_post"])))
-            votes[pair_id, mechanism][_level(row["level"], f"{path}:{line}")] += 1
+            votes[pair_id, mechanism][_level(row["level"], where)] += 1
 
     dialogues = []
     for pair_id, (post, response) in texts.items():
@@ -593,7 +578,7 @@ def read_epitome(folder):
     conflicting = {pair_id for pair_id, _ in conflicts}
     ties = sum(most[1] == second[1] for most, second in conflicts.values())
     without_text = len(texts) - len(dialogues)
-    note = f"{folder}: {len(dialogues)} pairs from {len(first)} rows; "
+    note = f"{folder}: {len(dialogues)} pairs from {len(files[0])} rows; "
     note += f"{without_text} pairs without text skipped, "
     note += f"{len(conflicting)} with conflicting levels: "
     note += f"of {len(conflicts)} conflicts {len(conflicts) - ties} settled by majority, "
@@ -1404,15 +1389,12 @@ def read_sections(text):
 
 def _fillings(situation, slots):
     """[(opener, topic), ...]: a situation with all values of its slots."""
-    names = [name for name in sorted(slots) if name in situation]
-    fillings = []
-    for values in itertools.product(*[slots[name][0].split() for name in names]):
-        filled = situation
-        for name, value in zip(names, values):
-            filled = filled.replace(name, value)
-        opener, topic = filled.split(" > ")
-        fillings.append((opener, topic))
-    return fillings
+    filled = [situation]
+    for name in sorted(slots):
+        if name in situation:
+            choices = itertools.product(filled, slots[name][0].split())
+            filled = [text.replace(name, value) for text, value in choices]
+    return [tuple(text.split(" > ")) for text in filled]
 
 
 # valence family: emotion=feeling/feeling, emotion=feeling/feeling, ...

@@ -696,7 +696,7 @@ def test_what_is_saved_in_the_place_of_a_file_is_named(name, content, words, tmp
 
 
 def test_each_cause_has_its_own_remedy(tmp_path):
-    with pytest.raises(DataError, match="spiece.model: .*no such file.*where they come from"):
+    with pytest.raises(DataError, match="spiece.model: .*No such file.*; check the path"):
         Tokenizer(tmp_path / "spiece.model")
     with pytest.raises(DataError, match="No such file.*; check the path"):
         data.read_dialogues(tmp_path / "none.csv")
@@ -764,7 +764,7 @@ def test_byte_order_mark_and_windows_lines(tmp_path):
     path.write_bytes(
         b"\xef\xbb\xbf" + "\r\n".join([ED_HEADER, *ed_rows("c:1", "a", "b")]).encode()
     )
-    assert data.read_empathetic_dialogues(path)[0][0].response == "b"
+    assert listener_pairs(path)[0][0].response == "b"
 
 
 # ---- yours
@@ -1097,6 +1097,13 @@ def test_own_dialogue_without_levels_is_named_by_its_line(tmp_path):
 
 # ---- EmpatheticDialogues
 
+
+def listener_pairs(path):
+    """The listener's responses of a file, and the note."""
+    dialogues, note = data.read_empathetic_dialogues(path)
+    return data.listened(dialogues), note
+
+
 ED_HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags"
 
 
@@ -1109,7 +1116,7 @@ def ed_rows(conversation, *utterances, emotion="proud", end=","):
 
 def read_ed(tmp_path, *rows):
     (tmp_path / "ed.csv").write_text("\n".join([ED_HEADER, *rows]) + "\n", encoding="utf-8")
-    return data.read_empathetic_dialogues(tmp_path / "ed.csv")
+    return listener_pairs(tmp_path / "ed.csv")
 
 
 def test_ed_pairs_quotes_and_commas(tmp_path):
@@ -1210,7 +1217,7 @@ def test_ed_cut_short_is_refused_wherever_the_cut_is(tmp_path):
     (tmp_path / "ed.csv").write_text(
         whole[:-1], encoding="utf-8"
     )  # only the last end of line is missing
-    assert len(data.read_empathetic_dialogues(tmp_path / "ed.csv")[0]) == 1000
+    assert len(listener_pairs(tmp_path / "ed.csv")[0]) == 1000
 
 
 @real
@@ -1232,9 +1239,7 @@ def test_ed_real_rewritten_is_refused(tmp_path):
 def test_ed_real_counts():
     """The listener's pairs. All utterances can be used, so nothing is cut."""
     for name, pairs in (("valid", 4880), ("test", 4463), ("train", 34225)):
-        dialogues, note = data.read_empathetic_dialogues(
-            REAL / "empatheticdialogues" / f"{name}.csv"
-        )
+        dialogues, note = listener_pairs(REAL / "empatheticdialogues" / f"{name}.csv")
         assert len(dialogues) == pairs, note
         assert len({d.emotion for d in dialogues}) == 32 and all(
             len(d.context) % 2 for d in dialogues

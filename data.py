@@ -240,8 +240,7 @@ class Pairs:
         )
         # Unknown levels become 0. Nothing reads them: levels are asked for only of labelled
         # parts, where all are known.
-        unknown = (0,) * len(MECHANISMS)
-        self.levels = torch.tensor([d.levels or unknown for d in dialogues])  # (N, M)
+        self.levels = torch.tensor([d.levels or (0, 0, 0) for d in dialogues])  # (N, M)
 
     def __len__(self):
         return len(self.contexts)
@@ -574,15 +573,13 @@ def read_epitome(folder):
     if not dialogues:
         raise DataError(f"{folder}/{EPITOME_FILES[0]}:2: no rows with text; fetch it again")
 
-    conflicts = {key: vote.most_common(2) for key, vote in votes.items() if len(vote) > 1}
-    conflicting = {pair_id for pair_id, _ in conflicts}
-    ties = sum(most[1] == second[1] for most, second in conflicts.values())
-    without_text = len(texts) - len(dialogues)
-    note = f"{folder}: {len(dialogues)} pairs from {len(files[0])} rows; "
-    note += f"{without_text} pairs without text skipped, "
-    note += f"{len(conflicting)} with conflicting levels: "
-    note += f"of {len(conflicts)} conflicts {len(conflicts) - ties} settled by majority, "
-    note += f"{ties} ties by the first row"
+    conflicts = [vote.most_common(2) for vote in votes.values() if len(vote) > 1]
+    ties = sum(most[1] == second[1] for most, second in conflicts)
+    note = (
+        f"{folder}: {len(dialogues)} pairs from {len(files[0])} rows; "
+        f"{len(texts) - len(dialogues)} pairs without text skipped; of {len(conflicts)} levels "
+        f"in conflict {len(conflicts) - ties} settled by majority, {ties} ties by the first row"
+    )
     return dialogues, printable(note)
 
 
@@ -673,10 +670,7 @@ def _dialogue(record, where):
     if isinstance(context, str):
         context = context.split("</s>")
     if not isinstance(context, list):
-        raise DataError(
-            f"{where}: not a record: context is {_shown(context)}; "
-            "write a text or a list of texts"
-        )
+        context = [context]
     context = tuple(_clean_field(text, "an utterance of context", where) for text in context)
     response = _clean_field(record["response"], "response", where)
     emotion = _clean_field(record.get("emotion", ""), "emotion", where)
@@ -705,7 +699,7 @@ def _clean_field(value, name, where):
 def _level(value, where):
     """0, 1 or 2, also as text, with blanks, or as a spreadsheet writes it: 1.0."""
     written = None
-    if type(value) in (str, int, float):  # and not bool, although True == 1
+    if not isinstance(value, list):  # nested, it may be too deep for str()
         written = re.fullmatch(r"([012])(\.0*)?", str(value).strip())
     if not written:
         raise DataError(f"{where}: level {_shown(value)!r}; levels are 0, 1 or 2")
@@ -915,22 +909,16 @@ _INVISIBLE = (
     "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
     "\u2060-\u206f\ufeff\ufff9-\ufffb\ufffd\ud800-\udfff]"
 )
-# The joiners U+200C and U+200D shape Persian words and make families of emoji. They stay where
-# they join two characters that can be joined, and after a virama (the sign of a half letter in
-# Hindi and its kin).
-_JOINERS = "\u200c\u200d"
-_JOINS = (
-    f"{_JOINERS}\u0600-\u1fff\u2070-\u2fff\u3001-\ud7ff\uf900-\ufefe\uff00-\uffef"
-    "\U00010000-\U000dffff"
+# The joiners U+200C and U+200D shape Persian and Hindi words and make families of emoji. They
+# stay after a character that can be joined.
+_LOOSE_JOINERS = (
+    "(?<![\u200c\u200d\u0600-\u1fff\u2070-\u2fff\u3001-\ud7ff\uf900-\ufefe\uff00-\uffef"
+    "\U00010000-\U000dffff])[\u200c\u200d]+"
 )
-_VIRAMA = "\u094d\u09cd\u0a4d\u0acd\u0b4d\u0bcd\u0c4d\u0ccd\u0d4d\u0dca"
-_NOTHING_BEFORE = f"(?<![{_JOINS}])[{_JOINERS}]+"
-_NOTHING_AFTER = f"(?<![{_VIRAMA}{_JOINERS}])[{_JOINERS}]+(?![{_JOINS}])"
 # Tags spell the flags of England, Scotland and Wales after a black flag, and are loose
 # elsewhere.
-_TAGS = "\U000e0000-\U000e007f"
-_LOOSE_TAGS = f"(?<![\U0001f3f4{_TAGS}])[{_TAGS}]+"
-_REMOVED = re.compile(f"{_INVISIBLE}|{_NOTHING_BEFORE}|{_NOTHING_AFTER}|{_LOOSE_TAGS}")
+_LOOSE_TAGS = "(?<![\U0001f3f4\U000e0000-\U000e007f])[\U000e0000-\U000e007f]+"
+_REMOVED = re.compile(f"{_INVISIBLE}|{_LOOSE_JOINERS}|{_LOOSE_TAGS}")
 # Called letters or symbols, shown as nothing.
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
 
@@ -1291,12 +1279,12 @@ def oracle_levels(context, response):
 
     # The topic becomes "@", so that one pattern finds a phrase about it in every context:
     # "i am truly sorry about the @ ."
-    topic = world().topics.get(opener)
+    topic, valences = world().openers.get(opener, ("", ("neg", "pos")))
     if topic:
         text = text.replace(f" {topic} ", " @ ")
 
     levels = []
-    for on_topic, any_phrase in _phrases(world().valences.get(opener)):
+    for on_topic, any_phrase in _phrases(valences):
         if on_topic.search(text):
             levels.append(2)
         elif any_phrase.search(text):
@@ -1307,15 +1295,12 @@ def oracle_levels(context, response):
 
 
 @functools.cache
-def _phrases(valence):
+def _phrases(valences):
     """For each mechanism two patterns: what counts 2, and what counts 1 if that is not there.
 
     2: a phrase of level 2 about the topic of the context. 1: a phrase of level 2 about
     anything, or one of level 1.
     """
-    valences = [valence]
-    if valence is None:  # the context is not of this world
-        valences = ["neg", "pos"]
     its_topic = "(?:(?:the|your|this|that|a) )?@"
     any_topic = r"[\w@]+(?: [\w@]+){0,9}?"  # up to ten words
     phrases = []
@@ -1332,15 +1317,12 @@ def _pattern(key, valences, topic):
 
     topic: the expression for what stands in the place of TOPIC.
     """
-    feelings = set()
-    for emotion in world().emotions:
-        if emotion.valence in valences:
-            feelings.update(emotion.feelings)
-    feelings = "|".join(sorted(feelings))
-
     sentences = []
+    feelings = []
     for valence in valences:
         sentences += world().sentences[f"{key} {valence}"]
+        feelings += world().feelings[valence]
+    feelings = "|".join(feelings)
     pattern = "|".join(_plain(sentence).strip(" .?!") for sentence in sentences)
     pattern = pattern.replace("topic", topic).replace("feeling", f"(?:{feelings})")
     return rf"\b(?:{pattern})(?!\w)"
@@ -1355,8 +1337,8 @@ class World:
     def __init__(self):
         self.sentences = read_sections(WORLD_SENTENCES)  # "er 1 neg" -> sentences
         self.emotions = []
-        self.topics = {}  # opener -> topic, both plain
-        self.valences = {}  # opener -> valence
+        self.feelings = defaultdict(list)  # valence -> words for what is felt
+        self.openers = {}  # plain opener -> its plain topic, and what valences it may have
         slots = read_sections(WORLD_SLOTS)
         for heading, lines in read_sections(WORLD_SITUATIONS).items():
             kind, names = heading.split(": ")
@@ -1365,9 +1347,9 @@ class World:
             for words in names.split(", "):
                 name, *feelings = re.split("[=/]", words)
                 self.emotions.append(Emotion(name, valence, family, feelings, situations))
+                self.feelings[valence] += feelings
             for opener, topic in itertools.chain(*situations):
-                self.topics[_plain(opener)] = _plain(topic)
-                self.valences[_plain(opener)] = valence
+                self.openers[_plain(opener)] = _plain(topic), (valence,)
 
 
 @functools.cache

@@ -104,7 +104,7 @@ def test_texts_are_unambiguous():
     situations = joined(emotion.situations for emotion in data.world().emotions)
     fillings = joined(situations)  # (opener, topic)
     openers = [opener for opener, _ in fillings]
-    topics = sorted(set(data.world().topics.values()))
+    topics = sorted({topic for topic, _ in data.world().openers.values()})
     assert {*".?!"}.isdisjoint("".join(openers))
     # No topic is the beginning of another (they would be neighbours here), else cutting helps.
     starts = [(a, b) for a, b in itertools.pairwise(topics) if f"{b} ".startswith(f"{a} ")]
@@ -345,11 +345,9 @@ def test_other_situations_count_one(corpus):
     for d in test:
         other = rng.choice(test)
         openers = [data._plain(x.context[0].split(".")[0]) for x in (d, other)]
-        topic, others = (data.world().topics[opener] for opener in openers)
+        (topic, valences), (others, others_valences) = map(data.world().openers.get, openers)
         expected = other.levels if topic == others else tuple(min(1, n) for n in other.levels)
-        if (
-            data.world().valences[openers[0]] != data.world().valences[openers[1]]
-        ):  # one phrase is of both
+        if valences != others_valences:  # one phrase is of both
             expected = (0, int("I understand how you feel." in other.response), 0)
         assert oracle_levels(d.context, other.response) == expected
 
@@ -362,7 +360,7 @@ def test_labelled_parts_have_mismatched_responses(corpus):
     marks = [re.sub("TOPIC|FEELING", "(.+)", phrase[:-1]) for phrase in phrases]
     for d in part:
         assert d.levels == oracle_levels(d.context, d.response)
-        topic = data.world().topics[data._plain(d.context[0].split(".")[0])]
+        topic, _ = data.world().openers[data._plain(d.context[0].split(".")[0])]
         if any(re.search(mark, d.response) for mark in marks):
             strong += 1
             foreign += topic not in data._plain(d.response)
@@ -1294,8 +1292,8 @@ def test_epitome_join_cleaning_and_duplicates(tmp_path):
         Dialogue(("a",), "d", "", (1, 1, 1), "s3/r4"),
     ]
     assert (
-        "4 pairs from 9 rows; 1 pairs without text skipped, 2 with conflicting levels: "
-        "of 2 conflicts 1 settled by majority, 1 ties by the first row" in note
+        "4 pairs from 9 rows; 1 pairs without text skipped; of 2 levels in conflict "
+        "1 settled by majority, 1 ties by the first row" in note
     )
 
 

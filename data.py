@@ -670,7 +670,7 @@ def _dialogue(record, where):
     if isinstance(context, str):
         context = context.split("</s>")
     if not isinstance(context, list):
-        context = [context]
+        context = [context]  # no text: refused in the next line
     context = tuple(_clean_field(text, "an utterance of context", where) for text in context)
     response = _clean_field(record["response"], "response", where)
     emotion = _clean_field(record.get("emotion", ""), "emotion", where)

@@ -577,9 +577,10 @@ def read_epitome(folder):
     ties = sum(most[1] == second[1] for most, second in conflicts)
     note = (
         f"{folder}: {len(dialogues)} pairs from {len(files[0])} rows; "
-        f"{len(texts) - len(dialogues)} pairs without text skipped; of {len(conflicts)} levels "
-        f"in conflict {len(conflicts) - ties} settled by majority, {ties} ties by the first row"
+        f"{len(texts) - len(dialogues)} pairs without text skipped; "
     )
+    note += f"of {len(conflicts)} levels in conflict {len(conflicts) - ties} settled by "
+    note += f"majority, {ties} ties by the first row"
     return dialogues, printable(note)
 
 
@@ -1029,12 +1030,11 @@ def _fetch_rest(url, partial, progress):
         have = os.path.getsize(partial)
         request.add_header("Range", f"bytes={have}-")
     with urlopen(request, timeout=30) as answer:
-        mode = "ab"
         if answer.status != 206:  # not the rest of the file, but all of it
-            mode = "wb"
             have = 0
         size = have + (answer.length or 0)  # in all; 0: the server does not tell
-        with open(partial, mode) as file:
+        with open(partial, "ab") as file:
+            file.truncate(have)
             while have <= LARGEST and (block := answer.read(1 << 20)):
                 file.write(block)
                 have += len(block)

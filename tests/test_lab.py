@@ -87,7 +87,7 @@ def trainer_of(kind, ids, **settings):
 
 def given_rollout(returns, mask):
     """A Rollout of which only what an advantage is made of is there."""
-    names = "source human ids support log_probs ref_log_probs values rewards".split()
+    names = "source targets human ids support log_probs values ref_log_probs rewards".split()
     return ppo.Rollout(**dict.fromkeys(names), mask=mask, returns=returns)
 
 

@@ -567,7 +567,7 @@ def test_expected_targets():
     probs, share = torch.tensor([[[0.6, 0.3, 0.1]]]), torch.tensor([[0.8, 0.1, 0.1]])
 
     def targets(**settings):
-        return identifiers.expected_targets(RewardConfig(**settings), probs, share)
+        return identifiers.targets_from_contexts(RewardConfig(**settings), probs, share)
 
     check("expected: as the context tells", targets(target="expected"), probs)
     balanced = targets(target="expected", balance=1.0)

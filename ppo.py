@@ -651,20 +651,20 @@ def signs_of_collapse(record, first, max_length):
         return []
     kl, entropy, length = record["kl"], record["entropy"], record["length"]
     unique = record.get("valid_unique", 1.0)
-    signs = {
-        f"KL {kl:.1f} nats, far from MLE: raise ppo.kl_coef or lower ppo.lr": kl > 15,
-        f"entropy {entropy:.3g}, a tenth of its start: raise ppo.kl_coef": (
-            entropy < first.get("entropy", 0) / 10
-        ),
-        f"responses of {length:.0f} tokens, nearly the limit: train MLE longer": (
-            length > 0.9 * max_length
-        ),
-        f"responses of {length:.0f} tokens, half of their start: raise ppo.kl_coef": (
-            length < first.get("length", 0) / 2
-        ),
-        f"only {unique:.0%} of the responses differ: raise ppo.kl_coef": unique < 0.3,
-    }
-    return [sign for sign, seen in signs.items() if seen]
+    signs = []
+    if kl > 15:
+        signs.append(f"KL {kl:.1f} nats, far from MLE: raise ppo.kl_coef or lower ppo.lr")
+    if entropy < first.get("entropy", 0) / 10:
+        signs.append(f"entropy {entropy:.3g}, a tenth of its start: raise ppo.kl_coef")
+    if length > 0.9 * max_length:
+        signs.append(f"responses of {length:.0f} tokens, nearly the limit: train MLE longer")
+    if length < first.get("length", 0) / 2:
+        signs.append(
+            f"responses of {length:.0f} tokens, half of their start: raise ppo.kl_coef"
+        )
+    if unique < 0.3:
+        signs.append(f"only {unique:.0%} of the responses differ: raise ppo.kl_coef")
+    return signs
 
 
 # ---- replying -------------------------------------------------------------------------------

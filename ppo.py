@@ -494,16 +494,19 @@ class PPOTrainer:
         mask = batch.mask
         k1 = kl_estimate(batch.log_probs, batch.ref_log_probs)
         k3 = kl_estimate(batch.log_probs, batch.ref_log_probs, "k3")
-        return {
+        record = {
             "reward": batch.rewards.mean().item(),
             "kl_coef": self.kl_coef,
             "kl": k1.sum(1).mean().item(),
             "kl_k3": k3.sum(1).mean().item(),
             "length": mask.sum(1).float().mean().item(),
+        }
+        of_values = {
             "value_mean": masked_mean(batch.values, mask).item(),
             "return_mean": masked_mean(batch.returns, mask).item(),
             "explained_variance": explained_variance(batch.values, batch.returns, mask),
         }
+        return {**record, **of_values}
 
     def update(self, batch):
         """ppo_epochs passes over one rollout. Returns the means of what was measured."""

@@ -499,14 +499,14 @@ class PPOTrainer:
             "kl_coef": self.kl_coef,
             "kl": k1.sum(1).mean().item(),
             "kl_k3": k3.sum(1).mean().item(),
-            "length": mask.sum(1).float().mean().item(),
         }
-        of_values = {
+        of_tokens = {
+            "length": mask.sum(1).float().mean().item(),
             "value_mean": masked_mean(batch.values, mask).item(),
             "return_mean": masked_mean(batch.returns, mask).item(),
             "explained_variance": explained_variance(batch.values, batch.returns, mask),
         }
-        return {**record, **of_values}
+        return {**record, **of_tokens}
 
     def update(self, batch):
         """ppo_epochs passes over one rollout. Returns the means of what was measured."""

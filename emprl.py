@@ -81,7 +81,7 @@ from identifiers import (
     compare_levels,
     confusions,
     f1_scores,
-    expected_targets,
+    targets_from_contexts,
     make_classifier,
     paired_bootstrap,
     predict,
@@ -542,11 +542,11 @@ def find_targets(run, mle, identifiers, pairs):
     if config.target == "human":
         aims = levels["train"]
     else:
-        aims = expected_targets(config, train_probs, share)
+        aims = targets_from_contexts(config, train_probs, share)
     return Targets(
         human=levels["train"],
         train=aims,
-        test=expected_targets(config, test_probs, share),  # the human's are unknown there
+        test=targets_from_contexts(config, test_probs, share),  # the human's are unknown there
         probs=test_probs,
         share=share,
     )

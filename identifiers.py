@@ -302,7 +302,7 @@ def balanced(probs, share, exponent):
     return F.normalize(probs / share**exponent, p=1, dim=-1)  # p=1: divided by their sum
 
 
-def expected_targets(config, probs, share):
+def targets_from_contexts(config, probs, share):
     """The levels to aim for, predicted from the context alone: (N, M, L) from probs (N, M, L).
 
     With config.target "human" PPO aims for the human response's levels instead. Best of n,

@@ -306,13 +306,14 @@ class Rollout:
     """Sampled responses, and what the models and the reward say of them."""
 
     source: torch.Tensor  # (B, S)
+    targets: torch.Tensor  # (B, ...)
     human: torch.Tensor  # (B, T')
     ids: torch.Tensor  # (B, T)
     mask: torch.Tensor  # (B, T) t1 .. </s>
     support: torch.Tensor  # (B, T, V) tokens that could have been sampled
     log_probs: torch.Tensor  # (B, T) by the policy that sampled
-    ref_log_probs: torch.Tensor  # (B, T) by the reference
     values: torch.Tensor  # (B, T)
+    ref_log_probs: torch.Tensor  # (B, T) by the reference
     rewards: torch.Tensor  # (B,) as the reward gave them
     advantages: torch.Tensor = None  # (B, T), from step 4 of an iteration on
     returns: torch.Tensor = None  # (B, T)
@@ -324,9 +325,9 @@ class Rollout:
 
     def take(self, rows):
         """Some of the responses, with no more columns than the longest of them needs."""
-        part = {name: x[rows] for name, x in vars(self).items()}
+        part = {name: x[rows] for name, x in vars(self).items() if x is not None}
         width = int(part["mask"].sum(1).max())
-        for name in part.keys() - {"source", "human", "rewards"}:
+        for name in part.keys() - {"source", "targets", "human", "rewards"}:
             part[name] = part[name][:, :width]
         return Rollout(**part)
 
@@ -363,34 +364,32 @@ def rollout(policy, reference, reward, prompts, sampling):
     source = prompts.source
     with autocast(source.device):
         sampled = generate(policy.t5, source, sampling)
-    ids, support = sampled.ids, sampled.support
-    mask = response_mask(ids)
+    mask = response_mask(sampled.ids)
+    batch = Rollout(
+        source=source,
+        targets=prompts.targets,
+        human=prompts.human,
+        ids=sampled.ids,
+        mask=mask,
+        support=sampled.support,
+        # They come with the sampling, 0 on padding; asking the policy again by teacher forcing
+        # would give the same up to rounding.
+        log_probs=sampled.log_probs,
+        values=policy.values(sampled.states) * mask,
+        ref_log_probs=torch.zeros_like(sampled.log_probs),  # filled in below
+        rewards=sampled.log_probs.new_zeros(len(source)),
+    )
 
     # Reference and reward look at 64 responses of like length at a time: with all of them at
     # once an iteration of the preset `toy` takes 1.3 times as long.
-    ref_log_probs = torch.zeros_like(sampled.log_probs)
-    rewards = ref_log_probs.new_zeros(len(ids))  # (B,)
-    lengths = mask.sum(1)
-    for rows in lengths.argsort().split(64):
-        width = int(lengths[rows].max())
-        part = source[rows], ids[rows, :width], mask[rows, :width], support[rows, :width]
-        log_probs, _, _ = response_log_probs(reference, *part, sampling.temperature)
-        ref_log_probs[rows, :width] = log_probs
-        rewards[rows] = reward(source[rows], ids[rows, :width], prompts.targets[rows]).float()
-
-    # The policy's own log-probs come with the sampling, 0 on padding; asking it again by
-    # teacher forcing would give the same up to rounding.
-    return Rollout(
-        source=source,
-        human=prompts.human,
-        ids=ids,
-        mask=mask,
-        support=support,
-        log_probs=sampled.log_probs,
-        ref_log_probs=ref_log_probs,
-        values=policy.values(sampled.states) * mask,
-        rewards=rewards,
-    )
+    for rows in mask.sum(1).argsort().split(64):
+        part = batch.take(rows)
+        log_probs, _, _ = response_log_probs(
+            reference, part.source, part.ids, part.mask, part.support, sampling.temperature
+        )
+        batch.ref_log_probs[rows, : part.ids.shape[1]] = log_probs
+        batch.rewards[rows] = reward(part.source, part.ids, part.targets).float()
+    return batch
 
 
 # ---- one iteration --------------------------------------------------------------------------
@@ -495,14 +494,19 @@ class PPOTrainer:
         mask = batch.mask
         k1 = kl_estimate(batch.log_probs, batch.ref_log_probs)
         k3 = kl_estimate(batch.log_probs, batch.ref_log_probs, "k3")
-        record = {"reward": batch.rewards.mean().item(), "kl_coef": self.kl_coef}
-        record["kl"] = k1.sum(1).mean().item()
-        record["kl_k3"] = k3.sum(1).mean().item()
-        record["length"] = mask.sum(1).float().mean().item()
-        record["value_mean"] = masked_mean(batch.values, mask).item()
-        record["return_mean"] = masked_mean(batch.returns, mask).item()
-        record["explained_variance"] = explained_variance(batch.values, batch.returns, mask)
-        return record
+        record = {
+            "reward": batch.rewards.mean().item(),
+            "kl_coef": self.kl_coef,
+            "kl": k1.sum(1).mean().item(),
+            "kl_k3": k3.sum(1).mean().item(),
+        }
+        of_tokens = {
+            "length": mask.sum(1).float().mean().item(),
+            "value_mean": masked_mean(batch.values, mask).item(),
+            "return_mean": masked_mean(batch.returns, mask).item(),
+            "explained_variance": explained_variance(batch.values, batch.returns, mask),
+        }
+        return {**record, **of_tokens}
 
     def update(self, batch):
         """ppo_epochs passes over one rollout. Returns the means of what was measured."""

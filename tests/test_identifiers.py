@@ -562,12 +562,12 @@ def test_balanced_by_hand():
     check("exponent 1/2", half, F.normalize(probs / share.sqrt(), p=1, dim=-1))
 
 
-def test_expected_targets():
+def test_targets_from_contexts():
     """P .6, .3, .1 over shares .8, .1, .1: the likeliest level is 0, and balanced it is 1."""
     probs, share = torch.tensor([[[0.6, 0.3, 0.1]]]), torch.tensor([[0.8, 0.1, 0.1]])
 
     def targets(**settings):
-        return identifiers.expected_targets(RewardConfig(**settings), probs, share)
+        return identifiers.targets_from_contexts(RewardConfig(**settings), probs, share)
 
     check("expected: as the context tells", targets(target="expected"), probs)
     balanced = targets(target="expected", balance=1.0)

@@ -87,7 +87,7 @@ def trainer_of(kind, ids, **settings):
 
 def given_rollout(returns, mask):
     """A Rollout of which only what an advantage is made of is there."""
-    names = "source human ids support log_probs ref_log_probs values rewards".split()
+    names = "source targets human ids support log_probs values ref_log_probs rewards".split()
     return ppo.Rollout(**dict.fromkeys(names), mask=mask, returns=returns)
 
 
@@ -567,7 +567,7 @@ def test_activation_bytes_within_a_tenth(kind, dropout, half, monkeypatch):
     if half:
         monkeypatch.setattr(t5_small, "autocast", bf16)
         monkeypatch.setattr(ppo, "autocast", bf16)
-    monkeypatch.setattr(torch.nn.Dropout, "forward", dropout_of_a_gpu)
+    monkeypatch.setattr(t5_small.Dropout, "forward", dropout_of_a_gpu)
     model = middling(feed_forward_proj=kind, dropout_rate=dropout)
     source, target = bench.random_batch(model.config, 8, 40, 24)
     copies = 2 * half * bench.parameter_count(T5, model.config)  # of the weights, in bf16

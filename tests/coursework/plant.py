@@ -24,8 +24,8 @@ SETTINGS = ("ppo.steps=15", "ppo.batch_size=192", "eval.contexts=100")
 BUGS = {  # number: (file, right, wrong)
     1: (
         "ppo.py",
-        "    return Rollout(\n",
-        "    mask[:, 0] &= mask.sum(1) == 1\n    return Rollout(\n",
+        "    return batch\n",
+        "    mask[:, 0] &= mask.sum(1) == 1\n    return batch\n",
     ),
     2: (
         "t5_small.py",

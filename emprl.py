@@ -1498,29 +1498,17 @@ def draw_plots(run, metrics, test):
     captions = {}
     for draw, caption in PICTURES.items():
         name = draw.__name__.removeprefix("draw_")
-        steps = []
-        for stage in STAGES_OF.get(name, []):
-            steps += run.logs.get(stage, [])  # stages may be "identifiers-er" etc.
-        needed = "valid_exact_match" if name == "learnt_vs_truth" else "step"
-        if name in STAGES_OF and not any(needed in record for record in steps):
-            continue  # its stages were skipped, or not validated
         figure = Figure(layout="constrained", dpi=100)
         try:
-            (run.folder / "plots").mkdir(exist_ok=True)
             draw(figure, metrics, test)
-            figure.savefig(run.folder / "plots" / f"{name}.png")
-            captions[name] = caption.format(truth=test.truth)
+            if figure.axes:  # else there is nothing to draw: its stages were skipped
+                (run.folder / "plots").mkdir(exist_ok=True)
+                figure.savefig(run.folder / "plots" / f"{name}.png")
+                captions[name] = caption.format(truth=test.truth)
         except Exception as error:
             traceback.print_exc()
             say(f"no picture {name}: {type(error).__name__}: {error}")
     return captions
-
-
-STAGES_OF = {  # picture -> the stages whose steps it shows
-    "ppo": ["ppo"],
-    "learnt_vs_truth": ["ppo"],
-    "losses": ["mle", "identifiers", "judge"],
-}
 
 
 def curve(axis, log, key, **style):
@@ -1566,10 +1554,10 @@ def draw_levels(figure, metrics, test):
         counts = confusions(test.replies[system].levels[test.truth], test.human[test.truth])
         for axis, m, table in zip(row, MECHANISMS, counts):
             share = table / table.sum(1, keepdim=True).clamp(min=1)
-            axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues")
-            for gold, predicted in itertools.product(range(3), repeat=2):
-                colour = "white" if share[gold, predicted] > 0.5 else "black"
-                text = f"{share[gold, predicted]:.0%}\n{table[gold, predicted]}"
+            axis.imshow(share, vmin=0, vmax=1, cmap="Blues")
+            for (gold, predicted), part in np.ndenumerate(share.numpy()):
+                text = f"{part:.0%}\n{table[gold, predicted]}"
+                colour = "white" if part > 0.5 else "black"
                 axis.text(predicted, gold, text, ha="center", va="center", color=colour)
             axis.set_title(f"{SYSTEMS[system]}: {MECHANISM_NAMES[m]}", fontsize=10)
             axis.set_xticks(range(3), LEVEL_NAMES)
@@ -1592,9 +1580,11 @@ PPO_PANELS = {  # key -> title, unit, healthy range
 
 def draw_ppo(figure, metrics, test):
     """What one looks at when PPO fails. A grey band is a healthy range."""
+    log = test.run.logs["ppo"]
+    if not log:
+        return
     figure.set_size_inches(7.8, 4.6)
     axes = figure.subplots(2, 4, sharex=True)
-    log = test.run.logs["ppo"]
     for axis, (key, (title, unit, healthy)) in zip(axes.flat, PPO_PANELS.items()):
         curve(axis, log, key, color=COLOURS["emprl"])
         if healthy:
@@ -1611,20 +1601,23 @@ def draw_ppo(figure, metrics, test):
 
 def draw_learnt_vs_truth(figure, metrics, test):
     """The identifiers' opinion of the policy beside the truth, from MLE on."""
+    log = test.run.logs["ppo"]
+    key = PREFIX[test.truth] + "exact_match"
+    validated = [record for record in log if f"valid_{key}" in record]
+    if not validated:
+        return
+    iterations = [0, *(record["step"] + 1 for record in validated)]
     figure.set_size_inches(7.8, 3.6)
     axis = figure.subplots()
-    key = PREFIX[test.truth] + "exact_match"
-    log = test.run.logs["ppo"]
-    points = {0: log[0]["start"]}
-    points |= {r["step"] + 1: r for r in log if f"valid_{key}" in r}
     for name, label, colour in (
         ("exact_match", "identifiers (they give the reward)", "#CC79A7"),
         (key, f"{test.truth} (never gives it)", "#555555"),
     ):
-        share = np.array([record[f"valid_{name}"] for record in points.values()])
-        axis.plot(list(points), share, "o-", ms=4, color=colour, label=label)
+        share = [record[f"valid_{name}"] for record in (log[0]["start"], *validated)]
+        share = np.array(share)
         error = 1.96 * np.sqrt(share * (1 - share) / test.run.config.ppo.valid_contexts)
-        axis.fill_between(list(points), share - error, share + error, color=colour, alpha=0.15)
+        axis.plot(iterations, share, "o-", ms=4, color=colour, label=label)
+        axis.fill_between(iterations, share - error, share + error, color=colour, alpha=0.15)
     for (name, figures), style in zip(bounds(metrics).items(), (":", "--")):
         axis.axhline(figures[key], color="black", ls=style, label=name)
     axis.set(xlabel="PPO iteration", ylabel="all three levels right (share)")
@@ -1633,21 +1626,21 @@ def draw_learnt_vs_truth(figure, metrics, test):
 
 
 def draw_losses(figure, metrics, test):
-    """MLE: training and validation loss. Classifiers: what the best weights are chosen by."""
-    figure.set_size_inches(7.8, 3.2)
+    """MLE and the classifiers. Above the training loss, below what chooses the weights."""
     logs = test.run.logs
     stages = ("mle", "identifiers", "judge")
     stages = [stage for stage in stages if len(logs.get(stage, [])) > 1]  # n-grams: one step
-    axes = figure.subplots(1, max(len(stages), 1), squeeze=False)
-    for axis, stage in zip(axes.flat, stages):
-        curve(axis, logs[stage], "loss", color="0.7", label="training loss (nats)")
-        right = axis if stage == "mle" else axis.twinx()
-        label = "validation loss" if stage == "mle" else "validation: negative macro-F1"
-        curve(right, logs[stage], "valid", color="black", marker="o", label=label)
-        axis.set_title({"mle": "MLE, per token"}.get(stage, stage), fontsize=10)
-        axis.set_xlabel("step")
-        axis.legend(fontsize=7, loc="upper right")
-        right.legend(fontsize=7, loc="upper right", bbox_to_anchor=(1, 0.88))
+    if not stages:
+        return
+    figure.set_size_inches(7.8, 4.2)
+    axes = figure.subplots(2, len(stages), sharex="col", squeeze=False)
+    for stage, (above, below) in zip(stages, axes.T):
+        above.set_title(stage, fontsize=10)
+        curve(above, logs[stage], "loss", color="0.7")
+        curve(below, logs[stage], "valid", color="black", marker="o")
+    axes[0, 0].set_ylabel("training loss (nats)")
+    axes[1, 0].set_ylabel("validation")
+    figure.supxlabel("step", fontsize=10)
 
 
 PICTURES = {
@@ -1662,7 +1655,9 @@ PICTURES = {
     "intervals, on the few contexts that PPO is validated on.",
     draw_ppo: "PPO, iteration by iteration. Look at the reward and the KL first. Grey bands are "
     "healthy ranges; explained variance tells how much the value head knows.",
-    draw_losses: "Do MLE and the classifiers still learn? Validation should fall with training.",
+    draw_losses: "Do MLE and the classifiers still learn? Above the training loss, below the "
+    "validation that chooses their weights: MLE's loss, the classifiers' negative macro-F1. Both "
+    "should fall.",
 }
 
 

@@ -363,7 +363,7 @@ def run_all(run, ppo_trainer=PPOTrainer):
     save_pretrained(trainer.model, run.folder / "emprl")
 
     # 5. Before and after: replies to the same test contexts, seen by the same classifiers.
-    run.announce("evaluate")
+    run.progress.announce("evaluate")
     test = Evaluator(run, whole["test"], tokenizer, classifiers, mle)
     metrics = {who: classifier_figures(c, labelled["test"]) for who, c in classifiers.items()}
     metrics |= test.before_and_after(mle, trainer.model)
@@ -593,23 +593,19 @@ class Run:
         self.seconds = {}  # stage -> how long it took
         self.tokenizer = None
         self.noted = False
-        self.in_loop = False
-        self.interrupted = False
-        self.began = self.clock = time.time()
-        self.expected = stages_of(config)  # stage -> seconds it may take
-        self.worked = 0.0  # those of the stages that this process has trained
+        self.clock = time.time()  # when the latest stage ended
+        self.progress = Progress(config)
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
     def begin(self, corpus, tokenizer, t5):
         """Say what there is to learn from, and what results in this folder have to be made of."""
         self.tokenizer = tokenizer
         learnt, measured = [], []
-        for parts in (corpus.dialogues, corpus.labelled):
-            for name, dialogues in sorted(parts.items()):
-                seen_by = measured if name in ("test", "probe") else learnt
-                seen_by.append([vars(dialogue) for dialogue in dialogues])
+        for name, part in sorted(corpus.dialogues.items()) + sorted(corpus.labelled.items()):
+            seen_by = measured if name in ("test", "probe") else learnt
+            seen_by.append(part)
         self.content = digest([learnt, digest_weights(t5.state_dict())])
-        settings = [asdict(self.config.replying), asdict(self.config.eval)]
+        settings = [self.config.replying, self.config.eval]
         self.evaluation = digest([measured, settings])
         made_of = self.read_json("metrics.json", {}).get("made_of")
         if isinstance(made_of, dict):
@@ -632,93 +628,62 @@ class Run:
         torch.manual_seed(zlib.crc32(f"{self.config.seed}/{stage}/{step}".encode()))
 
     def train(self, name, trainer, made_of=()):
-        """All steps of a trainer, resumed where they were cut; trainer.model has the result.
+        """All steps of a trainer, resumed where they were cut. Returns the trained model.
 
         A stage is made of the data, of all earlier stages, of its trainer's settings and of
         those that `made_of` names. A checkpoint that is there must be made of the same, or it
         is refused.
         """
         file = f"checkpoints/{name}.pt"
-        made_of = [asdict(part) for part in (trainer.config, *made_of)]
-        key = digest([self.config.seed, self.content, self.results, made_of])
-        state = load_stage(self.folder / file)
-        self.check_key(file, state.get("key"), key)
-        if not state.get("done"):
-            self.note_start()
-            state = self.loop(name, trainer, self.folder / file, {**state, "key": key})
-            self.worked += self.expected.get(name, 0)
-        trainer.model.load_state_dict(state["weights"])
-        trainer.model.eval()
-        self.results[name] = digest_weights(state["weights"])
-        self.seconds[name] = round(state["seconds"], 1)
+        settings = [trainer.config, *made_of]
+        key = digest([self.config.seed, self.content, self.results, settings])
+        start = {"key": key, "seconds": 0.0, "log": []}
+        state = load_stage(self.folder / file) or start
+        self.check_key(file, state["key"], key)
         self.logs[name] = state["log"]
+        if "weights" in state:
+            trainer.model.load_state_dict(state["weights"])
+        else:
+            self.note_start()
+            self.loop(name, trainer, self.folder / file, state)
+        self.seconds[name] = round(state["seconds"], 1)
         self.clock = time.time()
+        model = trainer.model.eval()
+        self.results[name] = digest_weights(model.state_dict())
+        return model
 
     def loop(self, name, trainer, path, state):
-        """Train to the end; what is needed to go on is saved now and then. Returns the state."""
-        started = time.time() - state.get("seconds", 0.0)
-        log = state.get("log", [])
-        self.logs[name] = log
+        """Train to the end; what is needed to go on is saved now and then."""
+        log, steps = state["log"], trainer.config.steps
         if log:
-            trainer.load_state_dict(state["trainer"])
+            trainer.load_state_dict(state.pop("trainer"))
+        started = time.time() - state["seconds"]
 
         def save(**result):
             self.write_log()  # first: a resumed run writes over what is too much in it
-            seconds = time.time() - started
-            new = {"key": state["key"], "seconds": seconds, "log": log, **result}
-            save_atomically(new, path)
+            state["seconds"] = time.time() - started
+            save_atomically({**state, **result}, path)
 
-        progress = Progress(self, name, trainer, len(log))
         saved = time.time()
-        self.in_loop = True
-        for i in range(len(log), trainer.config.steps):
-            self.seed(name, i)
-            record = trainer.step(i)
-            log.append({"stage": name, "step": i, **record})
-            progress.show(i, record, signs_of_trouble(trainer, record, log))
-            self.stop_if_nothing_is_learnt(name, log, trainer.config.steps)
-            due = time.time() - saved > self.save_every and not record.get("skipped")
-            if due or self.interrupted:
-                save(trainer=trainer.state_dict())
-                saved = time.time()
-            if self.interrupted:
-                raise KeyboardInterrupt
-        self.in_loop = False
+        if len(log) < steps:
+            self.progress.announce(name, len(log) / steps)
+        with ctrl_c_waits() as pressed:
+            for i in range(len(log), steps):
+                self.seed(name, i)
+                log.append({"stage": name, "step": i, **trainer.step(i)})
+                self.progress.show(name, trainer, log, signs_of_trouble(name, trainer, log))
+                due = time.time() - saved > self.save_every and not log[-1].get("skipped")
+                if due or pressed.is_set():
+                    save(trainer=trainer.state_dict())
+                    saved = time.time()
+                if pressed.is_set():
+                    raise KeyboardInterrupt
         trainer.finish()
         weights = trainer.model.state_dict()
         broken = [tensor for tensor, x in weights.items() if not x.isfinite().all()]
         if broken:
             raise DataError(f"{name}: training diverged ({broken[0]}); {remedy(name)}")
-        save(done=True, weights=weights)
-        return load_stage(path)
-
-    def place(self, name):
-        """ "stage 2 of 6  mle"."""
-        names = list(self.expected)
-        return f"stage {names.index(name) + 1} of {len(names)}  {name:<15}"
-
-    def announce(self, name):
-        """At the start of a stage: which it is, and roughly how long the run still takes."""
-        names = list(self.expected)
-        rest = sum(self.expected[later] for later in names[names.index(name) :])
-        # Expected over actual time so far; the 20 seconds keep it near 1 at the start.
-        speed = (self.worked + 20) / (time.time() - self.began + 20)
-        say(f"{self.place(name)}the run still takes about {minutes(rest / speed)}")
-
-    def stop_if_nothing_is_learnt(self, name, log, steps):
-        last = log[-10:]
-        enough = len(last) == min(10, steps)
-        if enough and all(record.get("skipped") == 1 for record in last):
-            raise DataError(
-                f"{name}, step {len(log)}: {len(last)} steps in a row had no finite loss and "
-                f"gradient; {remedy(name)}. What was saved before is in {self.folder}"
-            )
-
-    def on_interrupt(self, *_):
-        """Ctrl-C: a training loop ends its step and saves; anything else stops at once."""
-        self.interrupted = True
-        if not self.in_loop:
-            raise KeyboardInterrupt
+        save(weights=weights)
 
     def elsewhere(self):
         """The same command with a folder that is not there yet."""
@@ -750,7 +715,7 @@ class Run:
         self.write("tokenizer.model", self.tokenizer.model)
         self.write_json("config.json", asdict(self.config))
         starts = self.read_json("environment.json", [])
-        if starts and starts[-1] and dict(starts[-1]).get("code") != self.code:
+        if starts and starts[-1].get("code", self.code) != self.code:
             say("warning: other code than at the last start; finished stages are kept")
         self.write_json("environment.json", [*starts, environment(self)])
 
@@ -796,41 +761,52 @@ class Run:
         self.write("metrics.jsonl", "".join(to_json(record) + "\n" for record in records))
 
 
-def signs_of_trouble(trainer, record, log):
-    """What a trainer warns of, compared with the first step that was not skipped."""
-    if record.get("skipped") == 1:  # nothing was measured
+def signs_of_trouble(name, trainer, log):
+    """What a trainer warns of. Raises DataError if the last ten steps have learnt nothing."""
+    learnt = [i for i, record in enumerate(log) if record.get("skipped") != 1]
+    skipped = len(log) - 1 - learnt[-1] if learnt else len(log)
+    if skipped == min(10, trainer.config.steps):
+        raise DataError(
+            f"{name}, step {len(log)}: {skipped} steps in a row had no finite loss and "
+            f"gradient; {remedy(name)}. What was saved before is in the run's folder"
+        )
+    if skipped:  # nothing was measured
         return []
-    first = next(earlier for earlier in log if earlier.get("skipped") != 1)
-    return trainer.warnings(record, first)
+    return trainer.warnings(log[-1], log[learnt[0]])
 
 
 class Progress:
-    """A line every few seconds: how far a stage is, how long it and the run still take."""
+    """Lines that say where a run is and, roughly, how long it still takes."""
 
-    def __init__(self, run, name, trainer, first, every=5.0):
-        self.run = run
-        self.name = name
-        self.steps = trainer.config.steps
-        self.shown = trainer.shown
-        self.first = first
-        self.every = every
-        self.started = time.time()
-        self.last = 0.0
-        if self.steps > first:
-            run.announce(name)
+    every = 5.0  # seconds between the lines of a stage
 
-    def show(self, i, record, warnings):
-        now = time.time()
-        regular = now - self.last > self.every or i in (self.first, self.steps - 1)
-        if not (regular or warnings):
+    def __init__(self, config):
+        self.expected = stages_of(config)  # stage -> seconds it may take
+        self.worked = 0.0  # such seconds that this process has trained
+        self.began = time.time()
+        self.shown = 0.0
+
+    def announce(self, name, done=0.0, *figures):
+        """Which stage it is, a share of which is done; how long the whole run still takes."""
+        names = list(self.expected)
+        number = names.index(name)
+        later = sum(self.expected[other] for other in names[number + 1 :])
+        rest = self.expected[name] * (1 - done) + later
+        # Expected over actual time so far; the 20 seconds keep it near 1 at the start.
+        speed = (self.worked + 20) / (time.time() - self.began + 20)
+        place = f"stage {number + 1} of {len(names)}  {name:<15}"
+        say(f"{place}about {minutes(rest / speed)} left", *figures, sep="  ")
+
+    def show(self, name, trainer, log, warnings):
+        """The latest step: now and then, at the end of a stage and with every warning."""
+        steps, record = trainer.config.steps, log[-1]
+        self.worked += self.expected[name] / steps
+        if time.time() - self.shown < self.every and len(log) < steps and not warnings:
             return
-        self.last = now
-        speed = (i + 1 - self.first) / max(now - self.started, 1e-9)
-        keys = [*self.shown, *(key for key in ("skipped", "stopped_early") if record.get(key))]
-        figures = [f"{key} {record[key]:.4g}" for key in keys if key in record]
-        left = minutes((self.steps - i - 1) / speed)
-        place = f"{self.run.place(self.name)}{i + 1:>6}/{self.steps}"
-        say(place, f"{speed:5.2f} steps/s  {left} left", *figures, sep="  ")
+        self.shown = time.time()
+        keys = (*trainer.shown, "skipped", "stopped_early")
+        figures = [f"{key} {record[key]:.4g}" for key in keys if record.get(key)]
+        self.announce(name, len(log) / steps, f"step {len(log)} of {steps}", *figures)
         for warning in warnings:
             say(f"    warning: {warning}")
 
@@ -840,43 +816,34 @@ def minutes(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-# Expected seconds per step, of `evaluate` in all, on two cores of 160 GFLOP/s together: so that
-# a run can say roughly how long it takes. They are rescaled by how fast the run turns out to be.
-TOY_SECONDS = {
-    "pretrain": 0.04,
-    "mle": 0.04,
-    "identifiers": 0.1,
-    "judge": 0.1,
-    "context": 0.04,
-    "ppo": 2.4,
-    "evaluate": 24,
-}
-REAL_SECONDS = {
-    "pretrain": 0.55,
-    "mle": 0.5,
-    "identifiers": 3,
-    "judge": 3,
-    "context": 25,
-    "ppo": 6,
-    "evaluate": 90,
+# Seconds per step on two cores of 160 GFLOP/s together, of `evaluate` in all: (toy, real). They
+# are rescaled by how fast the run turns out to be.
+SECONDS = {
+    "pretrain": (0.04, 0.55),
+    "mle": (0.04, 0.5),
+    "identifiers": (0.1, 3),
+    "judge": (0.1, 3),
+    "context": (0.04, 25),
+    "ppo": (2.4, 6),
+    "evaluate": (24, 90),
 }
 
 
 def stages_of(config):
     """{stage: seconds it may take}, in the order of run_all."""
-    seconds = TOY_SECONDS if config.preset in ("toy", "smoke") else REAL_SECONDS
+    column = 0 if config.preset in ("toy", "smoke") else 1
+    is_network = config.identifiers.kind == "network"
     expected = {}
-    for name, step in seconds.items():
-        if name == "evaluate":
-            expected[name] = step
-        elif name in ("identifiers", "judge", "context"):
-            settings = classifier_settings(config, name)
-            is_network = settings.kind == "network"
-            parts = [f"-{m}" for m in MECHANISMS if is_network and not settings.shared]
-            for part in parts or [""]:
-                expected[name + part] = step * (settings.steps if is_network else 1)
-        elif getattr(config, name).steps:
-            expected[name] = step * getattr(config, name).steps
+    for name, seconds in SECONDS.items():
+        steps, parts = 1, [name]
+        if name in ("pretrain", "mle", "ppo"):
+            steps = getattr(config, name).steps
+        elif name != "evaluate" and is_network:
+            steps = classifier_settings(config, name).steps
+            if not config.identifiers.shared:
+                parts = [f"{name}-{m}" for m in MECHANISMS]
+        if steps:
+            expected |= dict.fromkeys(parts, steps * seconds[column])
     return expected
 
 
@@ -930,9 +897,9 @@ def digest_bytes(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def digest(plain):
-    """The SHA-256 of plain values in dicts and lists."""
-    return digest_bytes(json.dumps(plain, sort_keys=True).encode())
+def digest(content):
+    """The SHA-256 of plain values and dataclasses, in dicts and lists."""
+    return digest_bytes(json.dumps(content, sort_keys=True, default=vars).encode())
 
 
 def digest_weights(state):
@@ -2055,7 +2022,6 @@ def start_run(arguments):
     run = Run(folder, config, device, arguments.words)
     what = f"preset {config.preset}, seed {config.seed}, on {device}"
     say(f"EmpRL, {what}, threads: {torch.get_num_threads()}; results in {folder}")
-    on_ctrl_c(run.on_interrupt)
     with alone(folder):
         run_all(run)
 
@@ -2143,6 +2109,17 @@ def on_ctrl_c(handler):
     if handler is not None and threading.current_thread() is threading.main_thread():
         return signal.signal(signal.SIGINT, handler)
     return None
+
+
+@contextlib.contextmanager
+def ctrl_c_waits():
+    """Ctrl-C stops nothing meanwhile, but sets the event: a step is never cut in two."""
+    pressed = threading.Event()
+    before = on_ctrl_c(lambda *_: pressed.set())
+    try:
+        yield pressed
+    finally:
+        on_ctrl_c(before)
 
 
 OUT_OF_MEMORY = "out of memory|can't allocate|not enough memory"

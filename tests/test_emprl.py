@@ -610,16 +610,16 @@ def test_a_network_for_each_mechanism_from_the_corpus_to_the_pictures(tmp_path, 
         emprl.load_run(run, "cpu")
 
 
-def test_the_time_that_a_run_still_takes(tmp_path, capsys, monkeypatch):
+def test_the_time_that_a_run_still_takes(capsys, monkeypatch):
     """A run twice as fast as expected so far halves what it expects of the rest, with time."""
     config = emprl.make_config("toy")
     expected = emprl.stages_of(config)
-    assert expected["ppo"] == config.ppo.steps * emprl.TOY_SECONDS["ppo"]
+    assert expected["ppo"] == config.ppo.steps * emprl.SECONDS["ppo"][0]
     assert list(expected) == ["mle", "identifiers", "judge", "context", "ppo", "evaluate"]
-    run = emprl.Run(tmp_path, config)
-    run.worked, run.began = 10_000.0, 1000.0
+    progress = emprl.Progress(config)
+    progress.worked, progress.began = 10_000.0, 1000.0
     monkeypatch.setattr(emprl.time, "time", lambda: 6000.0)
-    run.announce("ppo")
+    progress.announce("ppo")
     rest = (expected["ppo"] + expected["evaluate"]) / 2
     minutes, seconds = divmod(int(rest * 5020 / 5010), 60)
     out = capsys.readouterr().out

@@ -320,21 +320,21 @@ def run_all(run, ppo_trainer=PPOTrainer):
     # 0. Dialogues to learn replies from, labelled pairs to learn levels from, one tokenizer, a
     #    new T5. Responses are cut where they are learnt from, and whole where they are measured.
     corpus = load_corpus(config)
-    tokenizer = make_tokenizer(config, corpus)
-    mle = initial_t5(run, tokenizer)
-    run.begin(corpus, tokenizer, mle)
-    pairs = encode(run, corpus.dialogues, tokenizer, "max_source", "max_target")
-    whole = encode(run, corpus.dialogues, tokenizer, "max_source", "max_scored")
+    run.tokenizer = make_tokenizer(config, corpus)
+    t5 = initial_t5(run)
+    run.begin(corpus, t5)
+    pairs = encode(run, corpus.dialogues, config.data.max_source, config.data.max_target)
+    whole = encode(run, corpus.dialogues, config.data.max_source, config.data.max_scored)
     labelled = encode(
-        run, corpus.labelled, tokenizer, "identifier_source", "identifier_target"
+        run, corpus.labelled, config.data.identifier_source, config.data.identifier_target
     )
 
     # 1. The initial policy: the T5 learns to reply as people did (maximum likelihood, MLE).
     #    `made_of`: settings that shape the result, besides the trainer's own. A checkpoint
     #    that was made with other settings is refused.
-    trainer = pretrainer(mle, pairs["turns"], tokenizer, config)
+    trainer = pretrainer(t5, pairs["turns"], run.tokenizer, config)
     run.train("pretrain", trainer, made_of=[config.data, config.t5, config.pretrain])
-    run.train("mle", mle_trainer(mle, pairs["train"], pairs["valid"], config))
+    mle = run.train("mle", mle_trainer(t5, pairs["train"], pairs["valid"], config))
 
     # 2. Classifiers of empathy levels. The identifiers (one for each mechanism, in one model)
     #    give the reward. The judge, trained on other data, never does: a gain that the judge
@@ -355,7 +355,7 @@ def run_all(run, ppo_trainer=PPOTrainer):
     #    has all three levels that it should have.
     reward = EmpathyReward(classifiers["identifiers"].to(run.device), config.reward)
     prompts = PromptBatches(pairs["train"], targets.train, config.ppo.batch_size, config.seed)
-    validate = Evaluator(run, whole["probe"], tokenizer, classifiers, mle).validate
+    validate = Evaluator(run, whole["probe"], classifiers, mle).validate
     trainer = ppo_trainer(mle, reward, prompts, config.exploring, config.ppo, validate)
     say("reward      0 to 1: how likely a reply has all three levels that it should have")
     run.train("ppo", trainer, made_of=[config.reward, config.exploring, config.replying])
@@ -364,14 +364,14 @@ def run_all(run, ppo_trainer=PPOTrainer):
 
     # 5. Before and after: replies to the same test contexts, seen by the same classifiers.
     run.progress.announce("evaluate")
-    test = Evaluator(run, whole["test"], tokenizer, classifiers, mle)
+    test = Evaluator(run, whole["test"], classifiers, mle)
     metrics = {who: classifier_figures(c, labelled["test"]) for who, c in classifiers.items()}
-    metrics |= test.before_and_after(mle, trainer.model)
-    metrics["best_of_n"] = test.best_of_n(mle, reward, targets.test)
+    metrics |= test.before_and_after(trainer.model)
+    metrics["best_of_n"] = test.best_of_n(reward, targets.test)
     metrics["floors"] = test.floors(whole["train"], targets.human)
     metrics["ceiling"] = test.ceilings(corpus.level_probs, targets)
     run.finish(metrics, responses_jsonl(test))
-    report(run, metrics, test)
+    report(metrics, test)
     return metrics
 
 
@@ -409,25 +409,23 @@ def make_tokenizer(config, corpus):
     return Tokenizer.train(texts, config.data.vocab_size)
 
 
-def initial_t5(run, tokenizer):
+def initial_t5(run):
     """The T5 before any training here: the official folder's, or one with random weights."""
     config = run.config
     if config.t5_dir:
-        t5 = from_pretrained(config.t5_dir, tokenizer.vocab_size)
+        t5 = from_pretrained(config.t5_dir, run.tokenizer.vocab_size)
         config.t5 = t5.config  # so that config.json says what is used
     else:
-        config.t5.vocab_size = tokenizer.vocab_size
+        config.t5.vocab_size = run.tokenizer.vocab_size
         run.seed("t5")
         t5 = T5(config.t5)
     return t5.to(run.device).eval()
 
 
-def encode(run, parts, tokenizer, max_source, max_target):
-    """{part: dialogues} -> {part: Pairs}, cut to two lengths that are fields of DataConfig."""
-    source = getattr(run.config.data, max_source)
-    target = getattr(run.config.data, max_target)
+def encode(run, parts, max_source, max_target):
+    """{part: dialogues} -> {part: Pairs}, cut to these numbers of tokens."""
     return {
-        part: Pairs(dialogues, tokenizer, source, target, run.device)
+        part: Pairs(dialogues, run.tokenizer, max_source, max_target, run.device)
         for part, dialogues in parts.items()
     }
 
@@ -491,7 +489,7 @@ def train_classifier(run, name, mle, train, valid):
     config = classifier_settings(run.config, name)
     start = mle  # the T5 whose encoder a network copies
     if config.start == "t5":
-        start = initial_t5(run, run.tokenizer)
+        start = initial_t5(run)
     run.seed(name)
     classifier = make_classifier(start, config)
     del start
@@ -597,9 +595,8 @@ class Run:
         self.progress = Progress(config)
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
-    def begin(self, corpus, tokenizer, t5):
+    def begin(self, corpus, t5):
         """Say what there is to learn from, and what results in this folder have to be made of."""
-        self.tokenizer = tokenizer
         learnt, measured = [], []
         for name, part in sorted(corpus.dialogues.items()) + sorted(corpus.labelled.items()):
             seen_by = measured if name in ("test", "probe") else learnt
@@ -612,7 +609,7 @@ class Run:
             self.check_key("metrics.json", made_of.get("evaluation"), self.evaluation)
 
         parameters = sum(p.numel() for p in t5.parameters()) / 1e6
-        size = f"{tokenizer.vocab_size} tokens, {parameters:.2f} M parameters"
+        size = f"{self.tokenizer.vocab_size} tokens, {parameters:.2f} M parameters"
         for note in (*corpus.notes, size):
             say(f"data        {printable(note)}")
         self.seconds["data"] = round(time.time() - self.clock, 1)
@@ -986,7 +983,7 @@ PREFIX = {"identifiers": "", "judge": "judge_", "oracle": "oracle_"}  # of figur
 
 @dataclass
 class Replies:
-    """What a system replied to all contexts, and what the classifiers tell of it."""
+    """What a system replied to all contexts, and the levels of that."""
 
     texts: list
     levels: dict  # classifier -> (N, M)
@@ -996,28 +993,29 @@ class Evaluator:
     """Measures replies to the contexts of `pairs`, whose human responses are whole.
 
     classifiers: {"identifiers", "judge"}; in the embedded world the oracle is asked, too.
-    reference: the MLE policy, from which the KL is measured.
+    mle: the policy before PPO, from which the KL is measured.
     """
 
-    def __init__(self, run, pairs, tokenizer, classifiers, reference):
+    def __init__(self, run, pairs, classifiers, mle):
         self.run = run
         self.pairs = pairs
-        self.tokenizer = tokenizer
         self.classifiers = classifiers
-        self.reference = reference
-        self.has_oracle = not run.config.data_path and pairs.dialogues[0].levels is not None
-        self.replies = {}  # system -> Replies
+        self.mle = mle
+        has_oracle = not run.config.data_path and pairs.dialogues[0].levels is not None
+        self.truth = "oracle" if has_oracle else "judge"  # whose levels are shown
         self.human = self.levels(pairs.responses)  # classifier -> (N, M)
-        self.truth = "oracle" if self.has_oracle else "judge"
+        texts = [dialogue.response for dialogue in pairs.dialogues]
+        self.replies = {"human": Replies(texts, self.human)}  # and of each system measured
 
     def levels(self, responses):
         """classifier -> (N, M) levels of a response (ids) to each context."""
         answered = self.pairs.but(responses)
         levels = {who: predict_levels(c, answered) for who, c in self.classifiers.items()}
-        if self.has_oracle:
+        if self.truth == "oracle":
             read = []
             for dialogue, ids in zip(self.pairs.dialogues, responses):
-                read.append(data.oracle_levels(dialogue.context, self.tokenizer.decode(ids)))
+                text = self.run.tokenizer.decode(ids)
+                read.append(data.oracle_levels(dialogue.context, text))
             levels["oracle"] = torch.tensor(read)
         return levels
 
@@ -1031,17 +1029,16 @@ class Evaluator:
 
     def measure(self, system, responses):
         """The figures of a system's responses (ids); its Replies are kept for the report."""
-        texts = [self.tokenizer.decode(ids) for ids in responses]
+        texts = [self.run.tokenizer.decode(ids) for ids in responses]
         levels = self.levels(responses)
         self.replies[system] = Replies(texts, levels)
-        human = [dialogue.response for dialogue in self.pairs.dialogues]
-        return {**self.compare(levels), **text_figures(texts, human)}
+        return {**self.compare(levels), **text_figures(texts, self.replies["human"].texts)}
 
     def policy(self, system, t5, sampling):
         """The figures of a policy that samples, its KL in nats per response, its perplexities."""
         self.run.seed(f"evaluate {system}")
         size = self.run.config.eval.batch_size
-        responses, kl = respond_and_compare(t5, self.reference, self.pairs, sampling, size)
+        responses, kl = respond_and_compare(t5, self.mle, self.pairs, sampling, size)
         figures = self.measure(system, responses)
         figures["kl"] = None if sampling.greedy else kl
         return {**figures, **self.perplexities(t5)}
@@ -1051,12 +1048,12 @@ class Evaluator:
 
         Responses that are longer are cut to max_scored, for both figures.
         """
-        config, count = self.run.config, 0
+        config = self.run.config
         loss, tokens = total_loss(t5, self.pairs, config.eval.batch_size, positions=2**13)
-        for dialogue, ids in zip(self.pairs.dialogues, self.pairs.responses):
-            text = dialogue.response
+        count = 0
+        for text, ids in zip(self.replies["human"].texts, self.pairs.responses):
             if len(ids) >= config.data.max_scored:
-                text = self.tokenizer.decode(ids)
+                text = self.run.tokenizer.decode(ids)
             count += len(words(text)) + 1
         return {"perplexity": exp(loss / tokens), "perplexity_per_word": exp(loss / count)}
 
@@ -1067,43 +1064,44 @@ class Evaluator:
         shown.append(PREFIX[self.truth] + "exact_match")
         return {f"valid_{name}": figures[name] for name in shown}
 
-    def before_and_after(self, mle, emprl):
-        """Both policies, sampled and greedy; the humans' texts; the gain with its interval."""
-        sampling = self.run.config.replying
-        greedy = replace(sampling, greedy=True)
+    def before_and_after(self, emprl):
+        """MLE and EmpRL, sampled and greedy; the humans' texts; the gain with its interval."""
+        sampled = self.run.config.replying
+        greedy = replace(sampled, greedy=True)
         metrics = {}
-        for name, t5 in (("mle", mle), ("emprl", emprl)):
-            self.tell(name)
-            metrics[name] = self.policy(name, t5, sampling)
-            self.tell(f"{name}, greedy")
-            metrics[f"{name}_greedy"] = self.policy(f"{name}_greedy", t5, greedy)
-        metrics["gain"] = {}
-        human = [dialogue.response for dialogue in self.pairs.dialogues]
+        for system, t5, sampling in (
+            ("mle", self.mle, sampled),
+            ("mle_greedy", self.mle, greedy),
+            ("emprl", emprl, sampled),
+            ("emprl_greedy", emprl, greedy),
+        ):
+            say(f"evaluate    replies of {system}")
+            metrics[system] = self.policy(system, t5, sampling)
+        human = self.replies["human"].texts
         metrics["human"] = text_figures(human, human)
+        metrics["gain"] = {}
         for who, gold in self.human.items():
             before = self.replies["mle"].levels[who]
             after = self.replies["emprl"].levels[who]
-            gain = paired_bootstrap(before, after, gold_before=gold, gold_after=gold)
-            metrics["gain"][PREFIX[who] + "emp_f1"] = gain
+            metrics["gain"][PREFIX[who] + "emp_f1"] = paired_bootstrap(
+                before, after, gold_before=gold, gold_after=gold
+            )
         return metrics
 
-    def tell(self, system):
-        """What is measured now."""
-        say(f"evaluate    replies of {system}, {len(self.pairs)} contexts")
-
-    def best_of_n(self, mle, reward, targets):
+    def best_of_n(self, reward, targets):
         """The rival of RL that trains nothing: the best of n samples of MLE by expected reward."""
-        config = self.run.config
+        config = self.run.config.eval
         self.run.seed("evaluate mle")  # so that the first of them are MLE's own replies
         tries = []
-        for k in range(config.eval.best_of):
-            self.tell(f"mle, {k + 1} of best of {config.eval.best_of}")
-            responses = respond(mle, self.pairs, config.replying, config.eval.batch_size)
+        for k in range(config.best_of):
+            say(f"evaluate    replies of mle, {k + 1} of best of {config.best_of}")
+            sampling = self.run.config.replying
+            responses = respond(self.mle, self.pairs, sampling, config.batch_size)
             tries.append(self.pairs.but(responses))
         figures = self.measure("best_of_n", reward.best_of(tries, targets).responses)
-        n = config.eval.best_of
+        n = config.best_of
         figures["kl"] = math.log(n) - (n - 1) / n  # at most this (Beirami et al. 2024)
-        return {**figures, **self.perplexities(mle)}
+        return {**figures, **self.perplexities(self.mle)}
 
     def floors(self, train, levels):
         """What an answer is worth that knows nothing of the context.
@@ -1151,25 +1149,25 @@ MECHANISM_NAMES = {"er": "emotional reaction", "ip": "interpretation", "ex": "ex
 LEVEL_NAMES = ("none", "weak", "strong")
 
 
-def report(run, metrics, test):
+def report(metrics, test):
     """plots/, samples.md, report.md, and the last screen."""
-    pictures = draw_plots(run, metrics, test)
-    run.write("samples.md", samples_page(test))
-    run.write("report.md", report_page(run, metrics, test, pictures))
-    say("\n" + last_screen(run, metrics, test))
+    pictures = draw_plots(metrics, test)
+    test.run.write("samples.md", samples_page(test))
+    test.run.write("report.md", report_page(metrics, test, pictures))
+    say("\n" + last_screen(metrics, test))
 
 
 def responses_jsonl(test):
-    """A line for each context: all replies to it, and the levels that each classifier tells."""
+    """A line for each context: all replies to it, and their levels by each classifier."""
     lines = []
     for i, dialogue in enumerate(test.pairs.dialogues):
-        levels = {who: {"human": table[i].tolist()} for who, table in test.human.items()}
-        texts = {}
+        texts, levels = {}, {who: {} for who in test.human}
         for system, replies in test.replies.items():
             texts[system] = replies.texts[i]
             for who, table in replies.levels.items():
                 levels[who][system] = table[i].tolist()
-        record = {"id": dialogue.id, "context": dialogue.context, "human": dialogue.response}
+        human = texts.pop("human")
+        record = {"id": dialogue.id, "context": dialogue.context, "human": human}
         lines.append(json.dumps({**record, "replies": texts, "levels": levels}) + "\n")
     return "".join(lines)
 
@@ -1197,7 +1195,7 @@ def in_percent(gain):
     return f"{relative} (95 % interval {low} to {high})"
 
 
-def last_screen(run, metrics, test):
+def last_screen(metrics, test):
     """What was trained, whether it worked, by how much, how sure; one context; what is next.
 
     At most 20 lines of 80 columns.
@@ -1206,7 +1204,7 @@ def last_screen(run, metrics, test):
         "human replies": {"judge_emp_f1": 1.0, "oracle_emp_f1": 1.0, **metrics["human"]},
         "always the commonest levels": metrics["floors"]["majority"],
         "MLE": metrics["mle"],
-        f"best of {run.config.eval.best_of} replies of MLE": metrics["best_of_n"],
+        f"best of {test.run.config.eval.best_of} replies of MLE": metrics["best_of_n"],
         "EmpRL": metrics["emprl"],
     }
     columns = {"judge_emp_f1": "judge", PREFIX[test.truth] + "emp_f1": test.truth}
@@ -1221,13 +1219,13 @@ def last_screen(run, metrics, test):
         lines.append(f"{name:<38}{cells}".rstrip())
     gain = in_percent(metrics["gain"][PREFIX[test.truth] + "emp_f1"])
     lines.append(f"EmpRL over MLE: {gain}, by the {test.truth}.")
-    told_by = "Judge: a classifier that never gave the reward"
+    judges = "Judge: a classifier that never gave the reward"
     if test.truth == "oracle":
-        told_by += "; oracle: the rule of this world"
-    lines.append(f"{told_by}.")
+        judges += "; oracle: the rule of this world"
+    lines.append(f"{judges}.")
     lines += example_lines(test)
 
-    command = program("chat", "--run", str(run.folder))
+    command = program("chat", "--run", str(test.run.folder))
     if len(command) > 76 or command != printable(command):
         command = program("chat", "--run", "RUN") + "   (RUN: the folder in the first line)"
     lines.append(
@@ -1260,13 +1258,11 @@ def example_lines(test):
 
 def replies_to(test, i):
     """Who -> (text, levels in words): the human's and the systems' replies to a context."""
-    replies = {
-        "human": (test.pairs.dialogues[i].response, in_words(test.human[test.truth][i]))
-    }
-    for system, name in SYSTEMS.items():
-        found = test.replies[system]
-        replies[name] = (found.texts[i], in_words(found.levels[test.truth][i]))
-    return replies
+    found = {}
+    for system, name in {"human": "human", **SYSTEMS}.items():
+        replies = test.replies[system]
+        found[name] = (replies.texts[i], in_words(replies.levels[test.truth][i]))
+    return found
 
 
 def shorten(text, width=71):
@@ -1346,10 +1342,11 @@ BOUND_ROWS = {
 }
 
 
-def report_page(run, metrics, test, pictures):
+def report_page(metrics, test, pictures):
     """A page to be read: the question, the answer, the pictures, the tables by topic."""
+    config = test.run.config
     parts = [
-        f"# EmpRL, preset {run.config.preset}, seed {run.config.seed}",
+        f"# EmpRL, preset {config.preset}, seed {config.seed}",
         "**Does PPO bring the empathy levels of the replies closer to those of human replies?**",
         answer(metrics, test.truth),
         "Each reply has a level (none, weak, strong) of emotional reaction, interpretation and "
@@ -1364,7 +1361,7 @@ def report_page(run, metrics, test, pictures):
     texts = {system: metrics[system] for system in (*COLUMNS, "human")}
     parts += ["## Text", table("text", texts, TEXT_ROWS)]
     parts += ["## The classifiers", classifier_table(metrics)]
-    parts.append(f"Seconds: {run.seconds}.")
+    parts.append(f"Seconds: {test.run.seconds}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -1432,8 +1429,8 @@ def samples_page(test, count=12):
         "# Samples",
         f"{count} of {len(order)} test contexts: where EmpRL meets more of the human's levels "
         "than MLE, as many, or fewer, in their true proportion; within each, evenly spaced. "
-        f"Levels are those that the {test.truth} tells: emotional reaction (ER), "
-        "interpretation (IP), exploration (EX).",
+        f"Levels are by the {test.truth}: emotional reaction (ER), interpretation (IP), "
+        "exploration (EX).",
     ]
     for sign, heading in ((1, "closer than MLE"), (0, "as close"), (-1, "less close")):
         share = change.count(sign) / len(change)
@@ -1451,7 +1448,7 @@ def sample(test, i):
     return "\n".join(lines)
 
 
-def draw_plots(run, metrics, test):
+def draw_plots(metrics, test):
     """plots/NAME.png -> {NAME: its caption}. A picture less is no reason to lose a report."""
     try:
         Path.home()
@@ -1462,6 +1459,7 @@ def draw_plots(run, metrics, test):
     except (ImportError, ValueError) as error:  # ValueError: MPLBACKEND is no backend's name
         say(f"no pictures: {error}")
         return {}
+    folder = test.run.folder / "plots"
     captions = {}
     for draw, caption in PICTURES.items():
         name = draw.__name__.removeprefix("draw_")
@@ -1469,8 +1467,8 @@ def draw_plots(run, metrics, test):
         try:
             draw(figure, metrics, test)
             if figure.axes:  # else there is nothing to draw: its stages were skipped
-                (run.folder / "plots").mkdir(exist_ok=True)
-                figure.savefig(run.folder / "plots" / f"{name}.png")
+                folder.mkdir(exist_ok=True)
+                figure.savefig(folder / f"{name}.png")
                 captions[name] = caption.format(truth=test.truth)
         except Exception as error:
             traceback.print_exc()
@@ -1778,7 +1776,6 @@ class Finished:
     """What a run folder holds when the run has ended."""
 
     run: Run
-    tokenizer: Tokenizer
     classifiers: dict  # "identifiers", "judge"
     policies: dict  # "mle", "emprl"
 
@@ -1818,11 +1815,12 @@ def load_run(folder, device):
         check_origin("its configuration", digest(metrics["config"]), made_of["config"])
         run = Run(folder, config, device)
         same_code = metrics["code"] == run.code
-        tokenizer = Tokenizer(folder / "tokenizer.model")
-        check_origin("tokenizer.model", digest_bytes(tokenizer.model), made_of["tokenizer"])
+        run.tokenizer = Tokenizer(folder / "tokenizer.model")
+        found = digest_bytes(run.tokenizer.model)
+        check_origin("tokenizer.model", found, made_of["tokenizer"])
         policies = {}
         for name, stage in (("mle", "mle"), ("emprl", "ppo")):
-            policy = from_pretrained(folder / name, tokenizer.vocab_size)
+            policy = from_pretrained(folder / name, run.tokenizer.vocab_size)
             check_origin(name, digest_weights(policy.state_dict()), made_of[stage])
             policies[name] = policy.to(device).eval()
         classifiers = {}
@@ -1837,7 +1835,7 @@ def load_run(folder, device):
         ) from None
     if not same_code:
         say("warning: the run was made by other code than this")
-    return Finished(run, tokenizer, classifiers, policies)
+    return Finished(run, classifiers, policies)
 
 
 def load_classifier(classifier, name, folder, made_of):
@@ -1867,15 +1865,14 @@ def check_origin(name, found, wanted):
 def evaluate(arguments):
     """Both policies on any dialogues; figures and replies go into the run folder."""
     finished = load_run(arguments.run, find_device(arguments.device))
-    run, tokenizer = finished.run, finished.tokenizer
+    run = finished.run
     # without levels: nothing here needs them, and the oracle knows only its own world
     dialogues = [replace(d, levels=None) for d in data.read_dialogues(arguments.data)]
     say(f"{len(dialogues)} dialogues; figures and replies are written at the end")
-    lengths = run.config.data
-    pairs = Pairs(dialogues, tokenizer, lengths.max_source, lengths.max_scored, run.device)
-    mle, emprl = finished.policies["mle"], finished.policies["emprl"]
-    test = Evaluator(run, pairs, tokenizer, finished.classifiers, mle)
-    metrics = test.before_and_after(mle, emprl)
+    limits = run.config.data.max_source, run.config.data.max_scored
+    pairs = Pairs(dialogues, run.tokenizer, *limits, run.device)
+    test = Evaluator(run, pairs, finished.classifiers, finished.policies["mle"])
+    metrics = test.before_and_after(finished.policies["emprl"])
 
     # Named by content: another mine.jsonl does not write over this one.
     name = (
@@ -1933,7 +1930,7 @@ def signs_of_crisis(text):
 
 
 def chat(arguments):
-    """You write, both policies reply, and the identifiers tell the levels of each reply."""
+    """You write, both policies reply, and each reply has its levels by the identifiers."""
     if sys.stdin is None:
         raise DataError(
             "chat reads what you type, but it has no input; start it in a terminal"
@@ -1963,12 +1960,12 @@ def chat(arguments):
 
 def answer_to(finished, name, history):
     """A policy's reply to a conversation, and its levels as the identifiers see them."""
-    config, tokenizer = finished.run.config, finished.tokenizer
-    lengths = config.data.max_source, config.data.max_target
-    pairs = Pairs([Dialogue(history, "")], tokenizer, *lengths, finished.run.device)
+    run, config = finished.run, finished.run.config
+    limits = config.data.max_source, config.data.max_target
+    pairs = Pairs([Dialogue(history, "")], run.tokenizer, *limits, run.device)
     answered = pairs.but(respond(finished.policies[name], pairs, config.replying))
     levels = predict_levels(finished.classifiers["identifiers"], answered)[0]
-    return tokenizer.decode(answered.responses[0]), levels
+    return run.tokenizer.decode(answered.responses[0]), levels
 
 
 def find_device(wanted=""):

@@ -131,7 +131,7 @@ class DataConfig:
 
 @dataclass
 class PretrainConfig:
-    steps: int = option(0, "optimizer steps before MLE, with MLE's other settings", 0, 10**9)
+    steps: int = option(0, "optimizer steps before MLE, with MLE's other settings")
     task: str = option(
         "spans", "T5's span corruption, or the next turn", choices=("spans", "turns")
     )
@@ -139,26 +139,26 @@ class PretrainConfig:
 
 @dataclass
 class MLEConfig(TrainConfig):
-    steps: int = option(1000, "optimizer steps", 0, 10**9)
+    steps: int = option(1000, "optimizer steps")
     batch_size: int = option(16, "pairs per step", 1, 10**6)
-    lr: float = option(4e-2, "peak learning rate; see t5_small.Optimizer", 0, 1e9)
-    eval_every: int = option(250, "steps between validations; the best weights stay", 1, 10**9)
+    lr: float = option(4e-2, "peak learning rate; see t5_small.Optimizer")
+    eval_every: int = option(250, "steps between validations; the best weights stay", 1)
     muon: bool = option(False, "Muon for the layers' matrices; see t5_small.Optimizer")
-    epochs: int = option(0, "passes over the pairs; above 0 they set the steps", 0, 1000)
+    epochs: int = option(0, "passes over the pairs; above 0 they set the steps", high=1000)
 
 
 @dataclass
 class ContextConfig:
     """The context classifier is trained as the identifiers are, but for these."""
 
-    steps: int = option(400, "optimizer steps of the network", 0, 10**9)
-    lr: float = option(5e-2, "peak learning rate", 0, 1e9)
+    steps: int = option(400, "optimizer steps of the network")
+    lr: float = option(5e-2, "peak learning rate")
     penalty: float = option(2e-4, "n-grams: weight of the squared norm", 0, 1e6)
 
 
 @dataclass
 class EvalConfig:
-    contexts: int = option(0, "test contexts to reply to; 0: all", 0, 10**9)
+    contexts: int = option(0, "test contexts to reply to; 0: all")
     batch_size: int = option(128, "replies sampled at once", 1, 10**6)
     best_of: int = option(4, "n of best of n, the rival that trains nothing", 1, 10**4)
 
@@ -917,10 +917,9 @@ def code_version():
     def git(*arguments):
         command = ["git", "-C", str(folder), *arguments]
         try:
-            asked = subprocess.run(command, capture_output=True, env=environ)
-        except OSError:  # no git here
+            return subprocess.check_output(command, env=environ, stderr=subprocess.DEVNULL)
+        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
             return b""
-        return asked.stdout if asked.returncode == 0 else b""
 
     commit = git("rev-parse", "HEAD").decode().strip()
     changes = git("diff", "--binary", "HEAD") + git("status", "--porcelain", ":(glob)*.py")
@@ -1716,36 +1715,26 @@ def make_config(preset="toy", seed=0, data_path="", t5_dir="", settings=()):
 
 def refuse_without_effect(config, settings):
     """Raises DataError for a setting of a part that something else replaces."""
-    replaced = {}  # a name, or a section with its dot -> what replaces it
+    unused = {}  # reason -> options, or how their names begin
     if config.t5_dir:
-        replaced["t5."] = replaced["data.vocab_size"] = "--t5 has its own"
+        unused["--t5 has its own"] = ("t5.", "data.vocab_size")
     if config.data_path:
-        for name in ("num_train", "num_valid", "num_test", "num_labelled"):
-            replaced[f"data.{name}"] = "all of --data is used"
+        unused["all of --data is used"] = ("data.num_",)
     if not config.pretrain.steps:
-        replaced["pretrain.task"] = "pretrain.steps is 0"
+        unused["pretrain.steps is 0"] = ("pretrain.task",)
     if config.mle.epochs:
-        replaced["mle.steps"] = "mle.epochs sets them"
+        unused["mle.epochs sets them"] = ("mle.steps",)
     if config.identifiers.kind == "ngrams":
-        for name in (
-            "steps",
-            "batch_size",
-            "micro_batch",
-            "lr",
-            "warmup",
-            "eval_every",
-            "shared",
-        ):
-            replaced[f"identifiers.{name}"] = "n-grams have none"
-        replaced["context.steps"] = replaced["context.lr"] = "n-grams have none"
+        names = "steps batch_size micro_batch lr warmup eval_every shared".split()
+        of_networks = [f"identifiers.{name}" for name in names]
+        unused["n-grams have none"] = (*of_networks, "context.steps", "context.lr")
     else:
-        for name in ("identifiers.penalty", "identifiers.size", "context.penalty"):
-            replaced[name] = "only n-grams have it"
+        of_ngrams = ("identifiers.penalty", "identifiers.size", "context.penalty")
+        unused["only n-grams have it"] = of_ngrams
     for setting in settings:
-        name = setting.partition("=")[0]
-        why = replaced.get(name) or replaced.get(name.partition(".")[0] + ".")
-        if why:
-            raise DataError(f"--set {setting}: has no effect here ({why}); leave it out")
+        for why, names in unused.items():
+            if setting.startswith(names):
+                raise DataError(f"--set {setting}: has no effect here ({why}); leave it out")
 
 
 def print_options():

@@ -1618,7 +1618,7 @@ PICTURES = {
     "With reward hacking the identifiers' line rises and the {truth}'s does not. Shaded: 95 % "
     "intervals, on the few contexts that PPO is validated on.",
     draw_ppo: "PPO, iteration by iteration. Look at the reward and the KL first. Grey bands are "
-    "healthy ranges; explained variance tells how much the value head knows.",
+    "healthy ranges. Explained variance: the share of the returns' that the value head predicts.",
     draw_losses: "Do MLE and the classifiers still learn? Above the training loss, below the "
     "validation that chooses their weights: MLE's loss, the classifiers' negative macro-F1. Both "
     "should fall.",
@@ -1979,13 +1979,13 @@ NVIDIA_DRIVER = "/proc/driver/nvidia"
 
 def problem_of_cuda():
     """What keeps torch from using a GPU, in a line; "" if nothing does."""
-    with warnings.catch_warnings(record=True) as told:  # torch warns of a driver that is old
+    with warnings.catch_warnings(record=True) as warned:  # torch warns of a driver that is old
         warnings.simplefilter("always")
         try:
             if torch.cuda.is_available():
                 torch.ones(1, device="cuda").sum().item()  # it may be there, and not work
                 return ""
-            reason = told[-1].message if told else NO_GPU
+            reason = warned[-1].message if warned else NO_GPU
         except RuntimeError as error:
             reason = error
     if reason == NO_GPU and os.path.exists(NVIDIA_DRIVER):

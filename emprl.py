@@ -1652,18 +1652,24 @@ def apply_setting(config, setting):
             f"--set {setting}: no such option; write NAME=VALUE with one of {known}"
         )
     part, f = options[name]
-    kind, meta = type(f.default), f.metadata
-    try:
-        value = {"on": True, "off": False}[text] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        value = None
-    if kind in (bool, str):
-        is_legal = value is not None and value in (meta["choices"] or [value])
-    else:
-        is_legal = value is not None and meta["low"] <= value <= meta["high"]
-    if not is_legal:
+    value = value_of(f, text)
+    if value is None:
         raise DataError(f"--set {setting}: it takes {legal(f)}")
     setattr(part, f.name, value)
+
+
+def value_of(f, text):
+    """What --set gives an option; None if it is not legal."""
+    meta = f.metadata
+    if isinstance(f.default, bool):
+        return {"on": True, "off": False}.get(text)
+    if meta["choices"]:
+        return text if text in meta["choices"] else None
+    try:
+        value = type(f.default)(text)
+    except ValueError:
+        return None
+    return value if meta["low"] <= value <= meta["high"] else None
 
 
 def legal(f):

@@ -1618,7 +1618,8 @@ PICTURES = {
     "With reward hacking the identifiers' line rises and the {truth}'s does not. Shaded: 95 % "
     "intervals, on the few contexts that PPO is validated on.",
     draw_ppo: "PPO, iteration by iteration. Look at the reward and the KL first. Grey bands are "
-    "healthy ranges. Explained variance: the share of the returns' that the value head predicts.",
+    "healthy ranges; explained variance is the share of the variance of the returns that the "
+    "value head predicts.",
     draw_losses: "Do MLE and the classifiers still learn? Above the training loss, below the "
     "validation that chooses their weights: MLE's loss, the classifiers' negative macro-F1. Both "
     "should fall.",

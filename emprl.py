@@ -131,7 +131,7 @@ class DataConfig:
 
 @dataclass
 class PretrainConfig:
-    steps: int = option(0, "optimizer steps before MLE, with MLE's other settings", 0, 10**9)
+    steps: int = option(0, "optimizer steps before MLE, with MLE's other settings")
     task: str = option(
         "spans", "T5's span corruption, or the next turn", choices=("spans", "turns")
     )
@@ -139,26 +139,26 @@ class PretrainConfig:
 
 @dataclass
 class MLEConfig(TrainConfig):
-    steps: int = option(1000, "optimizer steps", 0, 10**9)
+    steps: int = option(1000, "optimizer steps")
     batch_size: int = option(16, "pairs per step", 1, 10**6)
-    lr: float = option(4e-2, "peak learning rate; see t5_small.Optimizer", 0, 1e9)
-    eval_every: int = option(250, "steps between validations; the best weights stay", 1, 10**9)
+    lr: float = option(4e-2, "peak learning rate; see t5_small.Optimizer")
+    eval_every: int = option(250, "steps between validations; the best weights stay", 1)
     muon: bool = option(False, "Muon for the layers' matrices; see t5_small.Optimizer")
-    epochs: int = option(0, "passes over the pairs; above 0 they set the steps", 0, 1000)
+    epochs: int = option(0, "passes over the pairs; above 0 they set the steps", high=1000)
 
 
 @dataclass
 class ContextConfig:
     """The context classifier is trained as the identifiers are, but for these."""
 
-    steps: int = option(400, "optimizer steps of the network", 0, 10**9)
-    lr: float = option(5e-2, "peak learning rate", 0, 1e9)
+    steps: int = option(400, "optimizer steps of the network")
+    lr: float = option(5e-2, "peak learning rate")
     penalty: float = option(2e-4, "n-grams: weight of the squared norm", 0, 1e6)
 
 
 @dataclass
 class EvalConfig:
-    contexts: int = option(0, "test contexts to reply to; 0: all", 0, 10**9)
+    contexts: int = option(0, "test contexts to reply to; 0: all")
     batch_size: int = option(128, "replies sampled at once", 1, 10**6)
     best_of: int = option(4, "n of best of n, the rival that trains nothing", 1, 10**4)
 
@@ -320,21 +320,21 @@ def run_all(run, ppo_trainer=PPOTrainer):
     # 0. Dialogues to learn replies from, labelled pairs to learn levels from, one tokenizer, a
     #    new T5. Responses are cut where they are learnt from, and whole where they are measured.
     corpus = load_corpus(config)
-    tokenizer = make_tokenizer(config, corpus)
-    mle = initial_t5(run, tokenizer)
-    run.begin(corpus, tokenizer, mle)
-    pairs = encode(run, corpus.dialogues, tokenizer, "max_source", "max_target")
-    whole = encode(run, corpus.dialogues, tokenizer, "max_source", "max_scored")
+    run.tokenizer = make_tokenizer(config, corpus)
+    t5 = initial_t5(run)
+    run.begin(corpus, t5)
+    pairs = encode(run, corpus.dialogues, config.data.max_source, config.data.max_target)
+    whole = encode(run, corpus.dialogues, config.data.max_source, config.data.max_scored)
     labelled = encode(
-        run, corpus.labelled, tokenizer, "identifier_source", "identifier_target"
+        run, corpus.labelled, config.data.identifier_source, config.data.identifier_target
     )
 
     # 1. The initial policy: the T5 learns to reply as people did (maximum likelihood, MLE).
     #    `made_of`: settings that shape the result, besides the trainer's own. A checkpoint
     #    that was made with other settings is refused.
-    trainer = pretrainer(mle, pairs["pretrain"], tokenizer, config)
+    trainer = pretrainer(t5, pairs["pretrain"], run.tokenizer, config)
     run.train("pretrain", trainer, made_of=[config.data, config.t5, config.pretrain])
-    run.train("mle", mle_trainer(mle, pairs["train"], pairs["valid"], config))
+    mle = run.train("mle", mle_trainer(t5, pairs["train"], pairs["valid"], config))
 
     # 2. Classifiers of empathy levels. The identifiers (one for each mechanism, in one model)
     #    give the reward. The judge, trained on other data, never does: a gain that the judge
@@ -355,7 +355,7 @@ def run_all(run, ppo_trainer=PPOTrainer):
     #    has all three levels that it should have.
     reward = EmpathyReward(classifiers["identifiers"].to(run.device), config.reward)
     prompts = PromptBatches(pairs["train"], targets.train, config.ppo.batch_size, config.seed)
-    validate = Evaluator(run, whole["probe"], tokenizer, classifiers, mle).validate
+    validate = Evaluator(run, whole["probe"], classifiers, mle).validate
     trainer = ppo_trainer(mle, reward, prompts, config.exploring, config.ppo, validate)
     say("reward      0 to 1: how likely a reply has all three levels that it should have")
     run.train("ppo", trainer, made_of=[config.reward, config.exploring, config.replying])
@@ -363,15 +363,15 @@ def run_all(run, ppo_trainer=PPOTrainer):
     save_pretrained(trainer.model, run.folder / "emprl")
 
     # 5. Before and after: replies to the same test contexts, seen by the same classifiers.
-    run.announce("evaluate")
-    test = Evaluator(run, whole["test"], tokenizer, classifiers, mle)
+    run.progress.announce("evaluate")
+    test = Evaluator(run, whole["test"], classifiers, mle)
     metrics = {who: classifier_figures(c, labelled["test"]) for who, c in classifiers.items()}
-    metrics |= test.before_and_after(mle, trainer.model)
-    metrics["best_of_n"] = test.best_of_n(mle, reward, targets.test)
+    metrics |= test.before_and_after(trainer.model)
+    metrics["best_of_n"] = test.best_of_n(reward, targets.test)
     metrics["floors"] = test.floors(whole["train"], targets.human)
     metrics["ceiling"] = test.ceilings(corpus.level_probs, targets)
     run.finish(metrics, responses_jsonl(test))
-    report(run, metrics, test)
+    report(metrics, test)
     return metrics
 
 
@@ -409,25 +409,23 @@ def make_tokenizer(config, corpus):
     return Tokenizer.train(texts, config.data.vocab_size)
 
 
-def initial_t5(run, tokenizer):
+def initial_t5(run):
     """The T5 before any training here: the official folder's, or one with random weights."""
     config = run.config
     if config.t5_dir:
-        t5 = from_pretrained(config.t5_dir, tokenizer.vocab_size)
+        t5 = from_pretrained(config.t5_dir, run.tokenizer.vocab_size)
         config.t5 = t5.config  # so that config.json says what is used
     else:
-        config.t5.vocab_size = tokenizer.vocab_size
+        config.t5.vocab_size = run.tokenizer.vocab_size
         run.seed("t5")
         t5 = T5(config.t5)
     return t5.to(run.device).eval()
 
 
-def encode(run, parts, tokenizer, max_source, max_target):
-    """{part: dialogues} -> {part: Pairs}, cut to two lengths that are fields of DataConfig."""
-    source = getattr(run.config.data, max_source)
-    target = getattr(run.config.data, max_target)
+def encode(run, parts, max_source, max_target):
+    """{part: dialogues} -> {part: Pairs}, cut to these numbers of tokens."""
     return {
-        part: Pairs(dialogues, tokenizer, source, target, run.device)
+        part: Pairs(dialogues, run.tokenizer, max_source, max_target, run.device)
         for part, dialogues in parts.items()
     }
 
@@ -491,7 +489,7 @@ def train_classifier(run, name, mle, train, valid):
     config = classifier_settings(run.config, name)
     start = mle  # the T5 whose encoder a network copies
     if config.start == "t5":
-        start = initial_t5(run, run.tokenizer)
+        start = initial_t5(run)
     run.seed(name)
     classifier = make_classifier(start, config)
     del start
@@ -593,30 +591,25 @@ class Run:
         self.seconds = {}  # stage -> how long it took
         self.tokenizer = None
         self.noted = False
-        self.in_loop = False
-        self.interrupted = False
-        self.began = self.clock = time.time()
-        self.expected = stages_of(config)  # stage -> seconds it may take
-        self.worked = 0.0  # those of the stages that this process has trained
+        self.clock = time.time()  # when the latest stage ended
+        self.progress = Progress(config)
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
-    def begin(self, corpus, tokenizer, t5):
+    def begin(self, corpus, t5):
         """Say what there is to learn from, and what results in this folder have to be made of."""
-        self.tokenizer = tokenizer
         learnt, measured = [], []
-        for parts in (corpus.dialogues, corpus.labelled):
-            for name, dialogues in sorted(parts.items()):
-                seen_by = measured if name in ("test", "probe") else learnt
-                seen_by.append([vars(dialogue) for dialogue in dialogues])
+        for name, part in sorted(corpus.dialogues.items()) + sorted(corpus.labelled.items()):
+            seen_by = measured if name in ("test", "probe") else learnt
+            seen_by.append(part)
         self.content = digest([learnt, digest_weights(t5.state_dict())])
-        settings = [asdict(self.config.replying), asdict(self.config.eval)]
+        settings = [self.config.replying, self.config.eval]
         self.evaluation = digest([measured, settings])
         made_of = self.read_json("metrics.json", {}).get("made_of")
         if isinstance(made_of, dict):
             self.check_key("metrics.json", made_of.get("evaluation"), self.evaluation)
 
         parameters = sum(p.numel() for p in t5.parameters()) / 1e6
-        size = f"{tokenizer.vocab_size} tokens, {parameters:.2f} M parameters"
+        size = f"{self.tokenizer.vocab_size} tokens, {parameters:.2f} M parameters"
         for note in (*corpus.notes, size):
             say(f"data        {printable(note)}")
         self.seconds["data"] = round(time.time() - self.clock, 1)
@@ -632,93 +625,62 @@ class Run:
         torch.manual_seed(zlib.crc32(f"{self.config.seed}/{stage}/{step}".encode()))
 
     def train(self, name, trainer, made_of=()):
-        """All steps of a trainer, resumed where they were cut; trainer.model has the result.
+        """All steps of a trainer, resumed where they were cut. Returns the trained model.
 
         A stage is made of the data, of all earlier stages, of its trainer's settings and of
         those that `made_of` names. A checkpoint that is there must be made of the same, or it
         is refused.
         """
         file = f"checkpoints/{name}.pt"
-        made_of = [asdict(part) for part in (trainer.config, *made_of)]
-        key = digest([self.config.seed, self.content, self.results, made_of])
-        state = load_stage(self.folder / file)
-        self.check_key(file, state.get("key"), key)
-        if not state.get("done"):
-            self.note_start()
-            state = self.loop(name, trainer, self.folder / file, {**state, "key": key})
-            self.worked += self.expected.get(name, 0)
-        trainer.model.load_state_dict(state["weights"])
-        trainer.model.eval()
-        self.results[name] = digest_weights(state["weights"])
-        self.seconds[name] = round(state["seconds"], 1)
+        settings = [trainer.config, *made_of]
+        key = digest([self.config.seed, self.content, self.results, settings])
+        start = {"key": key, "seconds": 0.0, "log": []}
+        state = load_stage(self.folder / file) or start
+        self.check_key(file, state["key"], key)
         self.logs[name] = state["log"]
+        if "weights" in state:
+            trainer.model.load_state_dict(state["weights"])
+        else:
+            self.note_start()
+            self.loop(name, trainer, self.folder / file, state)
+        self.seconds[name] = round(state["seconds"], 1)
         self.clock = time.time()
+        model = trainer.model.eval()
+        self.results[name] = digest_weights(model.state_dict())
+        return model
 
     def loop(self, name, trainer, path, state):
-        """Train to the end; what is needed to go on is saved now and then. Returns the state."""
-        started = time.time() - state.get("seconds", 0.0)
-        log = state.get("log", [])
-        self.logs[name] = log
+        """Train to the end; what is needed to go on is saved now and then."""
+        log, steps = state["log"], trainer.config.steps
         if log:
-            trainer.load_state_dict(state["trainer"])
+            trainer.load_state_dict(state.pop("trainer"))
+        started = time.time() - state["seconds"]
 
         def save(**result):
             self.write_log()  # first: a resumed run writes over what is too much in it
-            seconds = time.time() - started
-            new = {"key": state["key"], "seconds": seconds, "log": log, **result}
-            save_atomically(new, path)
+            state["seconds"] = time.time() - started
+            save_atomically({**state, **result}, path)
 
-        progress = Progress(self, name, trainer, len(log))
         saved = time.time()
-        self.in_loop = True
-        for i in range(len(log), trainer.config.steps):
-            self.seed(name, i)
-            record = trainer.step(i)
-            log.append({"stage": name, "step": i, **record})
-            progress.show(i, record, signs_of_trouble(trainer, record, log))
-            self.stop_if_nothing_is_learnt(name, log, trainer.config.steps)
-            due = time.time() - saved > self.save_every and not record.get("skipped")
-            if due or self.interrupted:
-                save(trainer=trainer.state_dict())
-                saved = time.time()
-            if self.interrupted:
-                raise KeyboardInterrupt
-        self.in_loop = False
+        if len(log) < steps:
+            self.progress.announce(name, len(log) / steps)
+        with ctrl_c_waits() as pressed:
+            for i in range(len(log), steps):
+                self.seed(name, i)
+                log.append({"stage": name, "step": i, **trainer.step(i)})
+                self.progress.show(name, trainer, log, signs_of_trouble(name, trainer, log))
+                due = time.time() - saved > self.save_every and not log[-1].get("skipped")
+                if due or pressed.is_set():
+                    save(trainer=trainer.state_dict())
+                    saved = time.time()
+                if pressed.is_set():
+                    raise KeyboardInterrupt
         trainer.finish()
         weights = trainer.model.state_dict()
         broken = [tensor for tensor, x in weights.items() if not x.isfinite().all()]
         if broken:
             raise DataError(f"{name}: training diverged ({broken[0]}); {remedy(name)}")
-        save(done=True, weights=weights)
-        return load_stage(path)
-
-    def place(self, name):
-        """ "stage 2 of 6  mle"."""
-        names = list(self.expected)
-        return f"stage {names.index(name) + 1} of {len(names)}  {name:<15}"
-
-    def announce(self, name):
-        """At the start of a stage: which it is, and roughly how long the run still takes."""
-        names = list(self.expected)
-        rest = sum(self.expected[later] for later in names[names.index(name) :])
-        # Expected over actual time so far; the 20 seconds keep it near 1 at the start.
-        speed = (self.worked + 20) / (time.time() - self.began + 20)
-        say(f"{self.place(name)}the run still takes about {minutes(rest / speed)}")
-
-    def stop_if_nothing_is_learnt(self, name, log, steps):
-        last = log[-10:]
-        enough = len(last) == min(10, steps)
-        if enough and all(record.get("skipped") == 1 for record in last):
-            raise DataError(
-                f"{name}, step {len(log)}: {len(last)} steps in a row had no finite loss and "
-                f"gradient; {remedy(name)}. What was saved before is in {self.folder}"
-            )
-
-    def on_interrupt(self, *_):
-        """Ctrl-C: a training loop ends its step and saves; anything else stops at once."""
-        self.interrupted = True
-        if not self.in_loop:
-            raise KeyboardInterrupt
+        save(weights=weights)
 
     def elsewhere(self):
         """The same command with a folder that is not there yet."""
@@ -750,7 +712,7 @@ class Run:
         self.write("tokenizer.model", self.tokenizer.model)
         self.write_json("config.json", asdict(self.config))
         starts = self.read_json("environment.json", [])
-        if starts and starts[-1] and dict(starts[-1]).get("code") != self.code:
+        if starts and starts[-1].get("code", self.code) != self.code:
             say("warning: other code than at the last start; finished stages are kept")
         self.write_json("environment.json", [*starts, environment(self)])
 
@@ -796,41 +758,52 @@ class Run:
         self.write("metrics.jsonl", "".join(to_json(record) + "\n" for record in records))
 
 
-def signs_of_trouble(trainer, record, log):
-    """What a trainer warns of, compared with the first step that was not skipped."""
-    if record.get("skipped") == 1:  # nothing was measured
+def signs_of_trouble(name, trainer, log):
+    """What a trainer warns of. Raises DataError if the last ten steps have learnt nothing."""
+    learnt = [i for i, record in enumerate(log) if record.get("skipped") != 1]
+    skipped = len(log) - 1 - learnt[-1] if learnt else len(log)
+    if skipped == min(10, trainer.config.steps):
+        raise DataError(
+            f"{name}, step {len(log)}: {skipped} steps in a row had no finite loss and "
+            f"gradient; {remedy(name)}. What was saved before is in the run's folder"
+        )
+    if skipped:  # nothing was measured
         return []
-    first = next(earlier for earlier in log if earlier.get("skipped") != 1)
-    return trainer.warnings(record, first)
+    return trainer.warnings(log[-1], log[learnt[0]])
 
 
 class Progress:
-    """A line every few seconds: how far a stage is, how long it and the run still take."""
+    """Lines that say where a run is and, roughly, how long it still takes."""
 
-    def __init__(self, run, name, trainer, first, every=5.0):
-        self.run = run
-        self.name = name
-        self.steps = trainer.config.steps
-        self.shown = trainer.shown
-        self.first = first
-        self.every = every
-        self.started = time.time()
-        self.last = 0.0
-        if self.steps > first:
-            run.announce(name)
+    every = 5.0  # seconds between the lines of a stage
 
-    def show(self, i, record, warnings):
-        now = time.time()
-        regular = now - self.last > self.every or i in (self.first, self.steps - 1)
-        if not (regular or warnings):
+    def __init__(self, config):
+        self.expected = stages_of(config)  # stage -> seconds it may take
+        self.worked = 0.0  # such seconds that this process has trained
+        self.began = time.time()
+        self.shown = 0.0
+
+    def announce(self, name, done=0.0, *figures):
+        """Which stage it is, a share of which is done; how long the whole run still takes."""
+        names = list(self.expected)
+        number = names.index(name)
+        later = sum(self.expected[other] for other in names[number + 1 :])
+        rest = self.expected[name] * (1 - done) + later
+        # Expected over actual time so far; the 20 seconds keep it near 1 at the start.
+        speed = (self.worked + 20) / (time.time() - self.began + 20)
+        place = f"stage {number + 1} of {len(names)}  {name:<15}"
+        say(f"{place}about {minutes(rest / speed)} left", *figures, sep="  ")
+
+    def show(self, name, trainer, log, warnings):
+        """The latest step: now and then, at the end of a stage and with every warning."""
+        steps, record = trainer.config.steps, log[-1]
+        self.worked += self.expected[name] / steps
+        if time.time() - self.shown < self.every and len(log) < steps and not warnings:
             return
-        self.last = now
-        speed = (i + 1 - self.first) / max(now - self.started, 1e-9)
-        keys = [*self.shown, *(key for key in ("skipped", "stopped_early") if record.get(key))]
-        figures = [f"{key} {record[key]:.4g}" for key in keys if key in record]
-        left = minutes((self.steps - i - 1) / speed)
-        place = f"{self.run.place(self.name)}{i + 1:>6}/{self.steps}"
-        say(place, f"{speed:5.2f} steps/s  {left} left", *figures, sep="  ")
+        self.shown = time.time()
+        keys = (*trainer.shown, "skipped", "stopped_early")
+        figures = [f"{key} {record[key]:.4g}" for key in keys if record.get(key)]
+        self.announce(name, len(log) / steps, f"step {len(log)} of {steps}", *figures)
         for warning in warnings:
             say(f"    warning: {warning}")
 
@@ -840,43 +813,34 @@ def minutes(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-# Expected seconds per step, of `evaluate` in all, on two cores of 160 GFLOP/s together: so that
-# a run can say roughly how long it takes. They are rescaled by how fast the run turns out to be.
-TOY_SECONDS = {
-    "pretrain": 0.04,
-    "mle": 0.04,
-    "identifiers": 0.1,
-    "judge": 0.1,
-    "context": 0.04,
-    "ppo": 2.4,
-    "evaluate": 24,
-}
-REAL_SECONDS = {
-    "pretrain": 0.55,
-    "mle": 0.5,
-    "identifiers": 3,
-    "judge": 3,
-    "context": 25,
-    "ppo": 6,
-    "evaluate": 90,
+# Seconds per step on two cores of 160 GFLOP/s together, of `evaluate` in all: (toy, real). They
+# are rescaled by how fast the run turns out to be.
+SECONDS = {
+    "pretrain": (0.04, 0.55),
+    "mle": (0.04, 0.5),
+    "identifiers": (0.1, 3),
+    "judge": (0.1, 3),
+    "context": (0.04, 25),
+    "ppo": (2.4, 6),
+    "evaluate": (24, 90),
 }
 
 
 def stages_of(config):
     """{stage: seconds it may take}, in the order of run_all."""
-    seconds = TOY_SECONDS if config.preset in ("toy", "smoke") else REAL_SECONDS
+    column = 0 if config.preset in ("toy", "smoke") else 1
+    is_network = config.identifiers.kind == "network"
     expected = {}
-    for name, step in seconds.items():
-        if name == "evaluate":
-            expected[name] = step
-        elif name in ("identifiers", "judge", "context"):
-            settings = classifier_settings(config, name)
-            is_network = settings.kind == "network"
-            parts = [f"-{m}" for m in MECHANISMS if is_network and not settings.shared]
-            for part in parts or [""]:
-                expected[name + part] = step * (settings.steps if is_network else 1)
-        elif getattr(config, name).steps:
-            expected[name] = step * getattr(config, name).steps
+    for name, seconds in SECONDS.items():
+        steps, parts = 1, [name]
+        if name in ("pretrain", "mle", "ppo"):
+            steps = getattr(config, name).steps
+        elif name != "evaluate" and is_network:
+            steps = classifier_settings(config, name).steps
+            if not config.identifiers.shared:
+                parts = [f"{name}-{m}" for m in MECHANISMS]
+        if steps:
+            expected |= dict.fromkeys(parts, steps * seconds[column])
     return expected
 
 
@@ -930,9 +894,9 @@ def digest_bytes(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def digest(plain):
-    """The SHA-256 of plain values in dicts and lists."""
-    return digest_bytes(json.dumps(plain, sort_keys=True).encode())
+def digest(content):
+    """The SHA-256 of plain values and dataclasses, in dicts and lists."""
+    return digest_bytes(json.dumps(content, sort_keys=True, default=vars).encode())
 
 
 def digest_weights(state):
@@ -953,10 +917,9 @@ def code_version():
     def git(*arguments):
         command = ["git", "-C", str(folder), *arguments]
         try:
-            asked = subprocess.run(command, capture_output=True, env=environ)
-        except OSError:  # no git here
+            return subprocess.check_output(command, env=environ, stderr=subprocess.DEVNULL)
+        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
             return b""
-        return asked.stdout if asked.returncode == 0 else b""
 
     commit = git("rev-parse", "HEAD").decode().strip()
     changes = git("diff", "--binary", "HEAD") + git("status", "--porcelain", ":(glob)*.py")
@@ -1019,7 +982,7 @@ PREFIX = {"identifiers": "", "judge": "judge_", "oracle": "oracle_"}  # of figur
 
 @dataclass
 class Replies:
-    """What a system replied to all contexts, and what the classifiers tell of it."""
+    """What a system replied to all contexts, and the levels of that."""
 
     texts: list
     levels: dict  # classifier -> (N, M)
@@ -1029,28 +992,29 @@ class Evaluator:
     """Measures replies to the contexts of `pairs`, whose human responses are whole.
 
     classifiers: {"identifiers", "judge"}; in the embedded world the oracle is asked, too.
-    reference: the MLE policy, from which the KL is measured.
+    mle: the policy before PPO, from which the KL is measured.
     """
 
-    def __init__(self, run, pairs, tokenizer, classifiers, reference):
+    def __init__(self, run, pairs, classifiers, mle):
         self.run = run
         self.pairs = pairs
-        self.tokenizer = tokenizer
         self.classifiers = classifiers
-        self.reference = reference
-        self.has_oracle = not run.config.data_path and pairs.dialogues[0].levels is not None
-        self.replies = {}  # system -> Replies
+        self.mle = mle
+        has_oracle = not run.config.data_path and pairs.dialogues[0].levels is not None
+        self.truth = "oracle" if has_oracle else "judge"  # whose levels are shown
         self.human = self.levels(pairs.responses)  # classifier -> (N, M)
-        self.truth = "oracle" if self.has_oracle else "judge"
+        texts = [dialogue.response for dialogue in pairs.dialogues]
+        self.replies = {"human": Replies(texts, self.human)}  # and of each system measured
 
     def levels(self, responses):
         """classifier -> (N, M) levels of a response (ids) to each context."""
         answered = self.pairs.with_responses(responses)
         levels = {who: predict_levels(c, answered) for who, c in self.classifiers.items()}
-        if self.has_oracle:
+        if self.truth == "oracle":
             read = []
             for dialogue, ids in zip(self.pairs.dialogues, responses):
-                read.append(data.oracle_levels(dialogue.context, self.tokenizer.decode(ids)))
+                text = self.run.tokenizer.decode(ids)
+                read.append(data.oracle_levels(dialogue.context, text))
             levels["oracle"] = torch.tensor(read)
         return levels
 
@@ -1064,17 +1028,16 @@ class Evaluator:
 
     def measure(self, system, responses):
         """The figures of a system's responses (ids); its Replies are kept for the report."""
-        texts = [self.tokenizer.decode(ids) for ids in responses]
+        texts = [self.run.tokenizer.decode(ids) for ids in responses]
         levels = self.levels(responses)
         self.replies[system] = Replies(texts, levels)
-        human = [dialogue.response for dialogue in self.pairs.dialogues]
-        return {**self.compare(levels), **text_figures(texts, human)}
+        return {**self.compare(levels), **text_figures(texts, self.replies["human"].texts)}
 
     def policy(self, system, t5, sampling):
         """The figures of a policy that samples, its KL in nats per response, its perplexities."""
         self.run.seed(f"evaluate {system}")
         size = self.run.config.eval.batch_size
-        responses, kl = respond_and_compare(t5, self.reference, self.pairs, sampling, size)
+        responses, kl = respond_and_compare(t5, self.mle, self.pairs, sampling, size)
         figures = self.measure(system, responses)
         figures["kl"] = None if sampling.greedy else kl
         return {**figures, **self.perplexities(t5)}
@@ -1084,12 +1047,12 @@ class Evaluator:
 
         Responses that are longer are cut to max_scored, for both figures.
         """
-        config, count = self.run.config, 0
+        config = self.run.config
         loss, tokens = total_loss(t5, self.pairs, config.eval.batch_size, positions=2**13)
-        for dialogue, ids in zip(self.pairs.dialogues, self.pairs.responses):
-            text = dialogue.response
+        count = 0
+        for text, ids in zip(self.replies["human"].texts, self.pairs.responses):
             if len(ids) >= config.data.max_scored:
-                text = self.tokenizer.decode(ids)
+                text = self.run.tokenizer.decode(ids)
             count += len(words(text)) + 1
         return {"perplexity": exp(loss / tokens), "perplexity_per_word": exp(loss / count)}
 
@@ -1100,43 +1063,44 @@ class Evaluator:
         shown.append(PREFIX[self.truth] + "exact_match")
         return {f"valid_{name}": figures[name] for name in shown}
 
-    def before_and_after(self, mle, emprl):
-        """Both policies, sampled and greedy; the humans' texts; the gain with its interval."""
-        sampling = self.run.config.replying
-        greedy = replace(sampling, greedy=True)
+    def before_and_after(self, emprl):
+        """MLE and EmpRL, sampled and greedy; the humans' texts; the gain with its interval."""
+        sampled = self.run.config.replying
+        greedy = replace(sampled, greedy=True)
         metrics = {}
-        for name, t5 in (("mle", mle), ("emprl", emprl)):
-            self.tell(name)
-            metrics[name] = self.policy(name, t5, sampling)
-            self.tell(f"{name}, greedy")
-            metrics[f"{name}_greedy"] = self.policy(f"{name}_greedy", t5, greedy)
-        metrics["gain"] = {}
-        human = [dialogue.response for dialogue in self.pairs.dialogues]
+        for system, t5, sampling in (
+            ("mle", self.mle, sampled),
+            ("mle_greedy", self.mle, greedy),
+            ("emprl", emprl, sampled),
+            ("emprl_greedy", emprl, greedy),
+        ):
+            say(f"evaluate    replies of {system}")
+            metrics[system] = self.policy(system, t5, sampling)
+        human = self.replies["human"].texts
         metrics["human"] = text_figures(human, human)
+        metrics["gain"] = {}
         for who, gold in self.human.items():
             before = self.replies["mle"].levels[who]
             after = self.replies["emprl"].levels[who]
-            gain = paired_bootstrap(before, after, gold_before=gold, gold_after=gold)
-            metrics["gain"][PREFIX[who] + "emp_f1"] = gain
+            metrics["gain"][PREFIX[who] + "emp_f1"] = paired_bootstrap(
+                before, after, gold_before=gold, gold_after=gold
+            )
         return metrics
 
-    def tell(self, system):
-        """What is measured now."""
-        say(f"evaluate    replies of {system}, {len(self.pairs)} contexts")
-
-    def best_of_n(self, mle, reward, targets):
+    def best_of_n(self, reward, targets):
         """The rival of RL that trains nothing: the best of n samples of MLE by expected reward."""
-        config = self.run.config
+        config = self.run.config.eval
         self.run.seed("evaluate mle")  # so that the first of them are MLE's own replies
         tries = []
-        for k in range(config.eval.best_of):
-            self.tell(f"mle, {k + 1} of best of {config.eval.best_of}")
-            responses = respond(mle, self.pairs, config.replying, config.eval.batch_size)
+        for k in range(config.best_of):
+            say(f"evaluate    replies of mle, {k + 1} of best of {config.best_of}")
+            sampling = self.run.config.replying
+            responses = respond(self.mle, self.pairs, sampling, config.batch_size)
             tries.append(self.pairs.with_responses(responses))
         figures = self.measure("best_of_n", reward.best_of(tries, targets).responses)
-        n = config.eval.best_of
+        n = config.best_of
         figures["kl"] = math.log(n) - (n - 1) / n  # at most this (Beirami et al. 2024)
-        return {**figures, **self.perplexities(mle)}
+        return {**figures, **self.perplexities(self.mle)}
 
     def floors(self, train, levels):
         """What an answer is worth that knows nothing of the context.
@@ -1184,25 +1148,25 @@ MECHANISM_NAMES = {"er": "emotional reaction", "ip": "interpretation", "ex": "ex
 LEVEL_NAMES = ("none", "weak", "strong")
 
 
-def report(run, metrics, test):
+def report(metrics, test):
     """plots/, samples.md, report.md, and the last screen."""
-    pictures = draw_plots(run, metrics, test)
-    run.write("samples.md", samples_page(test))
-    run.write("report.md", report_page(run, metrics, test, pictures))
-    say("\n" + last_screen(run, metrics, test))
+    pictures = draw_plots(metrics, test)
+    test.run.write("samples.md", samples_page(test))
+    test.run.write("report.md", report_page(metrics, test, pictures))
+    say("\n" + last_screen(metrics, test))
 
 
 def responses_jsonl(test):
-    """A line for each context: all replies to it, and the levels that each classifier tells."""
+    """A line for each context: all replies to it, and their levels by each classifier."""
     lines = []
     for i, dialogue in enumerate(test.pairs.dialogues):
-        levels = {who: {"human": table[i].tolist()} for who, table in test.human.items()}
-        texts = {}
+        texts, levels = {}, {who: {} for who in test.human}
         for system, replies in test.replies.items():
             texts[system] = replies.texts[i]
             for who, table in replies.levels.items():
                 levels[who][system] = table[i].tolist()
-        record = {"id": dialogue.id, "context": dialogue.context, "human": dialogue.response}
+        human = texts.pop("human")
+        record = {"id": dialogue.id, "context": dialogue.context, "human": human}
         lines.append(json.dumps({**record, "replies": texts, "levels": levels}) + "\n")
     return "".join(lines)
 
@@ -1230,7 +1194,7 @@ def in_percent(gain):
     return f"{relative} (95 % interval {low} to {high})"
 
 
-def last_screen(run, metrics, test):
+def last_screen(metrics, test):
     """What was trained, whether it worked, by how much, how sure; one context; what is next.
 
     At most 20 lines of 80 columns.
@@ -1239,7 +1203,7 @@ def last_screen(run, metrics, test):
         "human replies": {"judge_emp_f1": 1.0, "oracle_emp_f1": 1.0, **metrics["human"]},
         "always the commonest levels": metrics["floors"]["majority"],
         "MLE": metrics["mle"],
-        f"best of {run.config.eval.best_of} replies of MLE": metrics["best_of_n"],
+        f"best of {test.run.config.eval.best_of} replies of MLE": metrics["best_of_n"],
         "EmpRL": metrics["emprl"],
     }
     columns = {"judge_emp_f1": "judge", PREFIX[test.truth] + "emp_f1": test.truth}
@@ -1254,13 +1218,13 @@ def last_screen(run, metrics, test):
         lines.append(f"{name:<38}{cells}".rstrip())
     gain = in_percent(metrics["gain"][PREFIX[test.truth] + "emp_f1"])
     lines.append(f"EmpRL over MLE: {gain}, by the {test.truth}.")
-    told_by = "Judge: a classifier that never gave the reward"
+    judges = "Judge: a classifier that never gave the reward"
     if test.truth == "oracle":
-        told_by += "; oracle: the rule of this world"
-    lines.append(f"{told_by}.")
+        judges += "; oracle: the rule of this world"
+    lines.append(f"{judges}.")
     lines += example_lines(test)
 
-    command = program("chat", "--run", str(run.folder))
+    command = program("chat", "--run", str(test.run.folder))
     if len(command) > 76 or command != printable(command):
         command = program("chat", "--run", "RUN") + "   (RUN: the folder in the first line)"
     lines.append(
@@ -1293,13 +1257,11 @@ def example_lines(test):
 
 def replies_to(test, i):
     """Who -> (text, levels in words): the human's and the systems' replies to a context."""
-    replies = {
-        "human": (test.pairs.dialogues[i].response, in_words(test.human[test.truth][i]))
-    }
-    for system, name in SYSTEMS.items():
-        found = test.replies[system]
-        replies[name] = (found.texts[i], in_words(found.levels[test.truth][i]))
-    return replies
+    found = {}
+    for system, name in {"human": "human", **SYSTEMS}.items():
+        replies = test.replies[system]
+        found[name] = (replies.texts[i], in_words(replies.levels[test.truth][i]))
+    return found
 
 
 def shorten(text, width=71):
@@ -1379,10 +1341,11 @@ BOUND_ROWS = {
 }
 
 
-def report_page(run, metrics, test, pictures):
+def report_page(metrics, test, pictures):
     """A page to be read: the question, the answer, the pictures, the tables by topic."""
+    config = test.run.config
     parts = [
-        f"# EmpRL, preset {run.config.preset}, seed {run.config.seed}",
+        f"# EmpRL, preset {config.preset}, seed {config.seed}",
         "**Does PPO bring the empathy levels of the replies closer to those of human replies?**",
         answer(metrics, test.truth),
         "Each reply has a level (none, weak, strong) of emotional reaction, interpretation and "
@@ -1397,7 +1360,7 @@ def report_page(run, metrics, test, pictures):
     texts = {system: metrics[system] for system in (*COLUMNS, "human")}
     parts += ["## Text", table("text", texts, TEXT_ROWS)]
     parts += ["## The classifiers", classifier_table(metrics)]
-    parts.append(f"Seconds: {run.seconds}.")
+    parts.append(f"Seconds: {test.run.seconds}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -1465,8 +1428,8 @@ def samples_page(test, count=12):
         "# Samples",
         f"{count} of {len(order)} test contexts: where EmpRL meets more of the human's levels "
         "than MLE, as many, or fewer, in their true proportion; within each, evenly spaced. "
-        f"Levels are those that the {test.truth} tells: emotional reaction (ER), "
-        "interpretation (IP), exploration (EX).",
+        f"Levels are by the {test.truth}: emotional reaction (ER), interpretation (IP), "
+        "exploration (EX).",
     ]
     for sign, heading in ((1, "closer than MLE"), (0, "as close"), (-1, "less close")):
         share = change.count(sign) / len(change)
@@ -1484,7 +1447,7 @@ def sample(test, i):
     return "\n".join(lines)
 
 
-def draw_plots(run, metrics, test):
+def draw_plots(metrics, test):
     """plots/NAME.png -> {NAME: its caption}. A picture less is no reason to lose a report."""
     try:
         Path.home()
@@ -1495,32 +1458,21 @@ def draw_plots(run, metrics, test):
     except (ImportError, ValueError) as error:  # ValueError: MPLBACKEND is no backend's name
         say(f"no pictures: {error}")
         return {}
+    folder = test.run.folder / "plots"
     captions = {}
     for draw, caption in PICTURES.items():
         name = draw.__name__.removeprefix("draw_")
-        steps = []
-        for stage in STAGES_OF.get(name, []):
-            steps += run.logs.get(stage, [])  # stages may be "identifiers-er" etc.
-        needed = "valid_exact_match" if name == "learnt_vs_truth" else "step"
-        if name in STAGES_OF and not any(needed in record for record in steps):
-            continue  # its stages were skipped, or not validated
         figure = Figure(layout="constrained", dpi=100)
         try:
-            (run.folder / "plots").mkdir(exist_ok=True)
             draw(figure, metrics, test)
-            figure.savefig(run.folder / "plots" / f"{name}.png")
-            captions[name] = caption.format(truth=test.truth)
+            if figure.axes:  # else there is nothing to draw: its stages were skipped
+                folder.mkdir(exist_ok=True)
+                figure.savefig(folder / f"{name}.png")
+                captions[name] = caption.format(truth=test.truth)
         except Exception as error:
             traceback.print_exc()
             say(f"no picture {name}: {type(error).__name__}: {error}")
     return captions
-
-
-STAGES_OF = {  # picture -> the stages whose steps it shows
-    "ppo": ["ppo"],
-    "learnt_vs_truth": ["ppo"],
-    "losses": ["mle", "identifiers", "judge"],
-}
 
 
 def curve(axis, log, key, **style):
@@ -1566,10 +1518,10 @@ def draw_levels(figure, metrics, test):
         counts = confusions(test.replies[system].levels[test.truth], test.human[test.truth])
         for axis, m, table in zip(row, MECHANISMS, counts):
             share = table / table.sum(1, keepdim=True).clamp(min=1)
-            axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="Blues")
-            for gold, predicted in itertools.product(range(3), repeat=2):
-                colour = "white" if share[gold, predicted] > 0.5 else "black"
-                text = f"{share[gold, predicted]:.0%}\n{table[gold, predicted]}"
+            axis.imshow(share, vmin=0, vmax=1, cmap="Blues")
+            for (gold, predicted), part in np.ndenumerate(share.numpy()):
+                text = f"{part:.0%}\n{table[gold, predicted]}"
+                colour = "white" if part > 0.5 else "black"
                 axis.text(predicted, gold, text, ha="center", va="center", color=colour)
             axis.set_title(f"{SYSTEMS[system]}: {MECHANISM_NAMES[m]}", fontsize=10)
             axis.set_xticks(range(3), LEVEL_NAMES)
@@ -1592,9 +1544,11 @@ PPO_PANELS = {  # key -> title, unit, healthy range
 
 def draw_ppo(figure, metrics, test):
     """What one looks at when PPO fails. A grey band is a healthy range."""
+    log = test.run.logs["ppo"]
+    if not log:
+        return
     figure.set_size_inches(7.8, 4.6)
     axes = figure.subplots(2, 4, sharex=True)
-    log = test.run.logs["ppo"]
     for axis, (key, (title, unit, healthy)) in zip(axes.flat, PPO_PANELS.items()):
         curve(axis, log, key, color=COLOURS["emprl"])
         if healthy:
@@ -1611,20 +1565,23 @@ def draw_ppo(figure, metrics, test):
 
 def draw_learnt_vs_truth(figure, metrics, test):
     """The identifiers' opinion of the policy beside the truth, from MLE on."""
+    log = test.run.logs["ppo"]
+    key = PREFIX[test.truth] + "exact_match"
+    validated = [record for record in log if f"valid_{key}" in record]
+    if not validated:
+        return
+    iterations = [0, *(record["step"] + 1 for record in validated)]
     figure.set_size_inches(7.8, 3.6)
     axis = figure.subplots()
-    key = PREFIX[test.truth] + "exact_match"
-    log = test.run.logs["ppo"]
-    points = {0: log[0]["start"]}
-    points |= {r["step"] + 1: r for r in log if f"valid_{key}" in r}
     for name, label, colour in (
         ("exact_match", "identifiers (they give the reward)", "#CC79A7"),
         (key, f"{test.truth} (never gives it)", "#555555"),
     ):
-        share = np.array([record[f"valid_{name}"] for record in points.values()])
-        axis.plot(list(points), share, "o-", ms=4, color=colour, label=label)
+        share = [record[f"valid_{name}"] for record in (log[0]["start"], *validated)]
+        share = np.array(share)
         error = 1.96 * np.sqrt(share * (1 - share) / test.run.config.ppo.valid_contexts)
-        axis.fill_between(list(points), share - error, share + error, color=colour, alpha=0.15)
+        axis.plot(iterations, share, "o-", ms=4, color=colour, label=label)
+        axis.fill_between(iterations, share - error, share + error, color=colour, alpha=0.15)
     for (name, figures), style in zip(bounds(metrics).items(), (":", "--")):
         axis.axhline(figures[key], color="black", ls=style, label=name)
     axis.set(xlabel="PPO iteration", ylabel="all three levels right (share)")
@@ -1633,21 +1590,21 @@ def draw_learnt_vs_truth(figure, metrics, test):
 
 
 def draw_losses(figure, metrics, test):
-    """MLE: training and validation loss. Classifiers: what the best weights are chosen by."""
-    figure.set_size_inches(7.8, 3.2)
+    """MLE and the classifiers. Above the training loss, below what chooses the weights."""
     logs = test.run.logs
     stages = ("mle", "identifiers", "judge")
     stages = [stage for stage in stages if len(logs.get(stage, [])) > 1]  # n-grams: one step
-    axes = figure.subplots(1, max(len(stages), 1), squeeze=False)
-    for axis, stage in zip(axes.flat, stages):
-        curve(axis, logs[stage], "loss", color="0.7", label="training loss (nats)")
-        right = axis if stage == "mle" else axis.twinx()
-        label = "validation loss" if stage == "mle" else "validation: negative macro-F1"
-        curve(right, logs[stage], "valid", color="black", marker="o", label=label)
-        axis.set_title({"mle": "MLE, per token"}.get(stage, stage), fontsize=10)
-        axis.set_xlabel("step")
-        axis.legend(fontsize=7, loc="upper right")
-        right.legend(fontsize=7, loc="upper right", bbox_to_anchor=(1, 0.88))
+    if not stages:
+        return
+    figure.set_size_inches(7.8, 4.2)
+    axes = figure.subplots(2, len(stages), sharex="col", squeeze=False)
+    for stage, (above, below) in zip(stages, axes.T):
+        above.set_title(stage, fontsize=10)
+        curve(above, logs[stage], "loss", color="0.7")
+        curve(below, logs[stage], "valid", color="black", marker="o")
+    axes[0, 0].set_ylabel("training loss (nats)")
+    axes[1, 0].set_ylabel("validation")
+    figure.supxlabel("step", fontsize=10)
 
 
 PICTURES = {
@@ -1661,8 +1618,11 @@ PICTURES = {
     "With reward hacking the identifiers' line rises and the {truth}'s does not. Shaded: 95 % "
     "intervals, on the few contexts that PPO is validated on.",
     draw_ppo: "PPO, iteration by iteration. Look at the reward and the KL first. Grey bands are "
-    "healthy ranges; explained variance tells how much the value head knows.",
-    draw_losses: "Do MLE and the classifiers still learn? Validation should fall with training.",
+    "healthy ranges; explained variance is the share of the variance of the returns that the "
+    "value head predicts.",
+    draw_losses: "Do MLE and the classifiers still learn? Above the training loss, below the "
+    "validation that chooses their weights: MLE's loss, the classifiers' negative macro-F1. Both "
+    "should fall.",
 }
 
 
@@ -1693,18 +1653,24 @@ def apply_setting(config, setting):
             f"--set {setting}: no such option; write NAME=VALUE with one of {known}"
         )
     part, f = options[name]
-    kind, meta = type(f.default), f.metadata
-    try:
-        value = {"on": True, "off": False}[text] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        value = None
-    if kind in (bool, str):
-        is_legal = value is not None and value in (meta["choices"] or [value])
-    else:
-        is_legal = value is not None and meta["low"] <= value <= meta["high"]
-    if not is_legal:
+    value = value_of(f, text)
+    if value is None:
         raise DataError(f"--set {setting}: it takes {legal(f)}")
     setattr(part, f.name, value)
+
+
+def value_of(f, text):
+    """What --set gives an option; None if it is not legal."""
+    meta = f.metadata
+    if isinstance(f.default, bool):
+        return {"on": True, "off": False}.get(text)
+    if meta["choices"]:
+        return text if text in meta["choices"] else None
+    try:
+        value = type(f.default)(text)
+    except ValueError:
+        return None
+    return value if meta["low"] <= value <= meta["high"] else None
 
 
 def legal(f):
@@ -1756,36 +1722,26 @@ def make_config(preset="toy", seed=0, data_path="", t5_dir="", settings=()):
 
 def refuse_without_effect(config, settings):
     """Raises DataError for a setting of a part that something else replaces."""
-    replaced = {}  # a name, or a section with its dot -> what replaces it
+    unused = {}  # reason -> options, or how their names begin
     if config.t5_dir:
-        replaced["t5."] = replaced["data.vocab_size"] = "--t5 has its own"
+        unused["--t5 has its own"] = ("t5.", "data.vocab_size")
     if config.data_path:
-        for name in ("num_train", "num_valid", "num_test", "num_labelled"):
-            replaced[f"data.{name}"] = "all of --data is used"
+        unused["all of --data is used"] = ("data.num_",)
     if not config.pretrain.steps:
-        replaced["pretrain.task"] = "pretrain.steps is 0"
+        unused["pretrain.steps is 0"] = ("pretrain.task",)
     if config.mle.epochs:
-        replaced["mle.steps"] = "mle.epochs sets them"
+        unused["mle.epochs sets them"] = ("mle.steps",)
     if config.identifiers.kind == "ngrams":
-        for name in (
-            "steps",
-            "batch_size",
-            "micro_batch",
-            "lr",
-            "warmup",
-            "eval_every",
-            "shared",
-        ):
-            replaced[f"identifiers.{name}"] = "n-grams have none"
-        replaced["context.steps"] = replaced["context.lr"] = "n-grams have none"
+        names = "steps batch_size micro_batch lr warmup eval_every shared".split()
+        of_networks = [f"identifiers.{name}" for name in names]
+        unused["n-grams have none"] = (*of_networks, "context.steps", "context.lr")
     else:
-        for name in ("identifiers.penalty", "identifiers.size", "context.penalty"):
-            replaced[name] = "only n-grams have it"
+        of_ngrams = ("identifiers.penalty", "identifiers.size", "context.penalty")
+        unused["only n-grams have it"] = of_ngrams
     for setting in settings:
-        name = setting.partition("=")[0]
-        why = replaced.get(name) or replaced.get(name.partition(".")[0] + ".")
-        if why:
-            raise DataError(f"--set {setting}: has no effect here ({why}); leave it out")
+        for why, names in unused.items():
+            if setting.startswith(names):
+                raise DataError(f"--set {setting}: has no effect here ({why}); leave it out")
 
 
 def print_options():
@@ -1816,7 +1772,6 @@ class Finished:
     """What a run folder holds when the run has ended."""
 
     run: Run
-    tokenizer: Tokenizer
     classifiers: dict  # "identifiers", "judge"
     policies: dict  # "mle", "emprl"
 
@@ -1856,11 +1811,12 @@ def load_run(folder, device):
         check_origin("its configuration", digest(metrics["config"]), made_of["config"])
         run = Run(folder, config, device)
         same_code = metrics["code"] == run.code
-        tokenizer = Tokenizer(folder / "tokenizer.model")
-        check_origin("tokenizer.model", digest_bytes(tokenizer.model), made_of["tokenizer"])
+        run.tokenizer = Tokenizer(folder / "tokenizer.model")
+        found = digest_bytes(run.tokenizer.model)
+        check_origin("tokenizer.model", found, made_of["tokenizer"])
         policies = {}
         for name, stage in (("mle", "mle"), ("emprl", "ppo")):
-            policy = from_pretrained(folder / name, tokenizer.vocab_size)
+            policy = from_pretrained(folder / name, run.tokenizer.vocab_size)
             check_origin(name, digest_weights(policy.state_dict()), made_of[stage])
             policies[name] = policy.to(device).eval()
         classifiers = {}
@@ -1875,7 +1831,7 @@ def load_run(folder, device):
         ) from None
     if not same_code:
         say("warning: the run was made by other code than this")
-    return Finished(run, tokenizer, classifiers, policies)
+    return Finished(run, classifiers, policies)
 
 
 def load_classifier(classifier, name, folder, made_of):
@@ -1905,15 +1861,14 @@ def check_origin(name, found, wanted):
 def evaluate(arguments):
     """Both policies on any dialogues; figures and replies go into the run folder."""
     finished = load_run(arguments.run, find_device(arguments.device))
-    run, tokenizer = finished.run, finished.tokenizer
+    run = finished.run
     # without levels: nothing here needs them, and the oracle knows only its own world
     dialogues = [replace(d, levels=None) for d in data.read_dialogues(arguments.data)]
     say(f"{len(dialogues)} dialogues; figures and replies are written at the end")
-    lengths = run.config.data
-    pairs = Pairs(dialogues, tokenizer, lengths.max_source, lengths.max_scored, run.device)
-    mle, emprl = finished.policies["mle"], finished.policies["emprl"]
-    test = Evaluator(run, pairs, tokenizer, finished.classifiers, mle)
-    metrics = test.before_and_after(mle, emprl)
+    limits = run.config.data.max_source, run.config.data.max_scored
+    pairs = Pairs(dialogues, run.tokenizer, *limits, run.device)
+    test = Evaluator(run, pairs, finished.classifiers, finished.policies["mle"])
+    metrics = test.before_and_after(finished.policies["emprl"])
 
     # Named by content: another mine.jsonl does not write over this one.
     name = (
@@ -1971,7 +1926,7 @@ def signs_of_crisis(text):
 
 
 def chat(arguments):
-    """You write, both policies reply, and the identifiers tell the levels of each reply."""
+    """You write, both policies reply, and each reply has its levels by the identifiers."""
     if sys.stdin is None:
         raise DataError(
             "chat reads what you type, but it has no input; start it in a terminal"
@@ -2001,12 +1956,12 @@ def chat(arguments):
 
 def answer_to(finished, name, history):
     """A policy's reply to a conversation, and its levels as the identifiers see them."""
-    config, tokenizer = finished.run.config, finished.tokenizer
-    lengths = config.data.max_source, config.data.max_target
-    pairs = Pairs([Dialogue(history, "")], tokenizer, *lengths, finished.run.device)
+    run, config = finished.run, finished.run.config
+    limits = config.data.max_source, config.data.max_target
+    pairs = Pairs([Dialogue(history, "")], run.tokenizer, *limits, run.device)
     answered = pairs.with_responses(respond(finished.policies[name], pairs, config.replying))
     levels = predict_levels(finished.classifiers["identifiers"], answered)[0]
-    return tokenizer.decode(answered.responses[0]), levels
+    return run.tokenizer.decode(answered.responses[0]), levels
 
 
 def find_device(wanted=""):
@@ -2031,13 +1986,13 @@ NVIDIA_DRIVER = "/proc/driver/nvidia"
 
 def problem_of_cuda():
     """What keeps torch from using a GPU, in a line; "" if nothing does."""
-    with warnings.catch_warnings(record=True) as told:  # torch warns of a driver that is old
+    with warnings.catch_warnings(record=True) as warned:  # torch warns of a driver that is old
         warnings.simplefilter("always")
         try:
             if torch.cuda.is_available():
                 torch.ones(1, device="cuda").sum().item()  # it may be there, and not work
                 return ""
-            reason = told[-1].message if told else NO_GPU
+            reason = warned[-1].message if warned else NO_GPU
         except RuntimeError as error:
             reason = error
     if reason == NO_GPU and os.path.exists(NVIDIA_DRIVER):
@@ -2060,7 +2015,6 @@ def start_run(arguments):
     run = Run(folder, config, device, arguments.words)
     what = f"preset {config.preset}, seed {config.seed}, on {device}"
     say(f"EmpRL, {what}, threads: {torch.get_num_threads()}; results in {folder}")
-    on_ctrl_c(run.on_interrupt)
     with alone(folder):
         run_all(run)
 
@@ -2148,6 +2102,17 @@ def on_ctrl_c(handler):
     if handler is not None and threading.current_thread() is threading.main_thread():
         return signal.signal(signal.SIGINT, handler)
     return None
+
+
+@contextlib.contextmanager
+def ctrl_c_waits():
+    """Ctrl-C stops nothing meanwhile, but sets the event: a step is never cut in two."""
+    pressed = threading.Event()
+    before = on_ctrl_c(lambda *_: pressed.set())
+    try:
+        yield pressed
+    finally:
+        on_ctrl_c(before)
 
 
 OUT_OF_MEMORY = "out of memory|can't allocate|not enough memory"

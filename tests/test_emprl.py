@@ -173,19 +173,20 @@ N = 40  # contexts of the small evaluations below
 def seen(improved, worse, truth="oracle", text="A reply."):
     """An evaluation: EmpRL is closer than MLE in some contexts, less close in others."""
     human = torch.zeros(N, 3, dtype=torch.long)
+    gold = {truth: human, "judge": human}
     mle, policy = human.clone(), human.clone()
     mle[:improved, 1] = 2
     policy[improved : improved + worse, 0] = 1
     tables = {"mle": mle, "best_of_n": human, "emprl": policy}
-    replies = {}
+    replies = {"human": emprl.Replies([text] * N, gold)}
     for system, levels in tables.items():
         texts = [f"{system} {i}: {text}" for i in range(N)]
         replies[system] = emprl.Replies(texts, {truth: levels, "judge": levels})
     dialogues = [emprl.Dialogue((f"context {i} {text}",), text, "sad") for i in range(N)]
     pairs = MagicMock(dialogues=dialogues)
     pairs.__len__.return_value = N
-    gold = {truth: human, "judge": human}
-    return SimpleNamespace(truth=truth, human=gold, replies=replies, pairs=pairs)
+    run = SimpleNamespace(folder=Path("run"), config=emprl.make_config("smoke"))
+    return SimpleNamespace(run=run, truth=truth, human=gold, replies=replies, pairs=pairs)
 
 
 def gain(low, high):
@@ -236,12 +237,11 @@ def test_the_answer_is_three_sentences_and_honest(own, judge, oracle, says):
 @pytest.mark.parametrize("improved, worse", [(10, 4), (0, 7), (0, 0), (40, 0), (0, 40)])
 def test_the_last_screen_of_any_outcome_fits(improved, worse, truth):
     """Figures without a bound, texts without an end; an example that improved if there is one."""
-    run = SimpleNamespace(folder=Path("run"), config=emprl.make_config("smoke"))
-    run.config.eval.best_of = 10**4
     for size in (0.1, 1e9, math.inf, math.nan):
         metrics = figures_of((0, size), (0, size), (0, size), perplexity=1e300 * size)
         test = seen(improved, worse, truth, "so\x1b[1m sad " * 40)
-        screen = emprl.last_screen(run, metrics, test)
+        test.run.config.eval.best_of = 10**4
+        screen = emprl.last_screen(metrics, test)
         assert fits(screen), screen
         assert "\x1b" not in screen
         assert f"In {improved / N:.0%} of the contexts" in screen
@@ -610,16 +610,16 @@ def test_a_network_for_each_mechanism_from_the_corpus_to_the_pictures(tmp_path, 
         emprl.load_run(run, "cpu")
 
 
-def test_the_time_that_a_run_still_takes(tmp_path, capsys, monkeypatch):
+def test_the_time_that_a_run_still_takes(capsys, monkeypatch):
     """A run twice as fast as expected so far halves what it expects of the rest, with time."""
     config = emprl.make_config("toy")
     expected = emprl.stages_of(config)
-    assert expected["ppo"] == config.ppo.steps * emprl.TOY_SECONDS["ppo"]
+    assert expected["ppo"] == config.ppo.steps * emprl.SECONDS["ppo"][0]
     assert list(expected) == ["mle", "identifiers", "judge", "context", "ppo", "evaluate"]
-    run = emprl.Run(tmp_path, config)
-    run.worked, run.began = 10_000.0, 1000.0
+    progress = emprl.Progress(config)
+    progress.worked, progress.began = 10_000.0, 1000.0
     monkeypatch.setattr(emprl.time, "time", lambda: 6000.0)
-    run.announce("ppo")
+    progress.announce("ppo")
     rest = (expected["ppo"] + expected["evaluate"]) / 2
     minutes, seconds = divmod(int(rest * 5020 / 5010), 60)
     out = capsys.readouterr().out

@@ -60,7 +60,7 @@ def test_kl_is_that_of_the_distribution_sampled_from(
     config, policies = run.run.config, run.policies
     sizes = config.data
     dialogues = parts_of(config)["test"]
-    pairs = data.Pairs(dialogues, run.tokenizer, sizes.max_source, sizes.max_scored)
+    pairs = data.Pairs(dialogues, run.run.tokenizer, sizes.max_source, sizes.max_scored)
     (rows,) = pairs.chunks(128)
     source, human = pairs.batch(rows)
     prompts = ppo.Prompts(source, torch.tensor(rows), human)
@@ -142,7 +142,7 @@ def test_perplexities_are_of_whole_human_responses(short):
     test = parts_of(run.run.config)["test"]
     count = sum(len(identifiers.words(dialogue.response)) + 1 for dialogue in test)
     for name, policy in run.policies.items():
-        measured = of_each(test, run.tokenizer, 72, policy.loss_sum)
+        measured = of_each(test, run.run.tokenizer, 72, policy.loss_sum)
         losses, tokens = zip(*measured)
         loss = sum(x.item() for x in losses)  # in double precision
         assert metrics[name]["perplexity"] == pytest.approx(math.exp(loss / sum(tokens)))
@@ -163,10 +163,10 @@ def test_gold_levels_and_targets_are_of_whole_human_responses(short):
         def told(context, response, classifier=classifier):
             return classifier(context, response).argmax(-1)[0].tolist()
 
-        read = of_each(parts["test"], run.tokenizer, 72, told)
+        read = of_each(parts["test"], run.run.tokenizer, 72, told)
         assert [levels[name]["human"] for levels in gold] == read
         if name == "identifiers":
-            read = of_each(parts["train"], run.tokenizer, 72, told)
+            read = of_each(parts["train"], run.run.tokenizer, 72, told)
             assert targets.human.tolist() == read
 
 

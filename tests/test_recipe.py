@@ -60,8 +60,9 @@ class Watched:
 
         def watched(run, name, *arguments, **named):
             self.stage = name
-            train(run, name, *arguments, **named)
+            model = train(run, name, *arguments, **named)
             self.stage = f"after {name}"
+            return model
 
         def watched_targets(*arguments):
             self.targets = find_targets(*arguments)

@@ -313,10 +313,10 @@ class Ideal(emprl.Evaluator):
         super().__init__(*arguments)
         self.times = times
 
-    def best_of_n(self, mle, reward, targets):
+    def best_of_n(self, reward, targets):
         source = self.run.folder.parent
         if source not in self.sampled:
-            self.sampled[source] = self.sample_often(mle)
+            self.sampled[source] = self.sample_often()
         tries, levels = self.sampled[source]
         rewards = torch.stack([promised(reward, one, targets) for one in tries])  # (K, N)
         human = promised(reward, self.pairs, targets)  # (N,)
@@ -330,7 +330,7 @@ class Ideal(emprl.Evaluator):
         for who, gold in self.human.items():
             for name, number in expected_figures(levels[who], weights, gold).items():
                 figures[emprl.PREFIX[who] + name] = number
-        before = self.perplexities(mle)
+        before = self.perplexities(self.mle)
         figures["perplexity"] = before["perplexity"] * math.exp(rise)
         share = math.log(figures["perplexity"]) / math.log(before["perplexity"])
         figures["perplexity_per_word"] = before["perplexity_per_word"] ** share
@@ -338,13 +338,13 @@ class Ideal(emprl.Evaluator):
         figures["kl"] = kl.mean().item()
         return figures
 
-    def sample_often(self, mle):
+    def sample_often(self):
         """TRIES lots of responses, and {classifier: (K, N, M) levels}."""
         config = self.run.config
         self.run.seed("ideal")
         tries, told = [], []
         for _ in range(TRIES):
-            responses = respond(mle, self.pairs, config.replying, config.eval.batch_size)
+            responses = respond(self.mle, self.pairs, config.replying, config.eval.batch_size)
             tries.append(self.pairs.with_responses(responses))
             told.append(self.levels(responses))
         levels = {}

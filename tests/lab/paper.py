@@ -41,8 +41,9 @@ class Measured(emprl.Run):
     """A run that notes the peak of each stage."""
 
     def train(self, name, trainer, made_of=()):
-        super().train(name, trainer, made_of)
+        model = super().train(name, trainer, made_of)
         self.peaks[name] = {"GiB": peak(self.device)}
+        return model
 
 
 def few_dialogues(load_corpus):

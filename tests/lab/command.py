@@ -74,6 +74,19 @@ def read_runs(folders):
     return dict(sorted(runs.items(), key=lambda item: item[1]["config"]["seed"]))
 
 
+def read_replies(path):
+    """The records of a responses.jsonl, a context each. Raises DataError."""
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            record["id"], record["context"], record["human"], record["replies"]
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"{path}:{number}: damaged; repair or remove this line") from None
+        records.append(record)
+    return records
+
+
 def write_json(path, content):
     """Nothing is written without --write."""
     if path:

@@ -35,6 +35,7 @@ from tests.lab.command import (
     mean,
     means,
     new_file,
+    read_replies,
     read_runs,
     sheet,
     start,
@@ -56,8 +57,7 @@ def read_levels(folder):
             "give the run's own command again"
         )
     levels, contexts = {}, []
-    for line in content.decode().splitlines():
-        record = json.loads(line)
+    for record in read_replies(folder / "responses.jsonl"):
         contexts.append(record["context"])
         for who, systems in record["levels"].items():
             for system, told in systems.items():

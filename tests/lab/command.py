@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from data import DataError
 from emprl import command_line, in_one_line, to_json
 
@@ -91,6 +93,14 @@ def write_json(path, content):
     """Nothing is written without --write."""
     if path:
         path.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
+
+
+def peak_memory(device):
+    """Bytes held at most so far: by torch on a GPU; by this process on a CPU (Linux)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def mean(numbers):

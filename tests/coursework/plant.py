@@ -103,7 +103,7 @@ def copy_program(copy):
     copy.mkdir(parents=True)
     for name in FILES:
         shutil.copy(ROOT / name, copy)
-    without = shutil.ignore_patterns("__pycache__")
+    without = shutil.ignore_patterns("__pycache__", "mutate.py")  # which needs the tests
     shutil.copytree(ROOT / "tests" / "lab", copy / "tests" / "lab", ignore=without)
     if (ROOT / PICTURES).exists():
         (copy / PICTURES).parent.mkdir()

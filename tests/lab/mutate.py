@@ -51,7 +51,9 @@ rewards advantages returns values scores, context response source ids contexts r
 gold predicted levels target targets expected promised, er ip ex"""
 ROLES = [words.split() for words in ROLES.split(",")]
 TWINS = ROLES[:5]  # everywhere; the others where a function has both
-TALK = re.compile("print|say|plot|draw_|figure[.]|axis|help|error|table|report", re.I)  # for the eye only
+TALK = re.compile(
+    "print|say|plot|draw_|figure[.]|axis|help|error|table|report", re.I
+)  # for the eye only
 IDLE = ("in place", "detach")  # kinds of equations that change little here
 
 Mutant = namedtuple("Mutant", "id kind module function line before after")

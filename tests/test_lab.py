@@ -166,10 +166,17 @@ def test_a_told_t5_is_one_that_reads_three_words_more():
     assert torch.equal(found.ids, wanted.ids)
     assert torch.allclose(found.log_probs, wanted.log_probs, atol=1e-5)
 
-    # In training the words are there already.
-    told.train()
-    assert told.loss_sum(longer, response)[0] == plain.loss_sum(longer, response)[0]
     assert told.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_in_training_it_reads_the_words_that_are_spoken():
+    plain = tiny_t5()
+    told = ablate.Told(plain, WORDS, lambda source: pytest.fail("asked")).train()
+    told.spoken = torch.tensor([[0, 0, 0], [1, 2, 1], [2, 2, 2]])
+    words = torch.tensor([[21, 24, 27], [22, 26, 28], [23, 26, 29]])
+    source, response = ragged([6, 4, 6], high=20), ragged([5, 3, 4], high=20, seed=1)
+    wanted, _ = plain.loss_sum(torch.cat([words, source], 1), response)
+    assert told.loss_sum(source, response)[0].item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
 def rollout_of(kind, sampling):
@@ -440,12 +447,12 @@ def told(copied, short, call, monkeypatch):
 
     def watched_loss(t5, source, response):
         if t5.training:
-            seen["batches"].append((source, response))
+            seen["batches"].append((source, response, t5.spoken))
         return loss_sum(t5, source, response)
 
-    def watched_trainer(start):
-        seen["start"] = start
-        seen["t5"] = (trainer := ablate.told_trainer(start)).model
+    def watched_trainer(run, mle, reward, *others):
+        seen["run"], seen["reward"] = run, reward
+        seen["t5"] = (trainer := ablate.told_trainer(run, mle, reward, *others)).model
         return trainer
 
     monkeypatch.setattr(emprl, "find_targets", watched_targets)
@@ -457,13 +464,13 @@ def told(copied, short, call, monkeypatch):
 
 
 def test_in_training_it_is_told_the_levels_of_the_human_response(told):
-    words, start = told["t5"].words, told["start"]
-    assert words.min() >= start.run.tokenizer.num_pieces, "no text has these ids"
+    words = told["t5"].words
+    assert words.min() >= told["run"].tokenizer.num_pieces, "no text has these ids"
     assert len(set(words.flatten().tolist())) == 9
     assert len(told["batches"]) == round(ablate.TOLD_RESPONSES * 2 * 16 / 8)
-    for source, response in told["batches"]:
-        levels = start.reward.identifiers(source[:, 3:], response).argmax(-1)
-        assert torch.equal(source[:, :3], words[torch.arange(3), levels])
+    for source, response, spoken in told["batches"]:
+        levels = told["reward"].identifiers(source, response).argmax(-1)
+        assert torch.equal(spoken, levels)
 
 
 def test_in_replies_it_is_told_the_likeliest_levels_that_ppo_aims_for(told):
@@ -471,15 +478,14 @@ def test_in_replies_it_is_told_the_likeliest_levels_that_ppo_aims_for(told):
     assert torch.equal(told["t5"].levels_of(source), told["targets"].test.argmax(-1))
 
 
-def test_expected_figures_are_those_of_the_levels():
+def test_figures_of_draws_are_those_of_the_drawn_levels():
     torch.manual_seed(0)
     levels = torch.randint(0, 3, (4, 50, 3))
     gold = torch.randint(0, 3, (50, 3))
     one = torch.randint(0, 4, (50,))
-    certain = torch.nn.functional.one_hot(one, 4).T.float()
     plain = identifiers.compare_levels(levels[one, torch.arange(50)], gold)
-    assert ablate.expected_figures(levels, certain, gold) == pytest.approx(plain)
-    half = ablate.expected_figures(levels[:2], torch.full((2, 50), 0.5), gold)
+    assert ablate.drawn_figures(levels, one[:, None], gold) == pytest.approx(plain)
+    half = ablate.drawn_figures(levels, torch.tensor([[0, 1]]).repeat(50, 1), gold)
     twice = identifiers.compare_levels(levels[:2].flatten(0, 1), torch.cat([gold, gold]))
     assert half == pytest.approx(twice), "every context twice, once with each"
 

@@ -36,7 +36,7 @@ import pytest
 
 from tests.coursework import mutants as equations
 from tests.coursework.kinds import changed, functions
-from tests.lab.command import Parser
+from tests.lab.command import Parser, start
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = "t5_small data identifiers ppo emprl".split()
@@ -352,4 +352,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(start(main))

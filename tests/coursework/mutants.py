@@ -15,7 +15,6 @@ to be no mistake. All of them take about a minute.
     left out     a keyword, a conversion, a statement, a branch
 """
 
-import argparse
 import ast
 import copy
 import importlib
@@ -29,6 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tests.coursework.command import make_parser
 from tests.coursework import student, worker
 from tests.coursework.grade import environment
 from tests.coursework.kinds import Replace, changed
@@ -449,11 +449,7 @@ def still_right(graded):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.coursework.mutants",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("mutants", __doc__)
     parser.add_argument("names", nargs="*", metavar="FUNCTION", help="all, if none is named")
     names = parser.parse_args().names or list(all_graded())
     wrong = [name for name in names if name not in all_graded()]

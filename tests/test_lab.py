@@ -1,6 +1,5 @@
 """The lab: its arithmetic by hand and against real tensors; every command on tiny work."""
 
-import builtins
 import json
 import math
 import re
@@ -21,7 +20,7 @@ from identifiers import ClassifierConfig
 from ppo import PPOConfig, PPOTrainer, Prompts
 from t5_small import T5, Sampling, T5Config
 from tests.conftest import check
-from tests.lab import ablate, bench, blind, command, identify, rate, tables
+from tests.lab import ablate, bench, blind, command, identify, tables
 from tests.tools import ragged, tiny_config, tiny_t5
 
 
@@ -49,9 +48,9 @@ def test_errors_are_one_line(call, capsys, finished, tmp_path):
         (bench, "from 1", ["--repeats", "0"]),
         (identify, "none: no such folder", ["--data", tmp_path / "none"]),
         (identify, "from 1", ["--seeds", "0"]),
-        (rate, "responses.jsonl", [tmp_path]),
-        (rate, "--number is from 1", [finished, "--number", "0"]),
-        (rate, "--number is from 1", [finished, "--number", "-1"]),
+        (blind, "responses.jsonl", [tmp_path, "--sheet", "x"]),
+        (blind, "--number is from 1", [finished, "--number", "0", "--sheet", "x"]),
+        (blind, "--number is from 1", [finished, "--number", "-1", "--sheet", "x"]),
         (blind, "give --sheet FILE, or filled", [finished]),
         (
             blind,
@@ -66,7 +65,7 @@ def test_errors_are_one_line(call, capsys, finished, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["cut"]
 
 
-@pytest.mark.parametrize("script", [ablate, bench, blind, identify, rate, tables])
+@pytest.mark.parametrize("script", [ablate, bench, blind, identify, tables])
 def test_help_says_what_it_costs(script, call, capsys):
     with pytest.raises(SystemExit):
         call(script, "--help")
@@ -167,10 +166,17 @@ def test_a_told_t5_is_one_that_reads_three_words_more():
     assert torch.equal(found.ids, wanted.ids)
     assert torch.allclose(found.log_probs, wanted.log_probs, atol=1e-5)
 
-    # In training the words are there already.
-    told.train()
-    assert told.loss_sum(longer, response)[0] == plain.loss_sum(longer, response)[0]
     assert told.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_in_training_it_reads_the_words_that_are_spoken():
+    plain = tiny_t5()
+    told = ablate.Told(plain, WORDS, lambda source: pytest.fail("asked")).train()
+    told.spoken = torch.tensor([[0, 0, 0], [1, 2, 1], [2, 2, 2]])
+    words = torch.tensor([[21, 24, 27], [22, 26, 28], [23, 26, 29]])
+    source, response = ragged([6, 4, 6], high=20), ragged([5, 3, 4], high=20, seed=1)
+    wanted, _ = plain.loss_sum(torch.cat([words, source], 1), response)
+    assert told.loss_sum(source, response)[0].item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
 def rollout_of(kind, sampling):
@@ -441,12 +447,12 @@ def told(copied, short, call, monkeypatch):
 
     def watched_loss(t5, source, response):
         if t5.training:
-            seen["batches"].append((source, response))
+            seen["batches"].append((source, response, t5.spoken))
         return loss_sum(t5, source, response)
 
-    def watched_trainer(start):
-        seen["start"] = start
-        seen["t5"] = (trainer := ablate.told_trainer(start)).model
+    def watched_trainer(run, mle, reward, *others):
+        seen["run"], seen["reward"] = run, reward
+        seen["t5"] = (trainer := ablate.told_trainer(run, mle, reward, *others)).model
         return trainer
 
     monkeypatch.setattr(emprl, "find_targets", watched_targets)
@@ -458,13 +464,13 @@ def told(copied, short, call, monkeypatch):
 
 
 def test_in_training_it_is_told_the_levels_of_the_human_response(told):
-    words, start = told["t5"].words, told["start"]
-    assert words.min() >= start.run.tokenizer.num_pieces, "no text has these ids"
+    words = told["t5"].words
+    assert words.min() >= told["run"].tokenizer.num_pieces, "no text has these ids"
     assert len(set(words.flatten().tolist())) == 9
     assert len(told["batches"]) == round(ablate.TOLD_RESPONSES * 2 * 16 / 8)
-    for source, response in told["batches"]:
-        levels = start.reward.identifiers(source[:, 3:], response).argmax(-1)
-        assert torch.equal(source[:, :3], words[torch.arange(3), levels])
+    for source, response, spoken in told["batches"]:
+        levels = told["reward"].identifiers(source, response).argmax(-1)
+        assert torch.equal(spoken, levels)
 
 
 def test_in_replies_it_is_told_the_likeliest_levels_that_ppo_aims_for(told):
@@ -472,15 +478,14 @@ def test_in_replies_it_is_told_the_likeliest_levels_that_ppo_aims_for(told):
     assert torch.equal(told["t5"].levels_of(source), told["targets"].test.argmax(-1))
 
 
-def test_expected_figures_are_those_of_the_levels():
+def test_figures_of_draws_are_those_of_the_drawn_levels():
     torch.manual_seed(0)
     levels = torch.randint(0, 3, (4, 50, 3))
     gold = torch.randint(0, 3, (50, 3))
     one = torch.randint(0, 4, (50,))
-    certain = torch.nn.functional.one_hot(one, 4).T.float()
     plain = identifiers.compare_levels(levels[one, torch.arange(50)], gold)
-    assert ablate.expected_figures(levels, certain, gold) == pytest.approx(plain)
-    half = ablate.expected_figures(levels[:2], torch.full((2, 50), 0.5), gold)
+    assert ablate.drawn_figures(levels, one[:, None], gold) == pytest.approx(plain)
+    half = ablate.drawn_figures(levels, torch.tensor([[0, 1]]).repeat(50, 1), gold)
     twice = identifiers.compare_levels(levels[:2].flatten(0, 1), torch.cat([gold, gold]))
     assert half == pytest.approx(twice), "every context twice, once with each"
 
@@ -494,13 +499,12 @@ def test_the_picture_is_drawn(tmp_path):
 # ---- bench: arithmetic
 
 LITTLE = tiny_config(vocab_size=300, num_layers=1, num_decoder_layers=1)
-KINDS = ("relu", "gated-gelu")
 
 
 def middling(**changes):
     """A T5 small enough to run, and large enough that what the arithmetic leaves out is little."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 1000, "d_model": 64, "d_kv": 16, "d_ff": 128}
+    sizes = {"vocab_size": 1000, "d_model": 64, "d_kv": 16, "d_ff": 256}
     return T5(T5Config(**{**sizes, "num_decoder_layers": 3, **changes})).train()
 
 
@@ -528,8 +532,9 @@ def test_bytes_of_weights_gradients_and_optimizer(shared):
     found["AdamW"] = 0
     for state in adam.state.values():
         found["AdamW"] += size([state["exp_avg"], state["exp_avg_sq"]])
-    planned = bench.training(bench.parameter_count(make, LITTLE, *more), best=False)
-    assert found == {what: planned[what] for what in found}
+    count = bench.parameter_count(make, LITTLE, *more)
+    assert found == {"weights": 4 * count, "gradients": 4 * count, "AdamW": 8 * count}
+    assert sum(found.values()) + (2 + 4) * count == bench.TRAINED * count
 
 
 def size(tensors):
@@ -557,38 +562,50 @@ def bf16(device):
 
 def dropout_of_a_gpu(self, x):
     """It keeps a mask of bytes, a CPU's one of floats."""
-    return torch.native_dropout(x, self.p, True)[0] if self.p else x
+    return torch.native_dropout(x, self.p, True)[0] if self.training else x
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dropout, half", [(0.0, False), (0.1, False), (0.0, True)])
-def test_activation_bytes_within_a_tenth(kind, dropout, half, monkeypatch):
-    """If it fails after a change of t5_small.py or ppo.py: correct activation_bytes."""
-    if half:
-        monkeypatch.setattr(t5_small, "autocast", bf16)
-        monkeypatch.setattr(ppo, "autocast", bf16)
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(t5_small, "autocast", bf16)
+    monkeypatch.setattr(ppo, "autocast", bf16)
+    monkeypatch.setattr(torch.nn.Dropout, "forward", dropout_of_a_gpu)
     monkeypatch.setattr(t5_small.Dropout, "forward", dropout_of_a_gpu)
-    model = middling(feed_forward_proj=kind, dropout_rate=dropout)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_activation_bytes_within_a_tenth():
+    """If it fails after a change of t5_small.py or ppo.py: correct activation_bytes."""
+    model = middling(dropout_rate=0.1)
     source, target = bench.random_batch(model.config, 8, 40, 24)
-    copies = 2 * half * bench.parameter_count(T5, model.config)  # of the weights, in bf16
+    copies = 2 * bench.parameter_count(T5, model.config)  # of the weights, in bf16
     found = saved_bytes(model, lambda: model.loss_sum(source, target))
-    expected = bench.activation_bytes(model.config, 8, 40, 24, half)
+    logits = 24 * model.config.vocab_size
+    expected = 8 * (bench.activation_bytes(model.config, 40, 24) + 4 * logits)
     assert found == pytest.approx(copies + expected, rel=0.1)
-    if dropout:
-        return
+
+    # PPO has no dropout, so it needs less.
+    model.eval()
     mask = torch.ones_like(target, dtype=torch.bool)
     support = torch.rand(*target.shape, model.config.vocab_size) < 0.5
     asked = (model, source, target, mask, support, 1.0)
     found = saved_bytes(model, lambda: ppo.response_log_probs(*asked))
-    expected = bench.activation_bytes(model.config, 8, 40, 24, half, in_ppo=True)
-    assert found == pytest.approx(copies + expected, rel=0.1)
+    expected = 8 * (bench.activation_bytes(model.config, 40, 24) + 9 * logits)
+    assert 0.7 * expected < found - copies < expected
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_activation_bytes_of_an_encoder():
-    model = middling(dropout_rate=0.0)
+    model = middling(dropout_rate=0.1)
     source, _ = bench.random_batch(model.config, 8, 40)
-    found = saved_bytes(model, lambda: model.encode(source))
-    assert found == pytest.approx(bench.activation_bytes(model.config, 8, 40), rel=0.1)
+
+    def encode():
+        with bf16("cpu"):
+            return model.encode(source)
+
+    weights = 2 * sum(p.numel() for p in model.encoder.parameters())
+    found = saved_bytes(model, encode) - weights
+    assert found == pytest.approx(8 * bench.activation_bytes(model.config, 40), rel=0.1)
 
 
 def test_cache_bytes():
@@ -605,7 +622,7 @@ def test_cache_bytes():
         patch.setattr(t5_small, "BlockCache", Watched)
         t5_small.generate(model, source, Sampling(min_length=5, max_length=5))
     found = sum(size([*cache.memory, cache.keys, cache.values]) for cache in kept)
-    assert bench.cache_bytes(model.config, 2, 7, 5) == found
+    assert 2 * 2 * bench.cache_bytes(model.config, 7, 5) == found  # fp32 here, two rows
 
 
 def test_plan_says_what_fits(call, capsys):
@@ -616,8 +633,8 @@ def test_plan_says_what_fits(call, capsys):
     assert "By arithmetic" in out
     config = emprl.make_config("paper", 0, ".", ".")
     stages = bench.stages(config, bench.BASE)
-    assert stages["mle"]["weights"] == 4 * 222_903_552
-    assert stages["ppo"]["activations"] >= 20 * 32 * 30 * 32128, "all logits of the reference"
+    assert stages["MLE"][0] == bench.TRAINED * 222_903_552
+    assert stages["PPO"][2] >= 20 * 32 * 30 * 32128, "all logits of the reference"
 
 
 # ---- bench: measuring
@@ -741,261 +758,6 @@ def test_figures_of_levels_and_their_summary():
     assert rows["ER accuracy"]["ours"] == "0.667 (0.333)"
 
 
-# ---- rate
-
-QUESTIONS = ("empathy", "relevance", "fluency")
-
-
-def write_replies(folder, number, changed=""):
-    """A responses.jsonl of `number` contexts with two replies, and one with the same twice."""
-    lines = []
-    for i in range(number + 1):
-        replies = {
-            "mle": f"flat {i}{changed}",
-            "emprl": f"{'warm' if i else 'flat'} {i}{changed}",
-        }
-        context = [f"Hello {i}.", "Oh?", "My dog\x1b[1m is sick \U0001f436 \ud800."]
-        record = {"context": context, "human": "I see.", "replies": replies}
-        lines.append(json.dumps(record) + "\n")
-    (folder / "responses.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-class Rater:
-    """In input's place: `prefer(A, B)` to each question, and `stop` after `patience` questions."""
-
-    def __init__(self, monkeypatch, capsys, prefer, patience=1000, stop=""):
-        self.monkeypatch = monkeypatch
-        self.capsys = capsys
-        self.prefer = prefer
-        self.patience = patience
-        self.stop = stop
-        self.read = ""  # all that was shown before the table
-        self.pairs = []  # (A, B) of each question
-
-    def answer(self, prompt):
-        self.read += self.capsys.readouterr().out + prompt + "\n"
-        if not self.patience:
-            if self.stop:
-                raise self.stop
-            return self.stop
-        self.patience -= 1
-        self.pairs.append(re.findall(r"^A: (.*)\nB: (.*)$", self.read, re.M)[-1])
-        return self.prefer(*self.pairs[-1])
-
-    def rate(self, folder, name, *options):
-        """{question: the table's figures}, and the number of raters."""
-        self.monkeypatch.setattr(builtins, "input", self.answer)
-        self.monkeypatch.setattr(sys, "argv", ["rate", str(folder), name, *options])
-        rate.main()
-        out = self.capsys.readouterr().out
-        assert f"answers in {folder}/ratings-{name}.jsonl" in out
-        head, *rows = out.partition("\nraters: ")[2].splitlines()
-        assert [row.split()[0] for row in rows] == [*QUESTIONS]
-        found = {row.split()[0]: row.split()[1:] for row in rows}
-        return {**found, "raters": int(head.split()[0])}
-
-
-@pytest.fixture
-def rater(monkeypatch, capsys):
-    return lambda *arguments: Rater(monkeypatch, capsys, *arguments)
-
-
-def warm(a, b):
-    return "a" if "warm" in a else "b"
-
-
-def flat(a, b):
-    return "b" if "warm" in a else "a"
-
-
-def shown(*row):
-    return dict.fromkeys(QUESTIONS, [*row])
-
-
-@pytest.mark.parametrize(
-    "wins, losses, p",
-    [
-        (0, 0, 1),
-        (1, 0, 1),
-        (1, 1, 1),
-        (5, 0, 2 / 32),
-        (4, 1, 2 * (1 + 5) / 32),
-        (8, 2, 2 * (1 + 10 + 45) / 1024),
-        (3, 3, 1),
-        (2000, 0, 0),
-    ],
-)
-def test_sign_test_by_hand(wins, losses, p):
-    assert rate.sign_test(wins, losses) == pytest.approx(p, abs=1e-12)
-    assert rate.sign_test(losses, wins) == pytest.approx(p, abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    "a, b, expected",
-    [
-        ([1, 1, 0, -1], [1, 1, 0, -1], 1),
-        ([1, -1], [-1, 1], -1),  # p_o 0, p_e 1/2
-        ([1, 1, -1, -1], [1, -1, 1, -1], 0),  # p_o 1/2, p_e 1/2
-        # p_o 35/50, p_e (25 * 30 + 25 * 20) / 2500
-        ([1] * 25 + [0] * 25, [1] * 20 + [0] * 5 + [1] * 10 + [0] * 15, 0.4),
-        # p_o 3/5, p_e (2 * 1 + 2 * 2 + 1 * 2) / 25
-        ([1, 1, 0, -1, 0], [1, 0, 0, -1, -1], 7 / 17),
-        ([1, 1], [1, 1], None),  # they can not but agree
-        ([], [], None),
-    ],
-)
-def test_kappa_by_hand(a, b, expected):
-    for found in (rate.kappa(a, b), rate.kappa(b, a)):
-        assert found == (expected if expected is None else pytest.approx(expected))
-
-
-def test_who_prefers_one_system_is_counted_for_it_whatever_the_order(tmp_path, rater):
-    write_replies(tmp_path, 12)
-    ann = rater(warm)
-    counts = shown("12", "0", "0", "0.000", "-", "-")
-    assert ann.rate(tmp_path, "ann") == {**counts, "raters": 1}
-    assert len(ann.pairs) == 36
-    assert len({a[:4] for a, _ in ann.pairs}) == 2, "A is now the one, now the other"
-    assert not any("0" in a.split() for a, _ in ann.pairs), "equal replies are not asked about"
-    assert not re.search("sft|emprl|mle", ann.read, re.I), "blind"
-    assert ann.read.count("My dog\\x1b[1m is sick \U0001f436 \\ud800.") == 12
-    assert "12 of 12" in ann.read
-    counts = shown("0", "0", "12", "1.000", "0.00", "0.00")
-    assert rater(flat).rate(tmp_path, "bob") == {**counts, "raters": 2}
-    (tmp_path / "ratings-bob.jsonl").unlink()
-    counted = rater(warm).rate(tmp_path, "cy")["empathy"]
-    assert counted[3:] == ["0.000", "1.00", "-"], "no kappa without variety"
-
-
-def test_all_raters_see_the_same_draw_each_in_another_order(tmp_path, rater):
-    write_replies(tmp_path, 40)
-    pairs = {}
-    for name in ("ann", "bob"):
-        one = rater(warm)
-        one.rate(tmp_path, name)
-        pairs[name] = one.pairs[::3]
-    seen = {name: set(map(frozenset, pairs[name])) for name in pairs}
-    assert len(pairs["ann"]) == 30 and seen["ann"] == seen["bob"]
-    assert pairs["ann"] != pairs["bob"]
-    cy = rater(warm)
-    cy.rate(tmp_path, "cy", "--seed", "1")
-    assert {frozenset(pair) for pair in cy.pairs} != seen["ann"]
-
-
-@pytest.mark.parametrize("stop", ["", EOFError, KeyboardInterrupt])
-def test_stopped_at_any_question_it_goes_on_there(tmp_path, rater, stop):
-    write_replies(tmp_path, 3)
-    file, asked = tmp_path / "ratings-ann.jsonl", []
-    for patience, whole in ((0, 0), (5, 1), (3, 2), (1, 2), (1000, 3)):
-        ann = rater(warm, patience, stop)
-        counted = ann.rate(tmp_path, "ann")
-        assert counted["fluency"][:3] == [str(whole), "0", "0"]
-        assert counted["raters"] == bool(whole)
-        written = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        assert len(written) == whole
-        asked.append(ann.pairs)
-    assert [len(pairs) for pairs in asked] == [0, 5, 3, 1, 3]
-    assert asked[1][3] == asked[2][0], "a half answered item is asked again"
-    rater(lambda *_: pytest.fail("asked again")).rate(tmp_path, "ann")
-
-
-def test_a_content_note_comes_before_the_first_text(tmp_path, rater):
-    write_replies(tmp_path, 3)
-    ann = rater(warm, 1)
-    ann.rate(tmp_path, "ann")
-    assert ann.read.startswith("Content note: ") and ann.read.count("Content note") == 1
-    assert ann.read.index("findahelpline.com") < ann.read.index("of 3\n")
-
-
-def test_each_item_is_on_disk_at_once(tmp_path, rater):
-    write_replies(tmp_path, 3)
-    file, lines = tmp_path / "ratings-ann.jsonl", []
-
-    def prefer(a, b):
-        there = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        lines.append(len(there))
-        return "a"
-
-    rater(prefer).rate(tmp_path, "ann")
-    assert lines == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-
-
-def test_anything_but_a_b_t_is_asked_again(tmp_path, rater):
-    write_replies(tmp_path, 1)
-    said = iter(["ab", "?", " T ", "1", "t", "T"])
-    ann = rater(lambda *_: next(said))
-    counts = shown("0", "0", "1", "1.000", "-", "-")
-    assert ann.rate(tmp_path, "ann") == {**counts, "raters": 1} and len(ann.pairs) == 6
-
-
-def test_table_of_three_raters_by_hand():
-    """Items: 3:0, 2:1, 1:1, 0:2. Equal: ann and bob 3 of 4, ann and cy 1 of 2, bob and cy 1 of 2.
-
-    Kappas: ann and bob (3/4 - (3 * 2 + 1 * 2) / 16) / (1 - 8/16) = 1/2; with cy
-    (1/2 - 2/4) / (1 - 2/4) = 0 twice.
-    """
-    raters = []
-    for answers in ([1, 1, 1, -1], [1, 1, -1, -1], {0: 1, 3: -1}, {1: -1}):
-        pairs = answers.items() if isinstance(answers, dict) else enumerate(answers)
-        raters.append({item: dict.fromkeys(QUESTIONS, answer) for item, answer in pairs})
-    ann, bob, _, _ = raters
-    cy = {0: dict.fromkeys(QUESTIONS, 1), 1: dict.fromkeys(QUESTIONS, -1)}
-    row = rate.table(range(4), [ann, bob, cy]).splitlines()[1].split()
-    assert row == ["empathy", "2", "1", "1", "1.000", "0.62", "0.17"]
-
-
-def test_ratings_of_other_replies_do_not_count(tmp_path, rater):
-    write_replies(tmp_path, 3)
-    rater(warm).rate(tmp_path, "ann")
-    write_replies(tmp_path, 3, changed=" after another training")
-    assert rater(warm, 0).rate(tmp_path, "bob")["raters"] == 0
-    counts = shown("0", "3", "0", "0.250", "-", "-")
-    assert rater(flat).rate(tmp_path, "ann") == {**counts, "raters": 1}
-
-
-def test_a_name_can_not_leave_the_folder(tmp_path, monkeypatch):
-    assert rate.ratings_file(tmp_path, "../Zo\u00eb/\0").parent == tmp_path
-    assert rate.ratings_file(tmp_path, "a b") != rate.ratings_file(tmp_path, "a%20b")
-    monkeypatch.setattr(rate.getpass, "getuser", lambda: "login")
-    assert rate.user_name() == "login"
-
-
-@pytest.mark.parametrize("error", [KeyError("uid not found"), OSError("No username set")])
-def test_a_system_without_names_asks_for_one(error, tmp_path, monkeypatch, call, capsys):
-    write_replies(tmp_path, 1)
-
-    def nobody():
-        raise error
-
-    monkeypatch.setattr(rate.getpass, "getuser", nobody)
-    assert call(rate, tmp_path) == 2
-    assert "give a NAME" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "file, text, line",
-    [
-        ("responses.jsonl", '\n{"id": "x"', ":2"),
-        ("responses.jsonl", "[]", ":1"),
-        ("responses.jsonl", '{"context": ["Hi"], "replies": {"mle": "a"}}', ":1"),
-        ("responses.jsonl", "\xff", ":1"),
-        ("ratings-ann.jsonl", '{"item": "x", "empathy": 1, "relev', ":1"),
-        (
-            "ratings-ann.jsonl",
-            '{"item": "x", "empathy": 2, "relevance": 0, "fluency": 0}',
-            ":1",
-        ),
-        ("ratings-bob.jsonl", '{"item": "x", "empathy": 1}', ":1"),
-    ],
-)
-def test_damaged_files_are_one_line(tmp_path, rater, file, text, line):
-    write_replies(tmp_path, 1)
-    (tmp_path / file).write_bytes(text.encode("latin-1"))
-    with pytest.raises(DataError) as error:
-        rater(warm, 0).rate(tmp_path, "ann")
-    assert str(error.value).startswith(f"{tmp_path / file}{line}: ")
-
-
 # ---- blind
 
 
@@ -1046,6 +808,7 @@ def test_a_sheet_tells_nothing_of_who_wrote_what(tmp_path, call, capsys):
     assert call(blind, replies, "--number", 9, "--seed", 1, "--sheet", tmp_path / "other") == 0
     assert text != (tmp_path / "other").read_text(encoding="utf-8")
     assert "Content note: " in text.splitlines()[1] and '"17 B 4 3 2"' in text
+    assert text.index("findahelpline.com") < text.index("# ---- 1")
     assert not re.search("emprl|best_of_n", text)
     assert "I See" not in text, "capitals are a person's"
     assert "\x1b" not in text and "> person: My Dog\\x1b[1m ran away." in text
@@ -1141,11 +904,19 @@ def test_a_bad_answer_is_named_by_its_line(line, words, tmp_path, call, capsys):
     assert "no answers" in capsys.readouterr().err
 
 
+def answers_of(rated, items=2, systems=("mle", "emprl")):
+    """{(item, system): three numbers} -> a reader's answers, as blind.read_answers has them."""
+    answers = torch.full((items, len(systems), 3), torch.nan)
+    for (item, system), numbers in rated.items():
+        answers[item - 1, systems.index(system)] = torch.tensor(numbers).float()
+    return answers
+
+
 def test_readers_means_and_differences_by_hand():
     """Item 1: MLE 2 and 4, EmpRL 5 and 5. Item 2: one reader; EmpRL is left out."""
-    ann = {(1, "mle"): [2, 1, 1], (1, "emprl"): [5, 1, 1], (2, "mle"): [5, 3, 1]}
-    bob = {(1, "mle"): [4, 1, 1], (1, "emprl"): [5, 2, 1]}
-    rows = blind.table([ann, bob], ["mle", "emprl"], "mle")
+    ann = answers_of({(1, "mle"): [2, 1, 1], (1, "emprl"): [5, 1, 1], (2, "mle"): [5, 3, 1]})
+    bob = answers_of({(1, "mle"): [4, 1, 1], (1, "emprl"): [5, 2, 1]})
+    rows = blind.table(torch.stack([ann, bob]), ["mle", "emprl"])
     # MLE's fluency: 3 and 5; standard deviation 2^0.5, so 4 +- 1.96.
     assert rows["mle"]["fluency"] == "4.00 (2.04 to 5.96)" and rows["mle"]["contexts"] == "2"
     assert rows["emprl"]["fluency"] == "5.00"
@@ -1159,12 +930,13 @@ def test_readers_means_and_differences_by_hand():
         ([1, 2, 3], [1, 2, 3], 1),
         ([1, 5], [5, 1], -1),  # seen 16, by chance 8
         ([1, 2], [2, 3], 0.5 / 1.5),  # seen 1; by chance (1 + 4 + 0 + 1) / 4
-        ([3, 3], [3, 3], None),
+        ([1, torch.nan, 2, 4], [2, 5, 3, torch.nan], 0.5 / 1.5),
+        ([3, 3], [3, 3], torch.nan),
     ],
 )
 def test_weighted_kappa_by_hand(first, second, expected):
-    found = blind.weighted_kappa(first, second)
-    assert found == (expected if expected is None else pytest.approx(expected))
+    found = blind.weighted_kappa(torch.tensor(first).float(), torch.tensor(second).float())
+    assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_agreement_is_of_what_both_have_rated():
@@ -1173,10 +945,28 @@ def test_agreement_is_of_what_both_have_rated():
     cy = {(1, "mle"): [1, 2, 4], (2, "mle"): [5, 3, 1]}
     # Fluency: -1, 1, -1. Fit: none; then seen 1/2, by chance 1/2, twice. Empathy, twice
     # with ann 1 and 1, cy 4 and 1: seen 9/2, by chance 9/2; bob and cy: see below.
-    found = blind.agreement([ann, bob, cy])
+    readers = torch.stack([answers_of(one, items=4) for one in (ann, bob, cy)])
+    found = blind.table(readers, ["mle", "emprl"])["kappa"]
     assert found["fluency"] == f"{-1 / 3:.2f}" and found["fit"] == "0.00"
     # bob 1, 2 and cy 4, 1: seen (9 + 1) / 2, by chance (9 + 0 + 4 + 1) / 4; ann and bob: 0.
     assert found["empathy"] == f"{(0 + 0 + 1 - 5 / 3.5) / 3:.2f}"
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ('{"id": "x"', ":1"),
+        ("[]", ":1"),
+        ('{"context": ["Hi"], "human": "Oh", "replies": {}, "id": ""}\n{"context": 3}', ":2"),
+        ("\xff", ":1"),
+    ],
+)
+def test_damaged_replies_are_one_line(tmp_path, text, line):
+    path = tmp_path / "responses.jsonl"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError) as error:
+        command.read_replies(path)
+    assert str(error.value).startswith(f"{path}{line}: damaged")
 
 
 # ---- tables

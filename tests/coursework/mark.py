@@ -10,7 +10,6 @@ files; on Windows only the time is. A student's file is read before it runs, and
 files or the network is refused; for files of strangers take a container as well.
 """
 
-import argparse
 import csv
 import functools
 import json
@@ -23,6 +22,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.coursework.command import make_parser
 from tests.coursework.plant import FILES, ROOT
 from tests.coursework.units import UNITS, all_graded
 
@@ -225,11 +225,7 @@ def first_failures(results, count=3):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.coursework.mark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("mark", __doc__)
     parser.add_argument("folder", help="of submissions")
     parser.add_argument("marks", help="a new .csv file")
     parser.add_argument(

@@ -6,7 +6,6 @@ finished run. About half an hour for three runs. Writes bugs.json and bugs.png b
 what bugs.json has already is not measured again.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from tests.coursework.command import make_parser
 from tests.coursework.plant import BUGS, SETTINGS, plant
 
 HERE = Path(__file__).resolve().parent
@@ -145,11 +145,7 @@ def draw_curves(axis, figures, bug, key, colour):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.coursework.measure_bugs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("measure_bugs", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished toy run")
     runs = parser.parse_args().runs
     for run in runs:

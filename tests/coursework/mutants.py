@@ -15,7 +15,6 @@ to be no mistake. All of them take about a minute.
     left out     a keyword, a conversion, a statement, a branch
 """
 
-import argparse
 import ast
 import copy
 import importlib
@@ -29,8 +28,10 @@ from dataclasses import dataclass
 
 import torch
 
+from tests.coursework.command import make_parser
 from tests.coursework import student, worker
 from tests.coursework.grade import environment
+from tests.coursework.kinds import Replace, changed
 from tests.coursework.units import TEST_FILES, all_graded
 
 OTHER = {
@@ -195,13 +196,6 @@ class Mutant:
 # ---- what can be changed --------------------------------------------------------------------
 
 
-def changed(node, **fields):
-    node = copy.copy(node)
-    for name, value in fields.items():
-        setattr(node, name, value)
-    return node
-
-
 def method_call(value, name, *arguments):
     attribute = ast.Attribute(value=value, attr=name, ctx=ast.Load())
     return ast.Call(func=attribute, args=list(arguments), keywords=[])
@@ -313,15 +307,6 @@ def kept_values(value):
 def replaced(tree, old, new):
     """A copy of a tree in which a node is another."""
     return Replace(old, new).visit(copy.deepcopy(tree, {id(old): old}))
-
-
-class Replace(ast.NodeTransformer):
-    def __init__(self, old, new):
-        self.old = old
-        self.new = new
-
-    def visit(self, node):
-        return self.new if node is self.old else super().generic_visit(node)
 
 
 def ignoring(function):
@@ -464,11 +449,7 @@ def still_right(graded):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.coursework.mutants",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("mutants", __doc__)
     parser.add_argument("names", nargs="*", metavar="FUNCTION", help="all, if none is named")
     names = parser.parse_args().names or list(all_graded())
     wrong = [name for name in names if name not in all_graded()]

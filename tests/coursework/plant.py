@@ -6,12 +6,12 @@ train in the copy, look, read, and find it. The answers are here and in teacher.
 are not public: secret.py.
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
 from emprl import command_line
+from tests.coursework.command import make_parser
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODULES = ("data.py", "emprl.py", "identifiers.py", "ppo.py", "t5_small.py")
@@ -103,7 +103,7 @@ def copy_program(copy):
     copy.mkdir(parents=True)
     for name in FILES:
         shutil.copy(ROOT / name, copy)
-    without = shutil.ignore_patterns("__pycache__")
+    without = shutil.ignore_patterns("__pycache__", "mutate.py")  # which needs the tests
     shutil.copytree(ROOT / "tests" / "lab", copy / "tests" / "lab", ignore=without)
     if (ROOT / PICTURES).exists():
         (copy / PICTURES).parent.mkdir()
@@ -125,11 +125,7 @@ def training_command():
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.coursework.plant",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("plant", __doc__)
     parser.add_argument("number", type=int, choices=BUGS, metavar=f"1..{max(BUGS)}")
     parser.add_argument("copy", help="a new folder; it must not exist yet")
     arguments = parser.parse_args()

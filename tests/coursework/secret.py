@@ -10,7 +10,6 @@ A bug is kept only if the program still runs without an error, and if it has an 
 of a short run moves, or, in a student's solution, the grader finds it. It takes about a minute.
 """
 
-import argparse
 import ast
 import difflib
 import json
@@ -25,6 +24,7 @@ from itertools import groupby
 from pathlib import Path
 
 from emprl import command_line
+from tests.coursework.command import make_parser
 from tests.coursework.grade import grade
 from tests.coursework.kinds import KINDS, PLACES, all_changes, apply, functions
 from tests.coursework.plant import MODULES, ROOT, copy_program, training_command
@@ -259,11 +259,7 @@ def problem_with(arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.coursework.secret",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("secret", __doc__)
     parser.add_argument("secret", help="some words that only you know")
     parser.add_argument("name", help="the student's; with another name it is another bug")
     parser.add_argument("copy", nargs="?", help="a new folder, or with --solution a new file")

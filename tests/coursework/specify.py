@@ -5,7 +5,6 @@ open, and a worked example, for the student to write. It takes two seconds. Grad
 project's folder with: python -m tests.coursework.grade my_solution.py
 """
 
-import argparse
 import ast
 import importlib
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from emprl import command_line
+from tests.coursework.command import make_parser
 from tests.coursework.units import UNITS, all_graded
 
 WIDTH = 95
@@ -202,11 +202,7 @@ def write(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.coursework.specify",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("specify", __doc__)
     parser.add_argument("file", help="a new file; it must not exist yet")
     path = parser.parse_args().file
     if Path(path).exists():

@@ -4,7 +4,6 @@ python -m tests.coursework.submissions FOLDER
 python -m tests.coursework.mark FOLDER MARKS.csv
 """
 
-import argparse
 import ast
 import builtins
 import importlib
@@ -12,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.coursework.command import make_parser
 from tests.coursework import specify
 from tests.coursework.units import UNITS, all_graded
 from tests.coursework.wrong import WRONG
@@ -176,11 +176,7 @@ def make(folder, names=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.coursework.submissions",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("submissions", __doc__)
     parser.add_argument("folder", help="a new folder")
     folder = Path(parser.parse_args().folder)
     if folder.exists():

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from unittest import mock
 
@@ -33,19 +34,16 @@ import torch.nn.functional as F
 import emprl
 from data import LEVELS, MECHANISMS, batches
 from identifiers import (
-    EmpathyReward,
     balanced,
-    f1_scores,
+    compare_levels,
     make_classifier,
-    mutual_information,
     predict,
     predict_levels,
 )
-from ppo import PPOConfig, PPOTrainer, Prompts, respond, response_log_probs, rollout, whiten
+from ppo import PPOTrainer, Prompts, respond, response_log_probs, rollout, whiten
 from t5_small import (
     EOS_ID,
     T5,
-    Sampling,
     Stack,
     TrainConfig,
     Trainer,
@@ -60,6 +58,7 @@ ROOT = Path(emprl.__file__).parent
 SHORT = "ppo.steps=12 ppo.warmup=2 ppo.batch_size=256 eval.contexts=200"
 GROUP = 4  # responses to each context, where they are compared with each other
 TRIES = 32  # of MLE for each context, of which `ideal` is made
+DRAWS = 100  # from these tries, for its levels
 
 
 # ---- rivals of PPO --------------------------------------------------------------------------
@@ -102,51 +101,36 @@ BEST_OF_N_SAMPLES = 1.5  # these are sampled and rewarded, but most are not lear
 TOLD_RESPONSES = 2.4  # these are the humans'
 
 
-@dataclass
-class Start:
-    """What a rival starts from: the run, and the arguments of PPOTrainer."""
-
-    run: emprl.Run
-    mle: T5
-    reward: EmpathyReward
-    prompts: emprl.PromptBatches
-    sampling: Sampling
-    config: PPOConfig
-    validate: Callable
-
-    def settings(self, responses):
-        """As many steps as so many responses need, with PPO's learning rate."""
-        config = self.config
-        steps = round(responses / config.minibatch_size)
-        return TrainConfig(
-            steps=steps,
-            batch_size=config.minibatch_size,
-            micro_batch=config.micro_batch,
-            lr=config.lr,
-            rms_scaled=config.rms_scaled,
-            warmup=config.warmup,
-            eval_every=max(steps // 4, 1),
-        )
+def as_mle(config, share):
+    """So many responses, over those that PPO samples, with its learning rate."""
+    steps = round(share * config.steps * config.batch_size / config.minibatch_size)
+    return TrainConfig(
+        steps=steps,
+        batch_size=config.minibatch_size,
+        micro_batch=config.micro_batch,
+        lr=config.lr,
+        rms_scaled=config.rms_scaled,
+        warmup=config.warmup,
+        eval_every=max(steps // 4, 1),
+    )
 
 
-def best_of_n_trainer(start):
+def best_of_n_trainer(run, mle, reward, prompts, validate):
     """MLE on the best of n samples of MLE for each context, and no KL penalty; n: eval.best_of.
 
     Source: RAFT, Dong et al. 2023 (arXiv 2304.06767), with one round of it.
     """
-    policy = copy.deepcopy(start.mle).requires_grad_()
-    pairs, targets = start.prompts.pairs, start.prompts.targets
-    n = start.run.config.eval.best_of
+    policy = copy.deepcopy(mle).requires_grad_()
+    n = run.config.eval.best_of
 
     def loss_sum(rows):
-        source, _ = pairs.batch(rows)
-        aims = targets[rows].to(source.device)
-        ids = best_of_n(start.mle, start.reward, source, aims, start.sampling, n)
+        source, _ = prompts.pairs.batch(rows)
+        aims = prompts.targets[rows].to(source.device)
+        ids = best_of_n(mle, reward, source, aims, run.config.exploring, n)
         return policy.loss_sum(source, ids)
 
-    samples = BEST_OF_N_SAMPLES * start.config.steps * start.config.batch_size
-    settings = start.settings(samples / n)
-    rows_at = batches([0] * len(pairs), settings.batch_size, start.run.config.seed)
+    settings = as_mle(run.config.ppo, BEST_OF_N_SAMPLES / n)
+    rows_at = batches([0] * len(prompts.pairs), settings.batch_size, run.config.seed)
     return Trainer(policy, loss_sum, rows_at, None, settings)
 
 
@@ -165,8 +149,8 @@ class Told(T5):
     """A T5 that is told which levels its response should have, by three words before the context.
 
     words:     (M, L) ids of a word for each level; nothing else may use them.
-    levels_of: contexts (B, S) -> levels (B, M). When it replies, or is measured, it is told
-               these. In training mode its contexts have the words already: see told_trainer.
+    levels_of: contexts (B, S) -> levels (B, M): when it replies, or is measured, it is told these.
+    spoken:    (B, M): in training mode it is told these.
     """
 
     def __init__(self, t5, words, levels_of):
@@ -175,50 +159,44 @@ class Told(T5):
         self.load_state_dict(t5.state_dict())
         self.words = words
         self.levels_of = levels_of
+        self.spoken = None
 
     def encode(self, source):
-        """(B, S) -> (B, M + S, D), or in training mode (B, S, D)."""
-        if not self.training:
-            levels = self.levels_of(source).to(source.device)
-            words = self.words[torch.arange(len(MECHANISMS)), levels]  # (B, M)
-            source = torch.cat([words.to(source.device), source], 1)
-        return super().encode(source)
+        """(B, S) -> (B, M + S, D)."""
+        levels = self.spoken if self.training else self.levels_of(source)
+        words = self.words[torch.arange(len(MECHANISMS)), levels]  # (B, M)
+        return super().encode(torch.cat([words.to(source.device), source], 1))
 
 
 class ToldDecoder(Stack):
     """It reads the states of the words, too, which its caller does not know of."""
 
-    def forward(self, x, self_bias, memory=None, memory_bias=None, caches=None):
-        if not self.training:
-            memory_bias = F.pad(memory_bias, (len(MECHANISMS), 0))  # 0: not hidden
+    def forward(self, x, self_bias, memory, memory_bias, caches=None):
+        memory_bias = F.pad(memory_bias, (len(MECHANISMS), 0))  # 0: not hidden
         return super().forward(x, self_bias, memory, memory_bias, caches)
 
 
-def told_trainer(start):
+def told_trainer(run, mle, reward, prompts, validate):
     """MLE on the human responses, told their levels; when it replies, those to be expected.
 
     These are the likeliest by the context classifier, balanced as the targets of the reward.
     The weights of the best perplexity of human responses are kept, as in MLE's own training.
     """
-    run, pairs = start.run, start.prompts.pairs
+    pairs = prompts.pairs
     sentinels = run.tokenizer.sentinels[-len(MECHANISMS) * LEVELS :]  # the last that are used
     words = torch.tensor(sentinels).view(-1, LEVELS)  # (M, L)
-    told = Told(start.mle, words, expected_levels(run, start.mle, pairs)).to(run.device)
-
-    levels = predict_levels(start.reward.identifiers, pairs)  # (N, M)
-    spoken = words[torch.arange(len(MECHANISMS)), levels].tolist()
-    with_words = copy.copy(pairs)
-    with_words.contexts = [[*said, *ids] for said, ids in zip(spoken, pairs.contexts)]
+    told = Told(mle, words, expected_levels(run, mle, pairs)).to(run.device)
+    levels = predict_levels(reward.identifiers, pairs)  # (N, M)
 
     def loss_sum(rows):
-        return told.loss_sum(*with_words.batch(rows))
+        told.spoken = levels[rows]
+        return told.loss_sum(*pairs.batch(rows))
 
-    def validate():
-        return start.validate(told)["valid_perplexity"]
-
-    settings = start.settings(TOLD_RESPONSES * start.config.steps * start.config.batch_size)
-    rows_at = batches(with_words.lengths(), settings.batch_size, run.config.seed)
-    return Trainer(told, loss_sum, rows_at, validate, settings)
+    settings = as_mle(run.config.ppo, TOLD_RESPONSES)
+    rows_at = batches(pairs.lengths(), settings.batch_size, run.config.seed)
+    return Trainer(
+        told, loss_sum, rows_at, lambda: validate(told)["valid_perplexity"], settings
+    )
 
 
 def expected_levels(run, mle, train):
@@ -323,12 +301,12 @@ class Ideal(emprl.Evaluator):
         beta, rise = self.find_beta(rewards, human)
         weights = (rewards / beta).softmax(0)  # (K, N)
 
-        # Texts of one draw; levels of the whole distribution, without a draw's noise.
-        chosen = torch.multinomial(weights.T, 1)[:, 0].tolist()
-        drawn = [tries[k].responses[i] for i, k in enumerate(chosen)]
-        figures = self.measure("best_of_n", drawn)
+        # Texts of one draw; levels of many, which have little of a draw's noise.
+        chosen = torch.multinomial(weights.T, DRAWS, replacement=True)  # (N, DRAWS)
+        texts = [tries[k].responses[i] for i, k in enumerate(chosen[:, 0].tolist())]
+        figures = self.measure("best_of_n", texts)
         for who, gold in self.human.items():
-            for name, number in expected_figures(levels[who], weights, gold).items():
+            for name, number in drawn_figures(levels[who], chosen, gold).items():
                 figures[emprl.PREFIX[who] + name] = number
         before = self.perplexities(self.mle)
         figures["perplexity"] = before["perplexity"] * math.exp(rise)
@@ -376,22 +354,10 @@ def promised(reward, pairs, targets):
     return reward.of(predict(reward.identifiers, pairs), targets).double()
 
 
-def expected_figures(levels, weights, gold):
-    """Figures of a policy that gives levels (K, N, M) with probabilities weights (K, N)."""
-    seen = F.one_hot(levels, LEVELS).double()  # (K, N, M, L)
-    meant = F.one_hot(gold, LEVELS).double()  # (N, M, L)
-    counts = torch.einsum("kn,nmg,knml->mgl", weights.double(), meant, seen)
-    right = (levels == gold).all(2).double()  # (K, N)
-    f1 = f1_scores(counts)
-    figures = {
-        "emp_f1": f1["weighted_f1"].mean().item(),
-        "emp_macro_f1": f1["macro_f1"].mean().item(),
-        "mutual_information": mutual_information(counts).mean().item(),
-        "exact_match": (weights * right).sum(0).mean().item(),
-    }
-    for name, number in zip(MECHANISMS, f1["weighted_f1"].tolist()):
-        figures[f"emp_f1_{name}"] = number
-    return figures
+def drawn_figures(levels, chosen, gold):
+    """Figures of levels (K, N, M), of which chosen (N, D) are given D times to each context."""
+    given = levels[chosen, torch.arange(len(chosen))[:, None]]  # (N, D, M)
+    return compare_levels(given.flatten(0, 1), gold.repeat_interleave(chosen.shape[1], 0))
 
 
 # ---- the ablations --------------------------------------------------------------------------
@@ -407,33 +373,39 @@ class Variant:
     times: float = None  # ideal: MLE's perplexity, times so much
 
 
+def by_settings(text):
+    """ "NAME: SETTINGS" lines -> {NAME: Variant}."""
+    lines = [line.split(":") for line in text.strip().splitlines()]
+    return {name.strip(): Variant(settings.strip()) for name, settings in lines}
+
+
 TOP_K = (
     "exploring.top_k=20 exploring.temperature=0.9 replying.top_k=20 replying.temperature=0.9"
 )
 DEFAULT = Variant()
 ABLATIONS = {
-    "mechanisms": {
-        "all three": DEFAULT,
-        "without ER": Variant("reward.mechanisms=ip,ex"),
-        "without IP": Variant("reward.mechanisms=er,ex"),
-        "without EX": Variant("reward.mechanisms=er,ip"),
-        "only ER": Variant("reward.mechanisms=er"),
-        "only IP": Variant("reward.mechanisms=ip"),
-        "only EX": Variant("reward.mechanisms=ex"),
-    },
-    "reward": {
-        "expected, cross-entropy": DEFAULT,
-        "likeliest levels": Variant("reward.target=likeliest"),
-        "one human's levels": Variant("reward.target=human"),
-        "ordinal": Variant("reward.difference=ordinal"),
-    },
-    "kl": {
-        "beta 0": Variant("ppo.kl_coef=0"),
-        "beta 0.1": Variant("ppo.kl_coef=0.1"),
-        "beta 0.3": Variant("ppo.kl_coef=0.3"),
-        "beta 1": Variant("ppo.kl_coef=1"),
-        "adaptive, target 1": Variant("ppo.adaptive_kl=on ppo.kl_target=1 ppo.kl_horizon=256"),
-    },
+    "mechanisms": by_settings("""
+        all three:
+        without ER: reward.mechanisms=ip,ex
+        without IP: reward.mechanisms=er,ex
+        without EX: reward.mechanisms=er,ip
+        only ER: reward.mechanisms=er
+        only IP: reward.mechanisms=ip
+        only EX: reward.mechanisms=ex
+    """),
+    "reward": by_settings("""
+        expected, cross-entropy:
+        likeliest levels: reward.target=likeliest
+        one human's levels: reward.target=human
+        ordinal: reward.difference=ordinal
+    """),
+    "kl": by_settings("""
+        beta 0: ppo.kl_coef=0
+        beta 0.1: ppo.kl_coef=0.1
+        beta 0.3: ppo.kl_coef=0.3
+        beta 1: ppo.kl_coef=1
+        adaptive, target 1: ppo.adaptive_kl=on ppo.kl_target=1 ppo.kl_horizon=256
+    """),
     "algorithm": {
         "MLE": Variant(system="mle"),
         "best of n": Variant(system="best_of_n"),
@@ -452,13 +424,15 @@ ABLATIONS = {
         "human": Variant(share=1, system="human"),
     },
     "details": {
-        "default": DEFAULT,
-        "advantages not whitened": Variant("ppo.whiten_advantages=off"),
-        "values not clipped": Variant("ppo.value_clip_range=1e9"),
-        "rewards not scaled": Variant("ppo.scale_rewards=off"),
-        "lambda 0.95": Variant("ppo.lam=0.95"),
-        "4 epochs": Variant("ppo.ppo_epochs=4"),
-        "rewards whitened": Variant("ppo.whiten_rewards=on"),
+        **by_settings("""
+            default:
+            advantages not whitened: ppo.whiten_advantages=off
+            values not clipped: ppo.value_clip_range=1e9
+            rewards not scaled: ppo.scale_rewards=off
+            lambda 0.95: ppo.lam=0.95
+            4 epochs: ppo.ppo_epochs=4
+            rewards whitened: ppo.whiten_rewards=on
+        """),
         "log-probs recomputed": Variant(trainer=Recomputed),
         "first token left out": Variant(trainer=WithoutFirstToken),
         "top-k 20, temperature 0.9": Variant(TOP_K),
@@ -536,8 +510,9 @@ def unwatched(trainer, *arguments):
     return trainer(*arguments[:-1], lambda t5: {})
 
 
-def start_rival(make, run, *arguments):
-    return make(Start(run, *arguments))
+def start_rival(make, run, mle, reward, prompts, *others):
+    """Sampling and configuration are the run's."""
+    return make(run, mle, reward, prompts, others[-1])
 
 
 def mix(checkpoints, share):
@@ -584,13 +559,14 @@ def plain_figures(metrics, system):
 
 
 def rows_of(figures):
-    """{variant: {seed: figures}} -> {variant: means over the runs}, the gain with its range."""
+    """{variant: {seed: figures}} -> {variant: means over the runs}, of a gain its range, too."""
     rows = {}
     for variant, by_seed in figures.items():
         seeds = list(by_seed.values())
-        gains = [one["gain"] for one in seeds]
         row = means(seeds)
-        row["gain"] = f"{row['gain']:+.3f} ({min(gains):+.3f} to {max(gains):+.3f})"
+        if "gain" in row:
+            gains = [one["gain"] for one in seeds]
+            row["gain"] = f"{row['gain']:+.3f} ({min(gains):+.3f} to {max(gains):+.3f})"
         rows[variant] = row
     return rows
 
@@ -601,7 +577,7 @@ def plot(rows, path):
 
     figure = Figure(figsize=(7.8, 3.4), layout="constrained", dpi=110)
     left, right = figure.subplots(1, 2)
-    ordered = sorted(rows.values(), key=lambda row: row["KL"])
+    ordered = sorted(rows.values(), key=itemgetter("KL"))
     kl = [row["KL"] for row in ordered]
     for name in ordered[0]:
         if name.startswith("all three right"):
@@ -627,8 +603,7 @@ def main():
     shortened = "" if options.whole or options.name in AS_IT_IS else SHORT
     runs = read_runs(options.run)
     variants = ABLATIONS[options.name]
-    are_rivals = options.name == "rivals"
-    shown = plain_figures if are_rivals else figures_of
+    shown = plain_figures if options.name == "rivals" else figures_of
     figures = {name: {} for name in variants}
     with contextlib.ExitStack() as stack:
         for folder in runs:
@@ -639,15 +614,10 @@ def main():
                 emprl.say(f"seed {seed}, {number} of {len(variants)}: {name}")
                 metrics = measure(folder, finished, variant, shortened)
                 figures[name][seed] = shown(metrics, variant.system)
-    if are_rivals:
-        rows = {name: means(list(by_seed.values())) for name, by_seed in figures.items()}
-        title = f"Means over {len(runs)} runs"
-    else:
-        rows = rows_of(figures)
-        title = f"Means over {len(runs)} runs; the gain in Emp-F1 with its range"
-    emprl.say(f"\n{title}", sheet(rows), sep="\n\n")
+    rows = rows_of(figures)
+    emprl.say(f"\nMeans over {len(runs)} runs; of a gain its range, too\n\n{sheet(rows)}")
     write_json(options.write, figures)
-    if options.write and not are_rivals:
+    if options.write and options.name != "rivals":
         plot(rows, options.write.with_suffix(".png"))
 
 

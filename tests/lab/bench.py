@@ -24,7 +24,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from unittest import mock
 
 import emprl  # before torch: it says how torch's threads wait
@@ -44,7 +43,7 @@ from t5_small import (
     autocast,
     generate,
 )
-from tests.lab.command import Parser, sheet, start, write_json
+from tests.lab.command import Parser, peak_memory, sheet, start, write_json
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TINY = T5Config(num_layers=3, num_decoder_layers=3)
@@ -193,17 +192,27 @@ def their_ppo(config):
     return work
 
 
+WORK = {
+    "step": (our_step, their_step, "transformers"),
+    "sample": (our_sample, their_sample, "transformers"),
+    "ppo": (our_ppo, their_ppo, "trl"),
+}
+
+
 def everyone(part):
     """{who: what makes their work} of those who are installed here."""
-    ours = {"step": our_step, "sample": our_sample, "ppo": our_ppo}
-    theirs = {"step": their_step, "sample": their_sample, "ppo": their_ppo}
-    library = "trl" if part == "ppo" else "transformers"
-    makers = {"EmpRL": ours[part]}
+    ours, theirs, library = WORK[part]
+    makers = {"EmpRL": ours}
     if part == "step" and DEVICE == "cuda":
         makers["EmpRL compiled"] = partial(our_step, compiled=True)
     if find_spec(library):
-        makers[library] = theirs[part]
+        makers[library] = theirs
     return makers
+
+
+def sizes(part):
+    """{name: T5Config}."""
+    return {"tiny": TINY} if part == "ppo" else {"tiny": TINY, "small": SMALL}
 
 
 # ---- measuring ------------------------------------------------------------------------------
@@ -226,21 +235,20 @@ def medians(works, repeats):
     return {who: 1000 * statistics.median(x[1:]) for who, x in seconds.items()}
 
 
-def compare(part, sizes, repeats):
+def with_ratios(figures, unit):
+    """Each figure, and how many times the first."""
+    first, *others = figures
+    row = {f"{who}, {unit}": x for who, x in figures.items()}
+    return row | {f"{who} / {first}": figures[who] / figures[first] for who in others}
+
+
+def compare(part, repeats):
     """Rows {"step, tiny": {"EmpRL, ms", "transformers, ms", "transformers / EmpRL"}}."""
     rows = {}
-    for size, config in sizes.items():
+    for size, config in sizes(part).items():
         works = {who: make(config) for who, make in everyone(part).items()}
         rows[f"{part}, {size}"] = with_ratios(medians(works, repeats), "ms")
     return rows
-
-
-def with_ratios(figures, unit):
-    """Each figure, and how many times that of EmpRL, which is the first."""
-    ours = figures["EmpRL"]
-    row = {f"{who}, {unit}": x for who, x in figures.items()}
-    row.update({f"{who} / EmpRL": x / ours for who, x in figures.items() if who != "EmpRL"})
-    return row
 
 
 def plain_draw(logits, sampling):
@@ -274,16 +282,10 @@ def tricks(repeats):
     """{trick: {"with, ms", "without, ms", "without / with"}} of sampling at tiny."""
     rows = {}
     for name, (count, place, plain) in TRICKS.items():
-        fast = our_sample(TINY, count)
-
-        def slow(place=place, plain=plain, fast=fast):
-            with mock.patch(place, plain):
-                fast()
-
-        ms = medians({"with": fast, "without": slow}, repeats)
-        row = {f"{who}, ms": x for who, x in ms.items()}
-        row["without / with"] = ms["without"] / ms["with"]
-        rows[f"{name}, {count} sources"] = row
+        work = our_sample(TINY, count)
+        slow = mock.patch(place, plain)(work)  # the same work, where the plain one stands
+        ms = medians({"with": work, "without": slow}, repeats)
+        rows[f"{name}, {count} sources"] = with_ratios(ms, "ms")
     return rows
 
 
@@ -292,20 +294,16 @@ def peak_of(part, who, config):
     work = everyone(part)[who](config)
     work()
     work()
-    if DEVICE == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    return peak_memory(DEVICE) / 2**20
 
 
-def memory(sizes):
+def memory():
     """Rows of peak MiB, what is imported included."""
-    rows = {}
-    for part in ("step", "sample", "ppo"):
-        for size, config in sizes.items() if part != "ppo" else [("tiny", TINY)]:
+    rows, spawn = {}, multiprocessing.get_context("spawn")
+    for part in WORK:
+        for size, config in sizes(part).items():
             peaks = {}
             for who in everyone(part):
-                spawn = multiprocessing.get_context("spawn")
                 with ProcessPoolExecutor(1, spawn) as process:
                     peaks[who] = process.submit(peak_of, part, who, config).result()
             rows[f"{part}, {size}"] = with_ratios(peaks, "MiB")
@@ -316,6 +314,8 @@ def memory(sizes):
 
 CARD = 12.0  # GiB
 CUDA = 0.6  # GiB that CUDA itself takes
+# bytes a parameter that is trained: weights 4, gradients 4, AdamW 8, a bf16 copy 2, best weights 4
+TRAINED = 22
 
 
 def parameter_count(make, *arguments):
@@ -328,126 +328,69 @@ def classifier_of(config, identifiers):
     return NetworkClassifier(T5(config), identifiers)
 
 
-def activation_bytes(config, rows, S, T=0, half=False, in_ppo=False):
-    """What a forward pass of `rows` keeps for the backward pass; with T = 0 the encoder's.
+def activation_bytes(t5, S, T=0):
+    """What a forward pass keeps of a row for the backward pass, without logits; T = 0: encoder.
 
-    A matrix product keeps its operand: 4 bytes a number, or a copy of 2 in bf16 (half). Norms,
-    softmax, residual stream and log-probs keep 4, a dropout's mask 1. in_ppo: no dropout, but
-    entropy and support. The position biases are left out.
+    In bf16 with dropout and d_ff = 4 d_model. An encoder's block keeps 54 bytes for each number
+    of each token (norms 24, attention's operands 8, feed-forward 20, masks 2), a decoder's 69,
+    and 8 for the source's; each attention weight takes 7.
     """
-    width, inner = config.d_model, config.num_heads * config.d_kv
-    gated = config.feed_forward_proj == "gated-gelu"
-    number = 2 if half else 4
-    dropout = config.dropout_rate > 0 and not in_ppo
-    mask = int(dropout)
-
-    def norm(t, products):
-        copies = products if half else 1
-        return t * width * (8 + number * copies)  # what comes in, what comes out, its copies
-
-    def attention(t, k):
-        each_weight = 4 + mask + (number if half or dropout else 0)
-        kept = 2 * number * inner * (t + k)  # queries, keys, values, context
-        return kept + config.num_heads * t * k * each_weight + mask * t * width
-
-    def feed_forward(t):
-        inside = 4 * number + mask if gated else number * (1 + mask) + mask
-        return norm(t, 1 + gated) + t * config.d_ff * inside + mask * t * width
-
-    block = norm(S, 3) + attention(S, S) + feed_forward(S)
-    last_norm = S * width * (8 + 2 * mask + (0 if half else 4))
-    encoder = config.num_layers * block + last_norm
+    encoder = t5.num_layers * (54 * S * t5.d_model + 7 * t5.num_heads * S * S)
     if not T:
-        return rows * encoder
-
-    block = norm(T, 3) + attention(T, T) + norm(T, 1) + attention(T, S) + feed_forward(T)
-    if half:
-        block += 4 * S * width
-    last_norm = T * width * (8 + 2 * mask + number)
-    logits = T * config.vocab_size * (9 if in_ppo else 4)
-    return rows * (encoder + config.num_decoder_layers * block + last_norm + logits)
+        return encoder
+    decoder = (69 * T + 8 * S) * t5.d_model + 7 * t5.num_heads * T * (S + T)
+    return encoder + t5.num_decoder_layers * decoder
 
 
-def cache_bytes(config, rows, S, T, half=False):
-    """Keys and values in every decoder block, of the source and of the response."""
-    inner = config.num_heads * config.d_kv
-    return (2 if half else 4) * 2 * rows * (S + T) * inner * config.num_decoder_layers
-
-
-def training(trained, best):
-    """{what: bytes} of `trained` parameters. AdamW has two moments."""
-    return {
-        "weights": 4 * trained,
-        "gradients": 4 * trained,
-        "AdamW": 8 * trained,
-        "bf16 copy": 2 * trained,
-        "best weights": 4 * trained if best else 0,
-    }
+def cache_bytes(t5, S, T):
+    """Keys and values of a row in every decoder block, of the source and of the response."""
+    return 2 * 2 * (S + T) * t5.num_heads * t5.d_kv * t5.num_decoder_layers
 
 
 def stages(config, t5):
-    """{stage: {what: bytes at its peak}} of emprl.py, every sequence at its longest."""
+    """{stage: bytes at its peak: of what is trained, what is held, activations} of emprl.py."""
     lengths, ids = config.data, config.identifiers
-    N = parameter_count(T5, t5)
-    R = parameter_count(classifier_of, t5, ids)
-    part = parameter_count(classifier_of, t5, replace(ids, shared=True))  # trained at a time
-    rows = ids.micro_batch or ids.batch_size
+    policy = parameter_count(T5, t5)
+    network = TRAINED * parameter_count(classifier_of, t5, replace(ids, shared=True))
+    S, T = lengths.max_source, lengths.max_target
+    row = activation_bytes(t5, S, T) + 12 * T * t5.vocab_size  # logits: 4 are kept, 8 pass
+    told = activation_bytes(t5, lengths.identifier_source)
+    told += activation_bytes(t5, lengths.identifier_target)
+    seen = activation_bytes(t5, S)
+    found = {
+        "MLE": (TRAINED * policy, 0, config.mle.batch_size * row),
+        "identifiers, judge": (network, 4 * policy, ids.micro_batch * told),
+        "context classifier": (network, 4 * policy, ids.micro_batch * seen),
+    }
 
-    def encoders(*sources):
-        return sum(activation_bytes(t5, rows, S, half=True) for S in sources)
-
-    # Held: the MLE policy; in PPO the reference, which is the same, and the identifiers.
-    found = {}
-    found["mle"] = training(N, best=True) | {"held": 0}
-    found["mle"]["activations"] = train_bytes(config.mle, t5, lengths)
-    labelled = encoders(lengths.identifier_source, lengths.identifier_target)
-    for stage in ("identifiers", "judge", "context"):
-        found[stage] = training(part, best=True) | {"held": 4 * N}
-        found[stage]["activations"] = labelled
-    found["context"]["activations"] = encoders(lengths.max_source, 1)
-
-    found["ppo"] = training(N, best=False) | {"held": 4 * (N + R)}
-    found["ppo"]["activations"] = ppo_bytes(config, t5)
-    # The judge is asked at validation, when there are neither gradients nor activations.
-    found["validation"] = training(N, best=False) | {"held": 4 * (N + 2 * R), "gradients": 0}
-    found["validation"]["activations"] = rollout_bytes(config, t5)
+    # PPO keeps no best weights, and holds the reference, which is the MLE policy, and the
+    # identifiers; at validation the judge, too, when there are no gradients.
+    held = 4 * parameter_count(classifier_of, t5, ids)
+    update, rollout = ppo_bytes(config, t5)
+    found["PPO"] = ((TRAINED - 4) * policy, 4 * policy + held, max(update, rollout))
+    found["validation"] = ((TRAINED - 8) * policy, 4 * policy + 2 * held, rollout)
     return found
 
 
-def rollout_bytes(config, t5):
-    """Support and cache of all responses, and what the reference makes of them at once."""
-    S, T = config.data.max_source, config.exploring.max_length
-    support = config.ppo.batch_size * T * t5.vocab_size
-    return 21 * support + cache_bytes(t5, config.ppo.batch_size, S, T, half=True)
-
-
 def ppo_bytes(config, t5):
-    """The rollout's, or the updates', part by part, while its support is kept."""
+    """Activations and what goes with them: of an update, and when the reference is asked."""
+    ppo = config.ppo
     S, T = config.data.max_source, config.exploring.max_length
-    part = config.ppo.micro_batch or config.ppo.minibatch_size
-    update = activation_bytes(t5, part, S, T, half=True, in_ppo=True)
-    update += 8 * part * T * t5.vocab_size
-    support = config.ppo.batch_size * T * t5.vocab_size
-    cache = cache_bytes(t5, config.ppo.batch_size, S, T, half=True)
-    return max(update + support + cache, rollout_bytes(config, t5))
-
-
-def train_bytes(mle, t5, lengths):
-    """Activations of a step of MLE, and the float32 logits of all tokens in passing."""
-    rows = mle.micro_batch or mle.batch_size
-    kept = activation_bytes(t5, rows, lengths.max_source, lengths.max_target, half=True)
-    return kept + 8 * rows * lengths.max_target * t5.vocab_size
+    support = ppo.batch_size * T * t5.vocab_size
+    cache = ppo.batch_size * cache_bytes(t5, S, T)
+    row = activation_bytes(t5, S, T) + 17 * T * t5.vocab_size
+    return ppo.micro_batch * row + support + cache, 21 * support + cache
 
 
 def plan():
     """The text of --plan."""
     text = [f"By arithmetic, in GiB; nothing of it was measured. {CUDA} GiB are CUDA's own."]
     for name, t5 in (("t5-small", SMALL), ("t5-base", BASE)):
-        config = emprl.make_config("paper", 0, ".", ".")  # reads no folder
         rows = {}
-        for stage, parts in stages(config, t5).items():
-            rows[stage] = {what: x / 2**30 for what, x in parts.items()}
-            rows[stage]["all"] = sum(rows[stage].values()) + CUDA
+        for stage, parts in stages(emprl.make_config("paper", 0, ".", "."), t5).items():
+            row = [x / 2**30 for x in parts]
+            names = ("trained", "held", "activations", "all")
+            rows[stage] = dict(zip(names, [*row, sum(row) + CUDA]))
         most = max(row["all"] for row in rows.values())
         verdict = "fits" if most <= CARD else "does NOT fit"
         text += [
@@ -459,13 +402,7 @@ def plan():
 
 # ---- the command ----------------------------------------------------------------------------
 
-PARTS = {
-    "step": partial(compare, "step"),
-    "sample": partial(compare, "sample"),
-    "ppo": lambda sizes, repeats: compare("ppo", {"tiny": TINY}, repeats),
-    "tricks": lambda sizes, repeats: tricks(repeats),
-    "memory": lambda sizes, repeats: memory(sizes),
-}
+PARTS = (*WORK, "tricks", "memory")
 
 
 def machine():
@@ -483,13 +420,12 @@ def machine():
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("part", nargs="*", default=list(PARTS), help=", ".join(PARTS))
+    parser.add_argument("part", nargs="*", default=PARTS, help=", ".join(PARTS))
     parser.add_argument("--repeats", type=int, default=7, help="rounds, of which the median")
     parser.add_argument("--plan", action="store_true", help="memory of preset paper")
     parser.can_write()
     options = parser.parse_args()
-    unknown = set(options.part) - set(PARTS)
-    if unknown or options.repeats < 1:
+    if not set(options.part) <= set(PARTS) or options.repeats < 1:
         parser.error(f"parts are {', '.join(PARTS)}; --repeats is from 1")
     if options.plan:
         print(plan())
@@ -498,7 +434,12 @@ def main():
     results = {"machine": machine()}
     print(results["machine"], flush=True)
     for part in options.part:
-        results[part] = PARTS[part]({"tiny": TINY, "small": SMALL}, options.repeats)
+        if part == "tricks":
+            results[part] = tricks(options.repeats)
+        elif part == "memory":
+            results[part] = memory()
+        else:
+            results[part] = compare(part, options.repeats)
         print(f"\n{sheet(results[part])}", flush=True)
         write_json(options.write, results)  # at once: what comes next takes minutes
 

@@ -7,7 +7,7 @@
 RUN is a finished run, or a file with lines as in its responses.jsonl. Contexts are drawn by the
 seed, replies shuffled; those that are equal are shown once. A reader needs nothing but the sheet,
 and writes three numbers for each reply. The table has means over contexts of the readers' means,
-with 95 % intervals (1.96 standard errors over contexts), and differences to --base, context by
+with 95 % intervals (1.96 standard errors over contexts), and differences to MLE, context by
 context. kappa: Cohen's, quadratic weights (1968), the mean over pairs of readers.
 
 Cost: seconds; a reader takes about an hour for 100 contexts.
@@ -17,23 +17,24 @@ import itertools
 import math
 import random
 import re
-import statistics
 import sys
 import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass
-from operator import sub
 from pathlib import Path
 from string import ascii_uppercase
 
+import torch
+
 from data import DataError, printable
-from emprl import digest, say
-from tests.lab.command import Parser, mean, new_file, sheet, start, write_json
-from tests.lab.rate import CONTENT, paired, read
+from emprl import OPENING, digest, say
+from tests.lab.command import Parser, new_file, read_replies, sheet, start, write_json
 
 QUESTIONS = ("fluency", "fit", "empathy")
 INSTRUCTIONS = f"""\
-# {" ".join(CONTENT)}
+# Content note: the contexts are about hard moments of people's lives, and some replies to
+# them are cold, false or hurtful. Stop whenever you like.
+# {OPENING[1]}
 #
 # Below are {{count}} conversations, each with several replies to its last turn. The replies are in
 # random order, and all in lower case. Rate every reply on its own, from 1 (worst) to 5 (best):
@@ -44,7 +45,8 @@ INSTRUCTIONS = f"""\
 # Complete the lines below, or write yours into a file of their own; its first line must be the
 # first line of this one. An item may be left out.
 """
-ANSWER = re.compile(r"(\d+)\s+([A-Z])((?:\s+\d+)*)")
+OPEN = re.compile(r"\d+ [A-Z]|([#>]|[A-Z]:).*|")  # the sheet's own lines
+ANSWER = re.compile(r"(\d+ [A-Z]) +([1-5]) +([1-5]) +([1-5])")
 
 
 @dataclass
@@ -65,24 +67,13 @@ def as_a_model(text):
     return one_line(unicodedata.normalize("NFKC", text).casefold())
 
 
-def turns(context):
-    """Who speaks, and what they say; the last turn is the person's."""
-    for place, text in enumerate(context, 1 - len(context)):
-        yield f"> {'listener' if place % 2 else 'person'}: {text}"
-
-
 def read_items(path, systems, number, seed):
-    """{1: Item, ...}, drawn and shuffled by the seed. Raises DataError."""
-
-    def record_of(record):
-        replies = {"human": record["human"], **record["replies"]}
-        return str(record.get("id", "")), list(map(one_line, record["context"])), replies
-
-    records = list(read(path, record_of))
+    """[Item, ...], drawn and shuffled by the seed. Raises DataError."""
+    records = read_replies(path)
     generator = random.Random(seed)
-    items = {}
-    drawn = generator.sample(records, min(number, len(records)))
-    for place, (name, context, replies) in enumerate(drawn, 1):
+    items = []
+    for record in generator.sample(records, min(number, len(records))):
+        replies = {"human": record["human"], **record["replies"]}
         of_text = defaultdict(list)
         for system in systems:
             if system not in replies:
@@ -90,7 +81,8 @@ def read_items(path, systems, number, seed):
             of_text[as_a_model(replies[system])].append(system)
         shuffled = list(of_text.items())
         generator.shuffle(shuffled)
-        items[place] = Item(name, context, dict(zip(ascii_uppercase, shuffled)))
+        context = [one_line(turn) for turn in record["context"]]
+        items.append(Item(record["id"], context, dict(zip(ascii_uppercase, shuffled))))
     return items
 
 
@@ -99,128 +91,106 @@ def read_items(path, systems, number, seed):
 
 def first_line(items):
     """It tells which sheet the answers are of."""
-    shown = [[item.context, item.replies] for item in items.values()]
-    return f"# sheet {digest(shown)[:12]}"
+    return f"# sheet {digest([[item.context, item.replies] for item in items])[:12]}"
 
 
 def sheet_text(items):
     """What a reader gets."""
     lines = [first_line(items), INSTRUCTIONS.format(count=len(items))]
-    for number, item in items.items():
-        lines += [f"# ---- {number} of {len(items)}", *turns(item.context)]
+    for number, item in enumerate(items, 1):
+        lines.append(f"# ---- {number} of {len(items)}")
+        for place, text in enumerate(item.context, 1 - len(item.context)):
+            lines.append(f"> {'listener' if place % 2 else 'person'}: {text}")  # 0: the last
         lines += [f"{letter}: {text}" for letter, (text, _) in item.replies.items()]
         lines += [*(f"{number} {letter}" for letter in item.replies), ""]
     return "\n".join(lines)
 
 
-def read_answers(path, items):
-    """{(item, system): three numbers} of a filled sheet. Raises DataError with the line."""
+def read_answers(path, items, systems):
+    """(items, systems, 3) numbers of a filled sheet, NaN where nothing is. Raises DataError."""
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     if not lines or lines[0].strip() != first_line(items):
         raise DataError(
             f"{path}:1: not a sheet of these replies and options; its first line must be "
             f"{first_line(items)!r}"
         )
-    answers = {}
+    rated_by = {}  # "17 B" -> the item, and the systems that gave this reply
+    for number, item in enumerate(items):
+        for letter, (_, gave_it) in item.replies.items():
+            rated_by[f"{number + 1} {letter}"] = number, [systems.index(x) for x in gave_it]
+    answers = torch.full((len(items), len(systems), len(QUESTIONS)), torch.nan)
     for place, line in enumerate(map(str.strip, lines), 1):
-        if not line or line[0] in "#>" or line[1:2] == ":":  # the sheet's own
+        if OPEN.fullmatch(line):
             continue
-        try:
-            number, letter, ratings = parse(line)
-            if ratings:  # else it is left out
-                _, systems = items[number].replies[letter]
-                if (number, systems[0]) in answers:
-                    raise ValueError("this reply is rated twice")
-                for system in systems:
-                    answers[number, system] = ratings
-        except (KeyError, ValueError) as error:
-            why = error if isinstance(error, ValueError) else "there is no such reply"
-            raise DataError(f"{path}:{place}: {printable(line)[:40]!r}: {why}") from None
-    if not answers:
+        found = ANSWER.fullmatch(line)
+        problem = ""
+        if not found:
+            problem = "not as '17 B 4 3 2', with three numbers from 1 to 5"
+        elif found[1] not in rated_by:
+            problem = "there is no such reply, or it is rated twice"
+        if problem:
+            raise DataError(f"{path}:{place}: {printable(line)[:40]!r}: {problem}")
+        answers[rated_by.pop(found[1])] = torch.tensor([float(x) for x in found.groups()[1:]])
+    if answers.isnan().all():
         raise DataError(f"{path}: no answers; write lines such as '17 B 4 3 2'")
     return answers
-
-
-def parse(line):
-    """ "17 B 4 3 2" -> 17, "B", [4, 3, 2]; "17 B" -> 17, "B", []."""
-    found = ANSWER.fullmatch(line)
-    ratings = [int(x) for x in found[3].split()] if found else None
-    if not found or len(ratings) not in (0, 3) or not set(ratings) <= set(range(1, 6)):
-        raise ValueError("not as '17 B 4 3 2', with three numbers from 1 to 5")
-    return int(found[1]), found[2], ratings
 
 
 # ---- the table ------------------------------------------------------------------------------
 
 
 def interval(numbers):
-    """ "3.50 (3.11 to 3.89)": the mean, and 1.96 standard errors."""
-    middle = mean(numbers)
+    """ "3.50 (3.11 to 3.89)": the mean of those that are there, and 1.96 standard errors."""
+    numbers = numbers[~numbers.isnan()]
+    middle = numbers.mean().item()
     if len(numbers) < 2:
         return f"{middle:.2f}"
-    error = 1.96 * statistics.stdev(numbers) / math.sqrt(len(numbers))
+    error = 1.96 * numbers.std().item() / math.sqrt(len(numbers))
     return f"{middle:.2f} ({middle - error:.2f} to {middle + error:.2f})"
 
 
-def means_of(readers):
-    """{(item, system): the readers' mean for each question}."""
-    collected = defaultdict(list)
-    for answers in readers:
-        for reply, ratings in answers.items():
-            collected[reply].append(ratings)
-    return {reply: list(map(mean, zip(*ratings))) for reply, ratings in collected.items()}
+def row_of(rated):
+    """A row of the table from (items, 3) numbers."""
+    row = {question: interval(rated[:, k]) for k, question in enumerate(QUESTIONS)}
+    return row | {"contexts": str((~rated[:, 0].isnan()).sum().item())}
 
 
-def table(readers, systems, base):
-    """Markdown rows: a system's means, then its differences to `base`."""
-    means = means_of(readers)
-    of_system = defaultdict(dict)  # system -> {item: its means}
-    for (item, system), rated in means.items():
-        of_system[system][item] = rated
-    rows = {system: row_of(of_system[system].values()) for system in systems}
-    for system in systems:
-        differences = []
-        for item in of_system[system].keys() & of_system[base].keys():
-            differences.append(list(map(sub, means[item, system], means[item, base])))
-        if system != base:
-            rows[f"{system} - {base}"] = row_of(differences)
+def table(readers, systems):
+    """Markdown rows of answers (readers, items, systems, 3): means, differences to MLE, kappa."""
+    means = readers.nanmean(0)
+    rows = {system: row_of(means[:, k]) for k, system in enumerate(systems)}
+    for k, system in enumerate(systems):
+        if system != "mle" and "mle" in systems:
+            rows[f"{system} - mle"] = row_of(means[:, k] - means[:, systems.index("mle")])
+    kappas = []
+    for first, second in itertools.combinations(readers.flatten(1, 2), 2):
+        kappas.append([weighted_kappa(first[:, k], second[:, k]) for k in range(3)])
+    if kappas:
+        mean = torch.tensor(kappas).nanmean(0).tolist()
+        rows["kappa"] = {question: f"{x:.2f}" for question, x in zip(QUESTIONS, mean)}
     return rows
 
 
-def row_of(rated):
-    """rated: for each context three numbers."""
-    columns = zip(QUESTIONS, zip(*rated))
-    row = {question: interval(numbers) for question, numbers in columns}
-    return row | {"contexts": str(len(rated))}
-
-
 def weighted_kappa(first, second):
-    """1 - mean (x_i - y_i)^2 / mean over all i, j of (x_i - y_j)^2; None if that is 0."""
-    seen = mean((x - y) ** 2 for x, y in zip(first, second))
-    chance = mean((x - y) ** 2 for x, y in itertools.product(first, second))
-    return 1 - seen / chance if chance else None
+    """1 - mean (x_i - y_i)^2 / mean over all i, j of (x_i - y_j)^2; NaN if that is 0.
+
+    Of the replies that both have rated.
+    """
+    both = ~(first - second).isnan()
+    x, y = first[both], second[both]
+    seen = ((x - y) ** 2).mean()
+    chance = ((x[:, None] - y) ** 2).mean()
+    return (1 - seen / chance).item()
 
 
-def agreement(readers):
-    """{question: mean kappa over the pairs of readers}, of the replies that both have rated."""
-    replies = means_of(readers)
-    found = {}
-    for k, question in enumerate(QUESTIONS):
-        kappas = [weighted_kappa(*pair) for pair in paired(replies, readers, k) if pair[0]]
-        kappas = [kappa for kappa in kappas if kappa is not None]
-        if kappas:
-            found[question] = f"{mean(kappas):.2f}"
-    return found
-
-
-def without_texts(readers, items):
-    """{reader: ["CONTEXT'S-ID SYSTEM 4 3 2", ...]}."""
-    found = {}
-    for name, answers in readers.items():
-        found[name] = []
-        for (item, system), ratings in sorted(answers.items()):
-            found[name].append(" ".join(map(str, (items[item].id, system, *ratings))))
-    return found
+def without_texts(answers, items, systems):
+    """["CONTEXT'S-ID SYSTEM 4 3 2", ...] of one reader."""
+    lines = []
+    for item, rated in zip(items, answers.tolist()):
+        for system, numbers in zip(systems, rated):
+            if not math.isnan(numbers[0]):
+                lines.append(" ".join([item.id, system, *(f"{x:.0f}" for x in numbers)]))
+    return lines
 
 
 def make_parser():
@@ -231,7 +201,6 @@ def make_parser():
     parser.add_argument("--number", type=int, default=100, help="contexts")
     parser.add_argument("--seed", type=int, default=0, help="which contexts, which order")
     parser.add_argument("--systems", default="human,mle,best_of_n,emprl")
-    parser.add_argument("--base", default="mle", help="the others are compared with it")
     parser.can_write()
     return parser
 
@@ -250,16 +219,14 @@ def main():
         say(f"{len(items)} contexts in {options.sheet}")
         return
 
-    readers = {file.stem: read_answers(file, items) for file in options.filled}
+    readers = {file.stem: read_answers(file, items, systems) for file in options.filled}
     if len(readers) < len(options.filled):
         parser.error("the filled sheets must have different names")
-    rows = table(readers.values(), systems, options.base)
-    rows["kappa"] = agreement(readers.values())
-    say(
-        f"{len(readers)} readers; means over contexts, 95 % intervals", sheet(rows), sep="\n\n"
-    )
+    rows = table(torch.stack(list(readers.values())), systems)
+    say(f"{len(readers)} readers; means over contexts, 95 % intervals\n\n{sheet(rows)}")
     about = {"seed": options.seed, "columns": f"context system {' '.join(QUESTIONS)}"}
-    write_json(options.write, {**about, "readers": without_texts(readers, items)})
+    told = {name: without_texts(one, items, systems) for name, one in readers.items()}
+    write_json(options.write, {**about, "readers": told})
 
 
 if __name__ == "__main__":

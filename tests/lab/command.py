@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from data import DataError
 from emprl import command_line, in_one_line, to_json
 
@@ -74,10 +76,31 @@ def read_runs(folders):
     return dict(sorted(runs.items(), key=lambda item: item[1]["config"]["seed"]))
 
 
+def read_replies(path):
+    """The records of a responses.jsonl, a context each. Raises DataError."""
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            record["id"], record["context"], record["human"], record["replies"]
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"{path}:{number}: damaged; repair or remove this line") from None
+        records.append(record)
+    return records
+
+
 def write_json(path, content):
     """Nothing is written without --write."""
     if path:
         path.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")
+
+
+def peak_memory(device):
+    """Bytes held at most so far: by torch on a GPU; by this process on a CPU (Linux)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def mean(numbers):

@@ -3,19 +3,18 @@
     python -m tests.lab.mutate                 list 200 mutants
     python -m tests.lab.mutate --log FILE      try them: half an hour for 200 on one thread
 
-A mutant is one small change, made on the syntax tree: of an equation (a sign, a constant, a
-comparison) or of the wiring (two arguments swapped, a name replaced by its sibling, a statement
-left out). First all tests run once, and it is noted which functions each of them calls. A mutant
-gets those that call its function: of its module, then of the recipe, then of the whole program,
-fast ones first; the first that fails ends it. All this happens in a copy of the project, each
-time in a fork that has torch already. FILE gets a line for each mutant; the same command goes
-on. After new tests delete the lines of the survivors: they alone are tried again.
+A mutant is one small change, made on the syntax tree: of an equation, as those that the course
+tries its graded functions with (tests/coursework/mutants.py), or of the wiring (two arguments
+swapped, a name replaced by its sibling, a call left out). First all tests run once, and it is
+noted which functions each of them calls. A mutant gets those that call its function: of its
+module, then of the recipe, then of the whole program, fast ones first; the first that fails ends
+it. All this happens in a copy of the project, each time in a fork that has torch already. FILE
+gets a line for each mutant; the same command goes on. After new tests delete the lines of the
+survivors: they alone are tried again.
 """
 
-import argparse
 import ast
 import contextlib
-import copy
 import hashlib
 import importlib
 import itertools
@@ -35,26 +34,29 @@ from pathlib import Path
 
 import pytest
 
+from tests.coursework import mutants as equations
+from tests.coursework.kinds import changed, functions
+from tests.lab.command import Parser, start
+
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = "t5_small data identifiers ppo emprl".split()
 FORK = multiprocessing.get_context("fork")
 TESTS = "test_recipe test_emprl test_figures test_results".split()  # after the module's own
 
-# each may stand in the other's place
-PAIRS = """Add Sub, Mult Div, Lt LtE, Gt GtE, Eq NotEq, And Or,
-min max, argmin argmax, any all, sum mean, no_grad enable_grad, inference_mode enable_grad"""
-OTHER = {}
-for first, second in map(str.split, PAIRS.split(",")):
-    OTHER |= {first: second, second: first}
-
-ROLES = """train valid test probe judge_train judge_valid pretrain, mle emprl best_of_n,
+# each may stand in the place of another of its line
+ROLES = """min max, argmin argmax, any all, sum mean, no_grad enable_grad,
+train valid test probe judge_train judge_valid pretrain, mle emprl best_of_n,
 identifiers judge context, t5 policy reference average model, gamma lam, low high, before after,
 rewards advantages returns values scores, context response source ids contexts responses,
 gold predicted levels target targets expected promised, er ip ex"""
-ROLES = [set(words.split()) for words in ROLES.split(",")]
-TALK = re.compile("print|say|plot|help|error|table|report", re.I)  # for the eye only
+ROLES = [words.split() for words in ROLES.split(",")]
+TWINS = ROLES[:5]  # everywhere; the others where a function has both
+TALK = re.compile(
+    "print|say|plot|draw_|figure[.]|axis|help|error|table|report", re.I
+)  # for the eye only
+IDLE = ("in place", "detach")  # kinds of equations that change little here
 
-Mutant = namedtuple("Mutant", "id kind module line before after")
+Mutant = namedtuple("Mutant", "id kind module function line before after")
 
 
 # ---- what can be changed ------------------------------------------------------------------------
@@ -73,14 +75,7 @@ def word_of(node):
 def related(one, other):
     """Of the same role, or with a word in common: clip_range, value_clip_range."""
     common = {*one.split("_")} & {*other.split("_")} - {""}
-    return one != other and (common or any({one, other} <= role for role in ROLES))
-
-
-def changed(node, **fields):
-    node = copy.copy(node)
-    for name, value in fields.items():
-        setattr(node, name, value)
-    return node
+    return common or any(one in role and other in role for role in ROLES)
 
 
 def swapped(items):
@@ -89,50 +84,31 @@ def swapped(items):
         yield [*items[:i], items[i + 1], items[i], *items[i + 2 :]]
 
 
-def changes_of_word(node, siblings):
+def wiring(node, siblings):
+    """(kind, what may stand in the node's place): another thing is used, or none."""
     place, field, word = word_of(node)
-    if word in OTHER and field != "value":
-        kind = "detach" if "grad" in OTHER[word] else "min-max"
-        yield kind, changed(node, **{field: OTHER[word]})
-    for other in sorted(siblings[place]):
-        if place and related(word, other):
-            yield "sibling", changed(node, **{field: other})
-
-
-def changes_of_call(node):
-    if getattr(node.func, "attr", "") in ("detach", "requires_grad_", "eval", "clone"):
-        yield "detach", node.func.value
-    for arguments in swapped(node.args):
-        if ast.unparse(node.func) not in ("min", "max", "torch.min", "torch.max"):
-            yield "swap", changed(node, args=arguments)
-    for i in range(len(node.keywords)):
-        yield "keyword", changed(node, keywords=node.keywords[:i] + node.keywords[i + 1 :])
-
-
-def changes(node):
-    """(kind, what may stand in the node's place), for each change of this very node."""
+    others = {other for other in siblings[place] if related(word, other)}
+    for twins in TWINS:
+        if word in twins and field != "value":
+            others |= {*twins}
+    for other in sorted(others - {word, ""}):
+        yield "sibling", changed(node, **{field: other})
     match node:
-        case ast.UnaryOp(op=ast.USub()):
-            yield "sign", node.operand
-        case ast.BinOp() | ast.BoolOp():
-            if name := OTHER.get(type(node.op).__name__):
-                yield "operator", changed(node, op=getattr(ast, name)())
-        case ast.Compare(ops=[op]):
-            if name := OTHER.get(type(op).__name__):
-                yield "compare", changed(node, ops=[getattr(ast, name)()])
-        case ast.Constant(value=bool(value)):
-            yield "constant", ast.Constant(not value)
-        case ast.Constant(value=int(value) | float(value)):
-            yield "constant", ast.Constant(value + 1)
+        case ast.Call(func=ast.Attribute(attr="detach" | "requires_grad_" | "eval" | "clone")):
+            yield "no detach", node.func.value
         case ast.Call():
-            yield from changes_of_call(node)
+            for arguments in swapped(node.args):
+                yield "swap", changed(node, args=arguments)
         case ast.Dict():
             for values in swapped(node.values):
                 yield "key", changed(node, values=values)
-        case ast.Assign(targets=[ast.Name(id=name)]) if name in ast.unparse(node.value):
+        case ast.BoolOp():
+            other = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+            yield "operator", changed(node, op=other)
+        case ast.Expr(value=ast.Call()):
             yield "statement", ast.Pass()
-        case ast.AugAssign() | ast.Expr(value=ast.Call()):
-            yield "statement", ast.Pass()
+        case ast.If() | ast.IfExp():
+            yield "condition", changed(node, test=ast.UnaryOp(ast.Not(), node.test))
 
 
 def without_talk(node):
@@ -144,35 +120,40 @@ def without_talk(node):
             yield from without_talk(child)
 
 
-def mutants_of(source):
-    """(kind, old node, new node) of all that can be changed inside a module's functions."""
-    for function in ast.walk(ast.parse(source)):
-        if not isinstance(function, ast.FunctionDef):
-            continue
-        nodes = list(without_talk(function))
-        siblings = defaultdict(set)
-        for place, _, word in map(word_of, nodes):
-            siblings[place].add(word)
-        for node in nodes:
-            for kind, new in itertools.chain(changes(node), changes_of_word(node, siblings)):
+def changes(function):
+    """(kind, old node, new node) of all that can be changed inside a function."""
+    nodes = list(without_talk(function))
+    siblings = defaultdict(set)
+    for place, _, word in map(word_of, nodes):
+        siblings[place].add(word)
+    for node in nodes:
+        found = [*wiring(node, siblings), *equations.changes_of_statement(node)]
+        if word_of(node)[1] != "value":  # of a text only the wiring
+            found += equations.changes(node)
+        for kind, new in found:
+            if isinstance(node, ast.If):
+                yield kind, node.test, new.test
+            elif kind not in IDLE:
                 yield kind, node, new
-            if isinstance(node, (ast.If, ast.IfExp)):
-                yield "condition", node.test, ast.UnaryOp(ast.Not(), node.test)
 
 
 def mutants(module):
-    """Each mutant of a module, and the module's content with it."""
+    """{mutant: the module's content with it}."""
     source = (ROOT / f"{module}.py").read_bytes()
     starts = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]
-    for kind, old, new in mutants_of(source):
-        start = starts[old.lineno - 1] + old.col_offset
-        end = starts[old.end_lineno - 1] + old.end_col_offset
-        before, after = ast.unparse(old), ast.unparse(ast.fix_missing_locations(new))
-        text = after if after.isidentifier() else f"({after})"
-        content = source[:start] + text.encode() + source[end:]
-        name = hashlib.sha256(content).hexdigest()[:12]
-        if before != after:
-            yield Mutant(name, kind, module, old.lineno, before, after), content
+    found = {}
+    for name, function in functions(ast.parse(source)).items():
+        for kind, old, new in changes(function):
+            start = starts[old.lineno - 1] + old.col_offset
+            end = starts[old.end_lineno - 1] + old.end_col_offset
+            before, after = ast.unparse(old), ast.unparse(ast.fix_missing_locations(new))
+            text = after if isinstance(new, ast.stmt) else f"({after})"
+            content = source[:start] + text.encode() + source[end:]
+            key = hashlib.sha256(content).hexdigest()[:12]
+            where = module, name.split(".")[-1], old.lineno
+            if before != after:
+                found[Mutant(key, kind, *where, before, after)] = content
+    return found
 
 
 def compiles(content):
@@ -186,7 +167,7 @@ def sample(seed, count):
     """{mutant: content}: as many of each kind and module as can be; the seed decides which."""
     contents = {}
     for module in MODULES:
-        contents |= dict(mutants(module))
+        contents |= mutants(module)
     drawn = list(contents)
     random.Random(seed).shuffle(drawn)
     seen, turn = Counter(), {}
@@ -198,23 +179,34 @@ def sample(seed, count):
     return {mutant: contents[mutant] for mutant in itertools.islice(valid, count)}
 
 
-# ---- the tests on one of them -------------------------------------------------------------------
-class Recorder:
-    """A pytest plugin: {test: (seconds of CPU, {(file, first line) of each function it calls})}.
+# ---- which tests, and do they fail? -------------------------------------------------------------
 
-    What a fixture of a file or of the session calls counts for all tests that use it.
+
+class Watch:
+    """A pytest plugin. Without names: what does each test call, and how long does it take?
+
+    tests: {test: (seconds of CPU, {(file, function)})}; what a fixture of a file or of the
+    session calls counts for all tests that use it. With names these tests run, in this order.
+    failed: the first that fails.
     """
 
-    def __init__(self):
+    def __init__(self, names=()):
+        self.names = names
         self.called = set()
         self.of_fixture = {}
         self.tests = {}
         self.failed = ""
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        if self.names:
+            found = {item.nodeid: item for item in items}
+            items[:] = [found[name] for name in self.names if name in found]
+
     def profile(self, frame, event, _):
         if event == "call":
             code = frame.f_code
-            self.called.add((os.path.basename(code.co_filename), code.co_firstlineno))
+            self.called.add((os.path.basename(code.co_filename), code.co_name))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef):
@@ -230,7 +222,7 @@ class Recorder:
     def pytest_runtest_protocol(self, item):
         self.called = set()
         started = time.process_time()
-        sys.setprofile(self.profile)
+        sys.setprofile(None if self.names else self.profile)
         try:
             return (yield)
         finally:
@@ -246,45 +238,30 @@ class Recorder:
     pytest_collectreport = pytest_runtest_logreport
 
 
-class Chosen(Recorder):
-    """Runs some tests, in this order, and records nothing but the first that fails."""
-
-    def __init__(self, names):
-        super().__init__()
-        self.names = names
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items):
-        found = {item.nodeid: item for item in items}
-        items[:] = [found[name] for name in self.names if name in found]
-
-    def profile(self, frame, event, _):
-        sys.setprofile(None)
-
-
-def run_tests(answer, project, files, plugin, limit):
-    """In a fork: pytest on a copy of the project. Sends what the plugin has found."""
+def run_tests(answer, project, files, names, limit):
+    """In a fork: pytest on a copy of the project. Sends what was found."""
     os.setsid()  # so that all it starts can be ended with it
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     for number in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     sys.dont_write_bytecode = True
     for name in [*sys.modules]:
-        if name.split(".")[0] == "tests":
+        if name.split(".")[0] in ("tests", *MODULES):
             del sys.modules[name]  # it is not the copy's
     os.chdir(project)
+    watch = Watch(names)
     options = ["-xq", "-p", "no:cacheprovider", "-o", "pythonpath=.", "--processes", "1"]
-    code = pytest.main([*options, *files], plugins=[plugin])
-    answer.send((plugin.failed or (f"exit code {code}" if code else ""), plugin.tests))
+    code = pytest.main([*options, *files], plugins=[watch])
+    answer.send((watch.failed or (f"exit code {code}" if code else ""), watch.tests))
 
 
-def in_a_fork(project, files, plugin, limit):
+def in_a_fork(project, files, names, limit):
     """(the test that fails first, "" if none does; {test: (seconds, calls)}).
 
     limit: seconds of CPU; a machine that is busy may take ten times as long.
     """
     ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=run_tests, args=(theirs, project, files, plugin, limit))
+    process = FORK.Process(target=run_tests, args=(theirs, project, files, names, limit))
     process.start()
     theirs.close()
     found = "no end", {}  # as good as a failed test
@@ -297,39 +274,30 @@ def in_a_fork(project, files, plugin, limit):
     return found
 
 
-def file_of(test):
-    return test.partition("::")[0]
-
-
-def tests_of(mutant, project, tests):
-    """The tests that call the function that the mutant is in: file by file, fast ones first."""
-    first = 0  # line of the innermost function around the mutant, or of its decorator
-    for node in ast.walk(ast.parse((project / f"{mutant.module}.py").read_bytes())):
-        if isinstance(node, ast.FunctionDef):
-            start = min([node.lineno, *(x.lineno for x in node.decorator_list)])
-            if first < start <= mutant.line <= node.end_lineno:
-                first = start
-    function = (f"{mutant.module}.py", first)
-    own = f"test_{mutant.module.removesuffix('_small')}"
-    files = [f"tests/{name}.py" for name in dict.fromkeys([own, *TESTS])]
-    chosen = [
-        x for x, (_, calls) in tests.items() if function in calls and file_of(x) in files
-    ]
-    return sorted(chosen, key=lambda x: (files.index(file_of(x)), tests[x][0]))
+def files_for(modules):
+    """The modules' own tests, then those of the whole."""
+    own = [f"test_{module.removesuffix('_small')}" for module in modules]
+    return [f"tests/{name}.py" for name in dict.fromkeys([*own, *TESTS])]
 
 
 def try_mutant(mutant, content, project, tests):
-    chosen = tests_of(mutant, project, tests)
-    failed = "", {}
+    """What catches it, by the tests that call its function: file by file, fast ones first."""
+    files = files_for([mutant.module])
+    chosen = []
+    for test, (seconds, calls) in tests.items():
+        file = test.partition("::")[0]
+        if file in files and (f"{mutant.module}.py", mutant.function) in calls:
+            chosen.append((files.index(file), seconds, test))
+    failed = ""
     if chosen:
         path = project / f"{mutant.module}.py"
         original = path.read_bytes()
         path.write_bytes(content)
-        files = list(dict.fromkeys(map(file_of, chosen)))
-        limit = 60 + 5 * int(sum(tests[x][0] for x in chosen))
-        failed = in_a_fork(project, files, Chosen(chosen), limit)
+        names = [test for _, _, test in sorted(chosen)]
+        limit = 60 + 5 * int(sum(seconds for _, seconds, _ in chosen))
+        failed, _ = in_a_fork(project, files, names, limit)
         path.write_bytes(original)
-    return {**mutant._asdict(), "caught_by": failed[0], "tests": len(chosen)}
+    return {**mutant._asdict(), "caught_by": failed, "tests": len(chosen)}
 
 
 def show(mutants, caught_by):
@@ -351,9 +319,7 @@ def try_all(mutants, log, caught_by):
         project = Path(folder) / "project"
         left_out = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.ipynb")
         shutil.copytree(ROOT, project, ignore=left_out)
-        own = [f"test_{module.removesuffix('_small')}" for module in MODULES]
-        files = [f"tests/{name}.py" for name in dict.fromkeys([*own, *TESTS])]
-        failed, tests = in_a_fork(project, files, Recorder(), 3600)
+        failed, tests = in_a_fork(project, files_for(MODULES), (), 3600)
         if failed:
             sys.exit(f"{failed} fails on the code as it is; mend that first")
         for mutant, content in mutants.items():
@@ -367,9 +333,7 @@ def try_all(mutants, log, caught_by):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--log", type=Path, help="JSON lines, one for each mutant")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -388,4 +352,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(start(main))

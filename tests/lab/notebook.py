@@ -7,7 +7,6 @@ As Jupyter would. Stored with it is which source the outputs came from, so that 
 can tell when a cell has been changed since.
 """
 
-import argparse
 import ast
 import base64
 import contextlib
@@ -22,6 +21,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from tests.lab.command import Parser, start
 
 PATH = Path(__file__).resolve().parent.parent.parent / "train.ipynb"
 
@@ -113,11 +114,7 @@ def run(notebook, reduced=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.lab.notebook",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--write", action="store_true", help="store the outputs")
     arguments = parser.parse_args()
     notebook = read()
@@ -129,4 +126,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start(main))

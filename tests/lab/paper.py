@@ -10,7 +10,6 @@ included. `bench --plan` has the same by arithmetic.
 Cost: a minute on a GPU; on a CPU half an hour for `small`.
 """
 
-import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -21,20 +20,11 @@ import torch
 
 from data import Tokenizer
 from tests.lab.bench import BASE, SMALL
-from tests.lab.command import Parser, sheet, start
+from tests.lab.command import Parser, peak_memory, sheet, start
 
 STEPS = "mle.epochs=0 mle.steps=2 identifiers.steps=2 context.steps=2 ppo.steps=2"
 FEW = "eval.contexts=8 eval.best_of=2 ppo.valid_contexts=8"
 DIALOGUES = 400
-
-
-def peak(device):
-    """GiB: of the process on a CPU, of the stage on a GPU, where it then begins anew."""
-    if device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    found = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    return found
 
 
 class Measured(emprl.Run):
@@ -42,8 +32,13 @@ class Measured(emprl.Run):
 
     def train(self, name, trainer, made_of=()):
         model = super().train(name, trainer, made_of)
-        self.peaks[name] = {"GiB": peak(self.device)}
+        self.note_peak(name)
         return model
+
+    def note_peak(self, name):
+        self.peaks[name] = {"GiB": peak_memory(self.device) / 2**30}
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
 
 def few_dialogues(load_corpus):
@@ -83,7 +78,7 @@ def main():
         run.peaks = {}
         with mock.patch.object(emprl, "load_corpus", few_dialogues(emprl.load_corpus)):
             emprl.run_all(run)
-        run.peaks["evaluate"] = {"GiB": peak(run.device)}
+        run.note_peak("evaluate")
     print(sheet(run.peaks))
 
 

@@ -19,7 +19,6 @@ Cost: seconds.
 """
 
 import itertools
-import json
 import sys
 from operator import itemgetter
 
@@ -35,6 +34,8 @@ from tests.lab.command import (
     mean,
     means,
     new_file,
+    read_metrics,
+    read_replies,
     read_runs,
     sheet,
     start,
@@ -42,22 +43,21 @@ from tests.lab.command import (
 )
 
 MEASURES = {"weighted": "emp_f1", "macro": "emp_macro_f1", "bits": "mutual_information"}
+WITH_HUMAN = {"human": "human", **SYSTEMS}
 INTERVAL = "{relative:+.1%} ({low:+.1%} to {high:+.1%})"
-KINDS = {"weighted": "weighted_f1", "macro": "macro_f1"}
+KINDS = ("weighted_f1", "macro_f1")
 
 
 def read_levels(folder):
     """responses.jsonl -> {classifier: {"human" or system: (N, M) levels}}, and the contexts."""
-    content = (folder / "responses.jsonl").read_bytes()
-    made_of = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["made_of"]
-    if digest_bytes(content) != made_of.get("responses"):
+    path = folder / "responses.jsonl"
+    if digest_bytes(path.read_bytes()) != read_metrics(folder)["made_of"].get("responses"):
         raise DataError(
-            f"{folder}/responses.jsonl: not the replies that metrics.json was measured on; "
-            "give the run's own command again"
+            f"{path}: not the replies that metrics.json was measured on; give the run's own "
+            "command again"
         )
     levels, contexts = {}, []
-    for line in content.decode().splitlines():
-        record = json.loads(line)
+    for record in read_replies(path):
         contexts.append(record["context"])
         for who, systems in record["levels"].items():
             for system, told in systems.items():
@@ -90,15 +90,13 @@ def gain_over_seeds(runs, kind, shared, resamples=2000):
     seeds = torch.randint(len(runs), (resamples, len(runs)), generator=generator)
     totals = torch.zeros(2, resamples)  # of before and after
     times = None
-    for slot in range(len(runs)):
-        for k, (human, *systems) in enumerate(runs):
-            if times is None or not shared:
-                drawn = torch.randint(count, (resamples, count), generator=generator)
-                times = torch.zeros(resamples, count)
-                times.scatter_add_(1, drawn, torch.ones(resamples, count))
-            chosen = seeds[:, slot] == k
-            for total, levels in zip(totals, systems):
-                total += chosen * resampled_emp_f1(levels, human, times, kind)
+    for drawn_seed, (k, (human, *systems)) in itertools.product(seeds.T, enumerate(runs)):
+        if times is None or not shared:
+            drawn = torch.randint(count, (resamples, count), generator=generator)
+            times = torch.zeros(resamples, count)
+            times.scatter_add_(1, drawn, torch.ones(resamples, count))
+        for total, levels in zip(totals, systems):
+            total += (drawn_seed == k) * resampled_emp_f1(levels, human, times, kind)
     gains = (totals[1] - totals[0]) / totals[0].clamp(min=1e-9)
     low, high = gains.quantile(torch.tensor([0.025, 0.975])).tolist()
     old = mean(emp_f1(before, human, kind) for human, before, _ in runs)
@@ -123,10 +121,10 @@ def level_rows(runs, levels, shared):
                 to_go = row["ceiling"] - row["MLE"]
                 way = f"{(row['EmpRL'] - row['MLE']) / to_go:.0%}" if to_go > 0 else ""
                 row["share of the way"] = way
-            if measure in KINDS:
+            if f"{measure}_f1" in KINDS:
                 chosen = itemgetter("human", "mle", "emprl")
                 told = [chosen(one[who]) for one in levels]
-                gain = gain_over_seeds(told, KINDS[measure], shared)
+                gain = gain_over_seeds(told, f"{measure}_f1", shared)
                 total["gain, 95 % interval"] = INTERVAL.format(**gain)
             rows |= by_seed | {f"{who}, {measure}, mean": total}
     return rows
@@ -159,49 +157,39 @@ def price_rows(runs):
     return rows | {"mean": means(list(rows.values()))}
 
 
-def share_rows(levels):
-    """How often each level occurs, in human responses and replies; means over the seeds."""
-    rows = {}
-    for m, k in itertools.product(range(len(MECHANISMS)), range(LEVELS)):
-        row = {}
-        for who in reversed(levels[0]):
-            for system, name in {"human": "human", **SYSTEMS}.items():
-                given = [one[who][system][:, m] == k for one in levels]
-                row[f"{who}: {name}"] = mean(x.double().mean().item() for x in given)
-        rows[f"{MECHANISMS[m].upper()} {k}"] = row
-    return rows
-
-
-def f1_rows(levels):
-    """The F1 of each level; means over the seeds."""
+def by_level(levels, systems, figure):
+    """figure(given, human) of each level, (N,) bool each; means over the seeds."""
     rows = {}
     for m, k in itertools.product(range(len(MECHANISMS)), range(LEVELS)):
         row = {}
         for who in reversed(levels[0]):
             human = [one[who]["human"][:, m] == k for one in levels]
-            for system, name in SYSTEMS.items():
+            for system, name in systems.items():
                 given = [one[who][system][:, m] == k for one in levels]
-                row[f"{who}: {name}"] = mean(map(f1_of, given, human))
+                row[f"{who}: {name}"] = mean(map(figure, given, human))
         rows[f"{MECHANISMS[m].upper()} {k}"] = row
     return rows
 
 
+def share_of(given, human):
+    return given.double().mean().item()
+
+
 def f1_of(given, human):
-    """(N,), (N,) bool."""
     return 2 * (given & human).sum().item() / max((given.sum() + human.sum()).item(), 1)
 
 
 def placement_rows(levels):
     """Emp-F1, the same with the levels shuffled over the contexts, and the difference."""
     rows = {}
-    for who, (measure, kind) in itertools.product(reversed(levels[0]), KINDS.items()):
+    for who, kind in itertools.product(reversed(levels[0]), KINDS):
         row = {}
         for system, name in SYSTEMS.items():
             told = [(one[who][system], one[who]["human"]) for one in levels]
             row[name] = mean(emp_f1(*pair, kind) for pair in told)
             row[f"{name}, shuffled"] = mean(shuffled_emp_f1(*pair, kind) for pair in told)
             row[f"{name}, placement"] = row[name] - row[f"{name}, shuffled"]
-        rows[f"{who}, {measure}"] = row
+        rows[f"{who}, {kind.removesuffix('_f1')}"] = row
     return rows
 
 
@@ -217,7 +205,7 @@ def compact(levels):
     """{"judge, emprl": one digit a level}: what the intervals need, and no text."""
     found = {}
     for who, systems in levels.items():
-        for system in ("human", *SYSTEMS):
+        for system in WITH_HUMAN:
             digits = map(str, systems[system].flatten().tolist())
             found[f"{who}, {system}"] = "".join(digits)
     return found
@@ -231,32 +219,28 @@ def draw_levels(shares, path):
     figure = Figure((7.8, 3.4), layout="constrained")
     axes = figure.subplots(1, len(MECHANISMS), sharey=True)
     for axis, mechanism in zip(axes, MECHANISMS):
-        for place, (system, name) in enumerate({"human": "human", **SYSTEMS}.items()):
-            weak, strong = (
-                shares[f"{mechanism.upper()} {k}"][f"judge: {name}"] for k in (1, 2)
-            )
-            axis.bar(place, strong, color=COLOURS[system])
-            axis.bar(place, weak, bottom=strong, color=COLOURS[system], alpha=0.45)
+        _, weak, strong = (shares[f"{mechanism.upper()} {k}"] for k in range(LEVELS))
+        for system, name in WITH_HUMAN.items():
+            told, colour = f"judge: {name}", COLOURS[system]
+            axis.bar(name, strong[told], color=colour)
+            axis.bar(name, weak[told], bottom=strong[told], color=colour, alpha=0.45)
         axis.set_title(MECHANISM_NAMES[mechanism], fontsize=10)
-        axis.set_xticks(range(4), ["human", *SYSTEMS.values()], rotation=30, ha="right")
+        axis.tick_params("x", rotation=30)
     axes[0].set_ylabel("share of replies: strong, weak (pale)")
     figure.savefig(path)
 
 
-def draw_gain(runs, path):
+def draw_gain(levels, price, path):
     """A point for each run and system: weighted Emp-F1 by the judge against the perplexity."""
     figure = Figure((7.8, 3.6), layout="constrained")
     axis = figure.subplots()
-    for number, metrics in enumerate(runs.values()):
-        for system, name in SYSTEMS.items():
-            times = metrics[system]["perplexity"] / metrics["mle"]["perplexity"]
-            label = None if number else name
-            found = metrics[system]["judge_emp_f1"]
-            axis.plot(times, found, "o", color=COLOURS[system], label=label)
-    bounds = {"always the commonest levels": ("floors", "majority", ":")}
-    bounds["foreseeable from the context"] = ("ceiling", "context_balanced", "--")
-    for name, (kind, key, style) in bounds.items():
-        height = mean(metrics[kind][key]["judge_emp_f1"] for metrics in runs.values())
+    seeds = [name for name in price if name != "mean"]
+    for system, name in SYSTEMS.items():
+        times = [price[seed]["perplexity, times"] if name == "EmpRL" else 1 for seed in seeds]
+        found = [levels[f"judge, weighted, {seed}"][name] for seed in seeds]
+        axis.plot(times, found, "o", color=COLOURS[system], label=name)
+    for name, style in (("always commonest", ":"), ("ceiling", "--")):
+        height = levels["judge, weighted, mean"][name]
         axis.axhline(height, color="black", ls=style, label=name)
     axis.set(xlabel="perplexity, times MLE's", ylabel="weighted Emp-F1, by the judge")
     axis.legend(fontsize=8)
@@ -272,18 +256,14 @@ def main():
     runs = read_runs(options.run)
     levels, contexts = zip(*map(read_levels, runs))
     shared = all(other == contexts[0] for other in contexts)
-    shares = share_rows(levels)
-    for rows in (
-        level_rows(runs, levels, shared),
-        price_rows(runs),
-        shares,
-        f1_rows(levels),
-        placement_rows(levels),
-    ):
+    scores, price = level_rows(runs, levels, shared), price_rows(runs)
+    shares = by_level(levels, WITH_HUMAN, share_of)
+    f1 = by_level(levels, SYSTEMS, f1_of)
+    for rows in (scores, price, shares, f1, placement_rows(levels)):
         say(f"{sheet(rows)}\n")
     if options.plot:
         draw_levels(shares, f"{options.plot}-levels.png")
-        draw_gain(runs, f"{options.plot}-gain.png")
+        draw_gain(scores, price, f"{options.plot}-gain.png")
     found = {}
     for metrics, told in zip(runs.values(), levels):
         found[metrics["config"]["seed"]] = metrics | {"levels": compact(told)}

@@ -388,15 +388,30 @@ def real_corpus(folder, seed=0):
         raise DataError(
             f"{folder}: no such folder; `python emprl.py download {folder}` fetches the data"
         )
+    try:
+        return _published_corpus(folder, seed)
+    except DataError as error:
+        # Whatever a reader advises: a published file is not mended by hand.
+        problem = str(error).rsplit("; ", 1)[0]
+        raise DataError(
+            f"{problem}; `python emprl.py download {folder}` fetches what was published"
+        ) from None
+
+
+def _published_corpus(folder, seed):
+    """The files that `download` fetches, as a Corpus."""
     both_speakers = {}  # part -> the responses of both
     notes = []
     for part in ("train", "valid", "test"):
         path = os.path.join(folder, "empatheticdialogues", f"{part}.csv")
         both_speakers[part], note = read_empathetic_dialogues(path)
         notes.append(note)
-    pairs, note = read_epitome(os.path.join(folder, "epitome"))
+    epitome = os.path.join(folder, "epitome")
+    pairs, note = read_epitome(epitome)
     notes.append(note)
     labelled = split_labelled(pairs, seed)
+    if not all(labelled.values()):
+        raise DataError(f"{epitome}: {len(pairs)} pairs are too few; fetch all again")
 
     # The policy learns to answer as the listener. Before, in pre-training, it reads both
     # speakers' and EPITOME's responses, of the training parts only.
@@ -448,24 +463,23 @@ def split_labelled(dialogues, seed):
 # Two names mislead: `context` holds the emotion, `prompt` the situation (which is not used).
 # What we call context is what was said before, in the rows above.
 ED_HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags"
-# A text as it was published: he said "no". Refused: "he said ""no""". That is how a table
-# program writes it, so the file was rewritten and its commas cannot be trusted any more.
-_ED_TEXT = r'(?! "[^",]*(""[^",]*)+", ) [^,]*'
 _ED_ROW = re.compile(
-    rf"""
+    r"""
     (?P<conversation> [^,]*),
     (?P<number> [0-9]+),
     (?P<emotion> [^,]*),
-    {_ED_TEXT},                        # the situation
-    [0-9]+,                            # the speaker
-    (?P<utterance> {_ED_TEXT}),
-    [0-9|_]*,                          # self-evaluation
-    [^,]*                              # tags
-    ( , | ,[^,]*\|[^,]* )?             # a ninth field: candidates, joined by "|"
+    [^,]*,                     # the situation
+    [0-9]+,                    # the speaker
+    (?P<utterance> [^,]*),
+    [0-9|_]*,                  # self-evaluation
+    [^,]*                      # tags
+    ( , | ,[^,]*\|[^,]* )?     # a ninth field: candidates, joined by "|"
     """,
     re.VERBOSE,
 )
-MAX_BAD_ROWS = 0.02  # with a larger share of bad rows it is not the file that was published
+# A text as it was published: he said "no". A table program writes: "he said ""no""".
+_ED_QUOTED = re.compile(r'(?<=,)"[^",]*(""[^",]*)+"(?=,)')
+MAX_BAD_ROWS = 0.005  # with a larger share of bad rows it is not the file that was published
 
 
 def listened(dialogues):
@@ -483,7 +497,8 @@ def read_empathetic_dialogues(path):
     header, *lines = _read_lines(path)
     if not header.startswith(ED_HEADER):
         raise DataError(
-            f"{path}:1: not the header of EmpatheticDialogues; it must begin with {ED_HEADER}"
+            f"{path}:1: not the header of EmpatheticDialogues, which begins with {ED_HEADER}; "
+            "fetch the file again"
         )
     if lines and lines[-1] and not _ED_ROW.fullmatch(lines[-1]):
         raise DataError(
@@ -492,20 +507,29 @@ def read_empathetic_dialogues(path):
         )
 
     dialogues = []
-    skipped = []  # line numbers
+    skipped = []  # "line: reason"
     histories = defaultdict(list)  # conversation -> its utterances so far
     rows = [(number, line) for number, line in enumerate(lines, 2) if line]
     for number, line in rows:
+        if _ED_QUOTED.search(line):
+            raise DataError(
+                f"{path}:{number}: quotes doubled, a table program has saved the file anew; "
+                "fetch it again"
+            )
+
         # A bad row adds nothing to its history. So the numbers of the rows after it do not fit
         # either: a bad row ends its conversation.
         row = _ED_ROW.fullmatch(line)
-        if not row:
-            skipped.append(number)
+        utterance = row and clean(row["utterance"].replace("_comma_", ","))
+        if not utterance:
+            skipped.append(f"{number}: fields too many, empty, missing or out of place")
             continue
         history = histories[row["conversation"]]
-        utterance = clean(row["utterance"].replace("_comma_", ","))
-        if not utterance or row["number"] != str(len(history) + 1):
-            skipped.append(number)
+        if row["number"] != str(len(history) + 1):
+            skipped.append(
+                f"{number}: utterance {row['number']} where {len(history) + 1} should be, rows "
+                "are missing, doubled or out of order"
+            )
             continue
         if history:
             its_id = f"{row['conversation']}/{row['number']}"
@@ -514,18 +538,14 @@ def read_empathetic_dialogues(path):
 
     if len(skipped) > MAX_BAD_ROWS * len(rows):
         raise DataError(
-            f"{path}:{skipped[0]}: {len(skipped)} of {len(rows)} rows are not as they were "
-            "published, this one first: fields too many, empty, missing or out of place, or "
-            "quoted as by a spreadsheet; fetch it again"
+            f"{path}:{skipped[0]} (the first of {len(skipped)} rows of {len(rows)} that are "
+            "not as they were published); fetch the file again"
         )
     if not dialogues:
         raise DataError(f"{path}:2: no response that can be used; fetch the file again")
     note = f"{path}: {len(listened(dialogues))} pairs"
     if skipped:
-        note += (
-            f"; {len(skipped)} rows skipped: fields out of place, empty, or without the "
-            f"utterance before, as in line {skipped[0]}"
-        )
+        note += f"; {len(skipped)} rows skipped, the first in line {skipped[0]}"
     return dialogues, printable(note)
 
 
@@ -545,9 +565,7 @@ def read_epitome(folder):
     a tie, the first row's). Raises DataError (Sharma et al. 2020, arXiv 2009.08441).
     """
     paths = [os.path.join(folder, name) for name in EPITOME_FILES]
-    files = [list(_csv_rows(path, EPITOME_COLUMNS)) for path in paths]
-    if len({len(rows) for rows in files}) > 1:
-        raise DataError(f"{folder}: files of different length; fetch all again")
+    files = _epitome_rows(paths)
 
     texts = {}  # id of a pair -> post and response
     votes = defaultdict(Counter)  # (id, mechanism) -> how many rows have which level
@@ -557,6 +575,8 @@ def read_epitome(folder):
         texts.setdefault(pair_id, (_post(first["seeker_post"]), _post(first["response_post"])))
         for mechanism, path, (line, row) in zip(MECHANISMS, paths, rows):
             where = f"{path}:{line}"
+            if not all(_pair_id(row).split("/")):
+                raise DataError(f"{where}: sp_id or rp_id is empty; fetch the file again")
             if _pair_id(row) != pair_id:
                 raise DataError(
                     f"{where}: pair {_pair_id(row)}, but {pair_id} in the first file; "
@@ -584,9 +604,22 @@ def read_epitome(folder):
     return dialogues, printable(note)
 
 
+def _epitome_rows(paths):
+    """[(line, row)] of each file: as many in each, but not the same."""
+    files = [list(_csv_rows(path, EPITOME_COLUMNS)) for path in paths]
+    for (path, rows), (other, other_rows) in itertools.combinations(zip(paths, files), 2):
+        if len(rows) != len(other_rows):
+            raise DataError(
+                f"{path}: {len(rows)} rows, but {len(other_rows)} in {other}; fetch both again"
+            )
+        if rows == other_rows:
+            raise DataError(f"{path}:1: the same rows as in {other}; fetch both again")
+    return files
+
+
 def _pair_id(row):
     """The id of post and response: speaker (who seeks help) and responder."""
-    return f"{row['sp_id']}/{row['rp_id']}"
+    return f"{row['sp_id'].strip()}/{row['rp_id'].strip()}"
 
 
 def _post(text):
@@ -626,7 +659,7 @@ def own_corpus(path, seed=0):
 
     sizes = " / ".join(str(len(part)) for part in parts.values())
     notes = [f"{path}: {count}, which stay whole: {sizes}"]
-    distinct = {_without_case(dialogue) for dialogue in dialogues}
+    distinct = {_texts_key(dialogue) for dialogue in dialogues}
     if len(distinct) < len(dialogues):
         equal = len(dialogues) - len(distinct)
         notes.append(f"{path}: {equal} records equal to an earlier one, in its part")
@@ -644,22 +677,29 @@ def read_dialogues(path):
     .csv    columns context,response[,emotion,er,ip,ex,id]
 
     " </s> " separates the utterances of a context that is one text. Records with the same id
-    are one conversation; without an id, those with the same first utterance. This id is
-    used for nothing else: that of a Dialogue is made of line numbers. Raises DataError.
+    are one conversation; a record without an id is of all that have its first utterance. This
+    id is used for nothing else: that of a Dialogue is made of line numbers. Raises DataError.
     """
     if str(path).lower().endswith(".csv"):
         records = _csv_rows(path, REQUIRED, FIELDS)
     else:
         records = _json_rows(path)
     dialogues = {}  # line -> its Dialogue
-    keys = {}  # line -> what it may share with others of its conversation
+    keys = {}  # line -> its texts, and what else it may share with its conversation
     for line, record in records:
         where = f"{path}:{line}"
-        dialogue = _dialogue(record, where)
-        dialogues[line] = dialogue
-        keys[line] = [_conversation_key(record, dialogue, where), _without_case(dialogue)]
+        dialogues[line] = _dialogue(record, where)
+        texts = _texts_key(dialogues[line])
+        keys[line] = [texts, _id_key(record, where) or texts[:1]]
     if not dialogues:
         raise DataError(f"{path}:2: no dialogues; write at least one")
+
+    # A record without an id may be of any conversation that begins like it.
+    known = set().union(*keys.values())
+    for own_keys in keys.values():
+        texts = own_keys[0]
+        if texts[:1] in known:
+            own_keys.append(texts[:1])
 
     begins = _beginnings(keys)
     return [replace(d, id=f"{begins[line]}/{line}") for line, d in dialogues.items()]
@@ -669,14 +709,24 @@ def _dialogue(record, where):
     """The Dialogue of a record, still without an id."""
     context = record["context"]
     if isinstance(context, str):
+        if re.fullmatch(r"""\s*\[['"].*]\s*""", context, re.DOTALL):
+            raise DataError(
+                f'{where}: context is a list as text; write its utterances with " </s> " '
+                "between them"
+            )
         context = context.split("</s>")
     if not isinstance(context, list):
         context = [context]  # no text: refused in the next line
     context = tuple(_clean_field(text, "an utterance of context", where) for text in context)
     response = _clean_field(record["response"], "response", where)
     emotion = _clean_field(record.get("emotion", ""), "emotion", where)
-    if not all((context, response, *context)):
-        raise DataError(f"{where}: empty response or utterance; fill it in or drop the record")
+    if not response:
+        raise DataError(f"{where}: empty response; fill it in or drop the record")
+    if not context or not all(context):
+        raise DataError(
+            f"{where}: empty utterance in the context; fill it in, drop the record, or take "
+            "out a </s> that separates nothing"
+        )
 
     given = [record[name] for name in MECHANISMS if record.get(name, "") != ""]
     levels = tuple(_level(value, where) for value in given)
@@ -714,16 +764,14 @@ def _shown(value):
     return str(value)[:20]
 
 
-def _conversation_key(record, dialogue, where):
-    """What the conversation of a record is known by: its id, else its first utterance."""
+def _id_key(record, where):
+    """What records with the same id share; "" without an id."""
     name = record.get("id", "")
     if type(name) not in (str, int, float) or name != name:  # NaN differs from itself
         raise DataError(
             f"{where}: not a record: id is {_shown(name)}; write a text or a number"
         )
-    if clean(str(name)):
-        return f"id {name}"
-    return f"begins with {dialogue.context[0].casefold()}"
+    return clean(_normal(str(name))).removesuffix(".0")  # a spreadsheet's 1.0 is 1
 
 
 def _beginnings(keys):
@@ -749,9 +797,14 @@ def _beginnings(keys):
     return begins
 
 
-def _without_case(dialogue):
-    """What two equal records share, whatever their levels: their texts, in lower case."""
-    return tuple(text.casefold() for text in (*dialogue.context, dialogue.response))
+def _texts_key(dialogue):
+    """What two equal records share, whatever their levels: their texts."""
+    return tuple(_normal(text) for text in (*dialogue.context, dialogue.response))
+
+
+def _normal(text):
+    """One form of all that reads the same: lower case, accents, width and ligatures as one."""
+    return unicodedata.normalize("NFKC", text).casefold()
 
 
 def _json_rows(path):
@@ -784,17 +837,29 @@ def _json_rows(path):
         yield number, dict(given)
 
 
+NOT_A_HEADER = {  # what stands before the first comma when the file is no such table
+    "\t": "columns separated by tabs; save it with commas",
+    ";": "columns separated by semicolons; save it with commas",
+    "{": "records in JSON, not a table; call the file .jsonl",
+    "sep=": "a hint for spreadsheets, not the names of the columns; take this line out",
+}
+
+
 def _csv_rows(path, required, allowed=None):
     """(number of the line where it begins, row as dict) of each row of a csv file.
 
     It must have the required columns, and may have those that are allowed (None: any).
     """
     lines = [f"{line}\n" for line in _read_lines(path)]
+    for sign, problem in NOT_A_HEADER.items():
+        if sign in lines[0].partition(",")[0]:
+            raise DataError(f"{path}:1: {problem}")
     reader = csv.reader(lines, strict=True)
     begin = 1  # the line where the next row begins
     try:
         header = [name.strip() for name in next(filter(None, reader))]
-        _check_header(header, f"{path}:{reader.line_num}", required, allowed or header)
+        where = f"{path}:{reader.line_num}: not a header"
+        _check_names(header, where, "column", required, allowed or header)
         begin = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):
@@ -808,19 +873,6 @@ def _csv_rows(path, required, allowed=None):
         raise DataError(f"{path}:{begin}: {error}; check the commas and quotes") from None
 
 
-def _check_header(header, where, required, allowed):
-    """Raises DataError unless the columns have the right names, separated by commas."""
-    for sign, name in ("\t", "tabs"), (";", "semicolons"):
-        if sign in header[0]:
-            raise DataError(f"{where}: columns separated by {name}; save it with commas")
-    if "" in header:
-        raise DataError(
-            f"{where}: column {header.index('') + 1} has no name; name it or take it out "
-            "(an index of pandas: index=False)"
-        )
-    _check_names(header, where, "column", required, allowed)
-
-
 def _check_names(names, where, kind, required, allowed):
     """Raises DataError unless all required names are there, and allowed ones once at most."""
     for name in required:
@@ -828,7 +880,12 @@ def _check_names(names, where, kind, required, allowed):
             raise DataError(
                 f"{where}: no {kind} {name}; add it: there is {', '.join(names)[:100]!r}"
             )
-    for name in names:
+    for number, name in enumerate(names, 1):
+        if not name:
+            raise DataError(
+                f"{where}: {kind} {number} has no name; name it or take it out "
+                "(an index of pandas: index=False)"
+            )
         if name not in allowed:
             allowed = ", ".join(allowed)
             raise DataError(
@@ -845,6 +902,11 @@ NOT_THE_FILE = {  # how a file begins that has been saved in the place of anothe
     b"<html": "a web page, not the file itself; fetch the raw file",
     b"pk\3\4": "a packed file (zip or xlsx); unpack it, or save the table as csv",
     b"\x1f\x8b": "a packed file (gz); unpack it",
+    b"bzh": "a packed file (bz2); unpack it",
+    b"\xfd7zxz": "a packed file (xz); unpack it",
+    b"\x28\xb5\x2f\xfd": "a packed file (zst); unpack it",
+    b"par1": "a parquet file; save the table as csv",
+    b"\x80": "a pickle, not a text; save the table as csv",
 }
 
 
@@ -863,7 +925,7 @@ def _read_lines(path):
         raise DataError(
             f"{path}:{number}: not text in UTF-8; is it the right file? Save it as UTF-8"
         )
-    return [line.rstrip("\r") for line in text.split("\n")]
+    return re.split("\r\n|\n|\r", text)
 
 
 def _read_bytes(path):
@@ -1001,23 +1063,24 @@ def _fetch(url, path, digest, progress):
     """Put the file with this SHA-256 at `path`; until it is whole it is called `path`.part."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     partial = f"{path}.part"
-    by_hand = (
-        "if that does not help once the network lets you through, "
-        f"fetch it with a browser, put it at {path}, then run the same command again"
-    )
+    by_hand = f"fetch it with a browser, put it at {path}, then run the same command again"
+    or_by_hand = f"if that does not help once the network lets you through, {by_hand}"
     try:
         if not _is_published(partial, digest):
             _fetch_rest(url, partial, progress)
     except NETWORK_ERRORS as error:
+        # Neither a certificate nor a page refused or missing changes by itself.
+        if re.search("certificate|Error 40[34]", str(error)):
+            raise DataError(f"{url}: {error}; {by_hand}") from None
         if getattr(error, "code", 0) != 416:  # 416: there is no rest
             raise DataError(
-                f"{url}: {error}; run the same command again, it goes on from here; {by_hand}"
+                f"{url}: {error}; run the same command again, it goes on from here; {or_by_hand}"
             ) from None
     if not _is_published(partial, digest):
         os.remove(partial)
         raise DataError(
             f"{url}: not the published file, its SHA-256 differs; run the same command again; "
-            f"{by_hand}"
+            f"{or_by_hand}"
         )
     os.replace(partial, path)
 

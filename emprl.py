@@ -227,7 +227,7 @@ def smoke():
 
 
 def real():
-    """EmpatheticDialogues and EPITOME, from scratch: 2 M parameters, half an hour on a laptop."""
+    """EmpatheticDialogues and EPITOME, from scratch: 2 M parameters, 20 minutes on a laptop."""
     return Config(
         preset="real",
         data=DataConfig(
@@ -357,7 +357,7 @@ def run_all(run, ppo_trainer=PPOTrainer):
     prompts = PromptBatches(pairs["train"], targets.train, config.ppo.batch_size, config.seed)
     validate = Evaluator(run, whole["probe"], classifiers, mle).validate
     trainer = ppo_trainer(mle, reward, prompts, config.exploring, config.ppo, validate)
-    say("reward      0 to 1: how likely a reply has all three levels that it should have")
+    say("reward      0 to 1: how likely a reply has all levels that the reward asks for")
     run.train("ppo", trainer, made_of=[config.reward, config.exploring, config.replying])
     save_pretrained(mle, run.folder / "mle")
     save_pretrained(trainer.model, run.folder / "emprl")
@@ -1061,7 +1061,10 @@ class Evaluator:
         figures = self.policy("valid", t5, self.run.config.replying)
         shown = ["emp_f1", "kl", "perplexity", "unique", "exact_match"]
         shown.append(PREFIX[self.truth] + "exact_match")
-        return {f"valid_{name}": figures[name] for name in shown}
+        return {
+            "valid_contexts": len(self.pairs),
+            **{f"valid_{name}": figures[name] for name in shown},
+        }
 
     def before_and_after(self, emprl):
         """MLE and EmpRL, sampled and greedy; the humans' texts; the gain with its interval."""
@@ -1172,8 +1175,10 @@ def responses_jsonl(test):
 
 
 def in_words(levels):
-    """[2, 0, 1] -> "ER strong, IP none, EX weak"."""
-    parts = [f"{m.upper()} {LEVEL_NAMES[level]}" for m, level in zip(MECHANISMS, levels)]
+    """[2, 0, 1] -> "emotional reaction strong, interpretation none, exploration weak"."""
+    parts = [
+        f"{MECHANISM_NAMES[m]} {LEVEL_NAMES[level]}" for m, level in zip(MECHANISMS, levels)
+    ]
     return ", ".join(parts)
 
 
@@ -1209,7 +1214,7 @@ def last_screen(metrics, test):
     columns = {"judge_emp_f1": "judge", PREFIX[test.truth] + "emp_f1": test.truth}
     columns |= {"perplexity": "perplex.", "unique": "distinct"}
     lines = [
-        "A T5 learned to reply as people did (MLE). PPO then moved its replies towards",
+        "A T5 learned to reply as people did (MLE). PPO then rewarded it for replies with",
         f"the empathy levels of human replies (EmpRL). On {len(test.pairs)} test contexts:",
         f"{'do the levels match? (Emp-F1: 0 to 1)':<38}{in_columns(columns.values())}",
     ]
@@ -1220,7 +1225,7 @@ def last_screen(metrics, test):
     lines.append(f"EmpRL over MLE: {gain}, by the {test.truth}.")
     judges = "Judge: a classifier that never gave the reward"
     if test.truth == "oracle":
-        judges += "; oracle: the rule of this world"
+        judges += "; oracle: this world's own rule"
     lines.append(f"{judges}.")
     lines += example_lines(test)
 
@@ -1239,13 +1244,16 @@ def in_columns(cells):
 
 
 def example_lines(test):
-    """A context whose levels EmpRL met and MLE did not, if there is one."""
+    """A context whose levels EmpRL met and MLE did not, if there is one; one of short replies."""
     change = changes(test)
     closer, further = change.count(1) / len(change), change.count(-1) / len(change)
-    share = f"In {closer:.0%} of the contexts EmpRL is closer than MLE, in {further:.0%}"
-    i = change.index(max(change))
+    share = f"In {closer:.0%} of contexts EmpRL is closer than MLE, in {further:.0%}"
+    longest = []  # of the replies to each context
+    for i in range(len(change)):
+        longest.append(max(len(text) for text, _ in replies_to(test, i).values()))
+    i = min(range(len(change)), key=lambda i: (-change[i], longest[i]))
     lines = [
-        f"{share} less close." + (" As here:" if closer else ""),
+        f"{share} less close." + (f" One of the {closer:.0%}:" if closer else ""),
         f"context  {shorten(' / '.join(test.pairs.dialogues[i].context))}",
     ]
     replies = replies_to(test, i)
@@ -1284,7 +1292,7 @@ def answer(metrics, truth):
 
     truth: "oracle", or "judge" where there is none.
     """
-    before, after, best = (metrics[system] for system in ("mle", "emprl", "best_of_n"))
+    before, after = metrics["mle"], metrics["emprl"]
     own, judge = metrics["gain"]["emp_f1"], metrics["gain"]["judge_emp_f1"]
     key = PREFIX[truth] + "emp_f1"
     gain = metrics["gain"][key]
@@ -1293,26 +1301,62 @@ def answer(metrics, truth):
         how = "better than MLE's"
     if gain["high"] < 0:
         how = "worse than MLE's"
-    agrees = "both see a gain, so the reward was not simply gamed"
+    agrees = "no sign that the reward was gamed"
     if judge["low"] <= 0:
         agrees = "no sure gain, so the reward may have been gamed"
     if own["low"] <= 0:
         agrees = "the reward itself has not surely risen"
+    price = (
+        f"the perplexity of the human replies goes from {number(before['perplexity'])} to "
+        f"{number(after['perplexity'])}"
+    )
     first = (
         f"EmpRL's replies match the human's levels {how}: Emp-F1 {number(after[key])} against "
-        f"{number(before[key])} by the {truth}, {in_percent(gain)}."
+        f"{number(before[key])} by the {truth}, {in_percent(gain)}; {price}."
     )
-    second = (
+    third = (
         f"The identifiers, which gave the reward, see {percent(own['relative'])}; the judge, "
         f"which never did, sees {percent(judge['relative'])}: {agrees}."
     )
-    third = (
-        f"The perplexity of the human replies goes from {number(before['perplexity'])} to "
-        f"{number(after['perplexity'])}, and the best of several replies of MLE, for which "
-        f"nothing is trained, has Emp-F1 {number(best[key])}."
-    )
-    return f"{first} {second} {third}"
+    return f"{first} {beside_rivals(metrics, key)} {third}"
 
+
+def beside_rivals(metrics, key):
+    """Is EmpRL above what needs no PPO? One sentence. key: of the Emp-F1 to compare."""
+    after, commonest = metrics["emprl"], metrics["floors"]["majority"]
+    rivals = {
+        "always the commonest levels": commonest,
+        "the best of several replies of MLE": metrics["best_of_n"],
+        "MLE decoded greedily": metrics["mle_greedy"],
+    }
+    places = []
+    for name, rival in rivals.items():
+        place = "above" if after[key] > rival[key] else "not above"
+        places.append(f"{place} {name} ({number(rival[key])})")
+    sentence = f"That is {', '.join(places)}"
+    below = []
+    for m, name in MECHANISM_NAMES.items():
+        if after[f"{key}_{m}"] < commonest[f"{key}_{m}"]:
+            below.append(name)
+    if below:
+        sentence += f"; in {' and '.join(below)} it is below the commonest level"
+    return f"{sentence}."
+
+
+# The page names its terms before it uses them.
+TERMS = """
+* **MLE**: a T5 that learned to reply as people did. **EmpRL**: the same T5 after PPO.
+  **Best of n**: of {n} replies of MLE, the one that the identifiers find likeliest to have the
+  levels that suit the context.
+* **Levels**: each reply shows none, weak or strong *emotional reaction* (ER), *interpretation*
+  (IP) and *exploration* (EX). **Emp-F1**: how well the replies' levels match those of the human
+  replies; 1 is always.
+* **Identifiers**: classifiers of levels; they gave the reward. **Judge**: classifiers that never
+  did, trained on other data. **Oracle** (generated world only): the exact rule.
+* **Intervals** are 95 %, over the {contexts} test contexts of this one run. Another seed may
+  differ by more, and a classifier's own mistakes are not in them.
+* In brackets: the key in metrics.json. Replies to read are in [samples.md](samples.md).
+""".strip()
 
 COLUMNS = ("mle", "best_of_n", "emprl", "mle_greedy", "emprl_greedy")
 LEVEL_ROWS = {
@@ -1324,7 +1368,7 @@ LEVEL_ROWS = {
 TEXT_ROWS = {
     "perplexity": "perplexity per token of whole human responses",
     "perplexity_per_word": "the same per word",
-    "kl": "nats per reply between the policy and MLE",
+    "kl": "nats per reply between the policy and MLE, estimated (best of n: at most)",
     "bleu": "BLEU-4 with the human response, 0 to 100",
     "dist1": "different words, % of all",
     "dist2": "different pairs of words, % of all",
@@ -1332,12 +1376,12 @@ TEXT_ROWS = {
     "length": "words per reply",
 }
 BOUND_ROWS = {
-    "floors.majority": "always the commonest level of each mechanism",
+    "floors.majority": "always the commonest level of each mechanism, as the identifiers see it",
     "floors.random_copy": "a response of the training part, drawn at random",
-    "ceiling.best": "always the likeliest levels, by the rule of the embedded world",
+    "ceiling.best": "always the likeliest levels, by the rule of the generated world",
     "ceiling.mle_ideal": "levels drawn by that rule, as a perfect MLE model does",
     "ceiling.context": "the likeliest levels by the context classifier",
-    "ceiling.context_balanced": "the same, rare levels raised",
+    "ceiling.context_balanced": "the same, rare levels raised; called foreseeable above",
 }
 
 
@@ -1348,9 +1392,7 @@ def report_page(metrics, test, pictures):
         f"# EmpRL, preset {config.preset}, seed {config.seed}",
         "**Does PPO bring the empathy levels of the replies closer to those of human replies?**",
         answer(metrics, test.truth),
-        "Each reply has a level (none, weak, strong) of emotional reaction, interpretation and "
-        f"exploration. There are {len(test.pairs)} test contexts. Replies to read are in "
-        "[samples.md](samples.md). In brackets: the key in metrics.json.",
+        TERMS.format(n=config.eval.best_of, contexts=len(test.pairs)),
     ]
     for name, caption in pictures.items():
         parts += [f"![{caption}](plots/{name}.png)", f"*{caption}*"]
@@ -1360,7 +1402,8 @@ def report_page(metrics, test, pictures):
     texts = {system: metrics[system] for system in (*COLUMNS, "human")}
     parts += ["## Text", table("text", texts, TEXT_ROWS)]
     parts += ["## The classifiers", classifier_table(metrics)]
-    parts.append(f"Seconds: {test.run.seconds}.")
+    seconds = [f"{stage} {spent:.0f}" for stage, spent in test.run.seconds.items()]
+    parts.append(f"Seconds: {', '.join(seconds)}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -1579,7 +1622,7 @@ def draw_learnt_vs_truth(figure, metrics, test):
     ):
         share = [record[f"valid_{name}"] for record in (log[0]["start"], *validated)]
         share = np.array(share)
-        error = 1.96 * np.sqrt(share * (1 - share) / test.run.config.ppo.valid_contexts)
+        error = 1.96 * np.sqrt(share * (1 - share) / log[0]["start"]["valid_contexts"])
         axis.plot(iterations, share, "o-", ms=4, color=colour, label=label)
         axis.fill_between(iterations, share - error, share + error, color=colour, alpha=0.15)
     for (name, figures), style in zip(bounds(metrics).items(), (":", "--")):
@@ -1612,14 +1655,14 @@ PICTURES = {
     "with 95 % intervals. Dotted: always the commonest level. Dashed: an estimate of what can be "
     "foreseen from the context.",
     draw_levels: "Among the contexts whose human reply has the level on the left: how often the "
-    "generated reply has each level (rows add up to 100 %). Above MLE, below EmpRL. The more on "
-    "the diagonal, the better. Levels are those that the {truth} assigns.",
+    "generated reply has each level (a row adds up to 100 %), and below it the number of contexts. "
+    "Above MLE, below EmpRL. The more on the diagonal, the better. Levels by the {truth}.",
     draw_learnt_vs_truth: "Does PPO please the identifiers, or does it really get levels right? "
     "With reward hacking the identifiers' line rises and the {truth}'s does not. Shaded: 95 % "
-    "intervals, on the few contexts that PPO is validated on.",
-    draw_ppo: "PPO, iteration by iteration. Look at the reward and the KL first. Grey bands are "
-    "healthy ranges; explained variance is the share of the variance of the returns that the "
-    "value head predicts.",
+    "intervals, on the few contexts that PPO is validated on, so a line may pass the ceiling.",
+    draw_ppo: "PPO, iteration by iteration. Look at the reward and the KL first. A grey band is a "
+    "healthy range; without one there is no fixed range. Explained variance is the share of the "
+    "variance of the returns that the value head predicts.",
     draw_losses: "Do MLE and the classifiers still learn? Above the training loss, below the "
     "validation that chooses their weights: MLE's loss, the classifiers' negative macro-F1. Both "
     "should fall.",

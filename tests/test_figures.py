@@ -53,7 +53,6 @@ def test_kl_is_that_of_the_distribution_sampled_from(
 ):
     """As PPO's log has it, worked out anew by a rollout to the same contexts."""
     monkeypatch.setattr(ppo, "MAX_UPDATE_KL", math.inf)
-    monkeypatch.setattr(ppo, "MAX_RATIO", math.inf)
     both = [f"exploring.{x}" for x in sampling] + [f"replying.{x}" for x in sampling]
     metrics = smoke(stages_of(finished, tmp_path / "run", "ppo"), *FAR, *both)
     run = emprl.load_run(tmp_path / "run", "cpu")

@@ -23,7 +23,7 @@ Three models learn from these data:
     judge         a second classifier, only for evaluation: it never gives reward
 
     part of a Corpus                          what it is for
-    dialogues["pretrain"]                     the policy's pre-training; without it, "train" is
+    dialogues["pretrain"]                     the policy's pre-training; if missing, "train"
     dialogues["train"], ["valid"]             the policy: to learn from, to validate
     labelled["train"], ["valid"]              the identifiers: the same
     labelled["judge_train"], ["judge_valid"]  the judge: the same
@@ -75,7 +75,7 @@ LEVELS = 3
 class Dialogue:
     """A context, and a listener's response to it.
 
-    The id is "conversation/record". All of a conversation stays in one part.
+    The id is "group/record". In real data the group is a conversation; it stays in one part.
 
         generated world       test/17        part / number
         EmpatheticDialogues   hit:0_conv:1/4 conversation / number of the utterance
@@ -249,19 +249,19 @@ class Pairs:
         """The number of ids of each pair."""
         return [len(c) + len(r) for c, r in zip(self.contexts, self.responses)]
 
-    def chunks(self, size, positions=2**15):
+    def chunks(self, size, max_ids=2**15):
         """All rows in lists of at most `size`, where pairs of similar length stand together.
 
-        A list of long pairs is shorter, which bounds the memory: its number of pairs times
-        the ids of the longest pair, context and response together, is at most `positions`.
-        Padded separately, contexts and responses may take up to twice as many.
+        A list of long pairs is shorter, which bounds the memory: the number of pairs times the
+        ids of the longest one is at most `max_ids`, unless it is a single pair. Contexts and
+        responses are padded separately, which may take twice as many.
         """
         lengths = self.lengths()
         order = sorted(range(len(self)), key=lambda row: lengths[row])
         chunks = []
         for rows in slices(order, size):
             longest = lengths[rows[-1]]
-            chunks += slices(rows, max(1, positions // longest))
+            chunks += slices(rows, max(1, max_ids // longest))
         return chunks
 
     def batch(self, rows):
@@ -391,8 +391,7 @@ def real_corpus(folder, seed=0):
     try:
         return _published_corpus(folder, seed)
     except DataError as error:
-        # Whatever a reader advises: a published file is not mended by hand.
-        problem = str(error).rsplit("; ", 1)[0]
+        problem = str(error).rsplit("; ", 1)[0]  # without its advice: to mend a file by hand
         raise DataError(
             f"{problem}; `python emprl.py download {folder}` fetches what was published"
         ) from None
@@ -400,11 +399,11 @@ def real_corpus(folder, seed=0):
 
 def _published_corpus(folder, seed):
     """The files that `download` fetches, as a Corpus."""
-    both_speakers = {}  # part -> the responses of both
+    both_sides = {}  # part -> the speaker's and the listener's responses
     notes = []
     for part in ("train", "valid", "test"):
         path = os.path.join(folder, "empatheticdialogues", f"{part}.csv")
-        both_speakers[part], note = read_empathetic_dialogues(path)
+        both_sides[part], note = read_empathetic_dialogues(path)
         notes.append(note)
     epitome = os.path.join(folder, "epitome")
     pairs, note = read_epitome(epitome)
@@ -413,12 +412,10 @@ def _published_corpus(folder, seed):
     if not all(labelled.values()):
         raise DataError(f"{epitome}: {len(pairs)} pairs are too few; fetch all again")
 
-    # The policy learns to answer as the listener. Before, in pre-training, it reads both
-    # speakers' and EPITOME's responses, of the training parts only.
-    dialogues = {part: listened(both) for part, both in both_speakers.items()}
-    dialogues["pretrain"] = (
-        both_speakers["train"] + labelled["train"] + labelled["judge_train"]
-    )
+    # The policy learns to answer as the listener. First, in pre-training, it reads both sides'
+    # and EPITOME's responses, of the training parts only.
+    dialogues = {part: listeners(both) for part, both in both_sides.items()}
+    dialogues["pretrain"] = both_sides["train"] + labelled["train"] + labelled["judge_train"]
     return Corpus(dialogues, labelled, notes)
 
 
@@ -428,7 +425,7 @@ def _conversation_of(dialogue):
 
 
 def split_labelled(dialogues, seed):
-    """{part: dialogues}, split by conversation; the shares are those of all conversations.
+    """{part: dialogues}, split by conversation; the shares count conversations.
 
     train        37.5 %    the identifiers learn from it
     judge_train  33.75 %   the judge learns from it
@@ -479,16 +476,16 @@ _ED_ROW = re.compile(
 )
 # A text as it was published: he said "no". A table program writes: "he said ""no""".
 _ED_QUOTED = re.compile(r'(?<=,)"[^",]*(""[^",]*)+"(?=,)')
-MAX_BAD_ROWS = 0.005  # with a larger share of bad rows it is not the file that was published
+MAX_BAD_SHARE = 0.005  # with a larger share of bad rows it is not the file that was published
 
 
-def listened(dialogues):
+def listeners(dialogues):
     """The listener's responses. The speaker begins, so their contexts are of odd length."""
     return [dialogue for dialogue in dialogues if len(dialogue.context) % 2]
 
 
 def read_empathetic_dialogues(path):
-    """(dialogues, note) of one file of EmpatheticDialogues: both speakers' responses.
+    """(dialogues, note) of one file of EmpatheticDialogues: the responses of both sides.
 
     Any utterance but the first of its conversation is a response to those before it.
     The files are no ordinary csv: '"' is a character like any other, a comma in a text is
@@ -536,14 +533,14 @@ def read_empathetic_dialogues(path):
             dialogues.append(Dialogue(tuple(history), utterance, row["emotion"], id=its_id))
         history.append(utterance)
 
-    if len(skipped) > MAX_BAD_ROWS * len(rows):
+    if len(skipped) > MAX_BAD_SHARE * len(rows):
         raise DataError(
             f"{path}:{skipped[0]} (the first of {len(skipped)} rows of {len(rows)} that are "
             "not as they were published); fetch the file again"
         )
     if not dialogues:
         raise DataError(f"{path}:2: no response that can be used; fetch the file again")
-    note = f"{path}: {len(listened(dialogues))} pairs"
+    note = f"{path}: {len(listeners(dialogues))} pairs"
     if skipped:
         note += f"; {len(skipped)} rows skipped, the first in line {skipped[0]}"
     return dialogues, printable(note)
@@ -558,11 +555,12 @@ EPITOME_COLUMNS = ("sp_id", "rp_id", "seeker_post", "response_post", "level")
 
 
 def read_epitome(folder):
-    """(dialogues, note) of EPITOME's posts from Reddit: a file for each mechanism, joined by row.
+    """(dialogues, note) of EPITOME's Reddit posts: a file for each mechanism, joined by row.
 
-    Joined by ids, not by text: the texts differ a little between the files; the first file's
-    are taken. A pair listed twice is kept once, with the level that most of its rows have (on
-    a tie, the first row's). Raises DataError (Sharma et al. 2020, arXiv 2009.08441).
+    In a row the ids must agree. Texts need not: they differ a little between the files, and
+    the first file's are taken. A pair listed twice is kept once, with the level that most of
+    its rows have (on a tie, the first row's). Raises DataError (Sharma et al. 2020, arXiv
+    2009.08441).
     """
     paths = [os.path.join(folder, name) for name in EPITOME_FILES]
     files = _epitome_rows(paths)
@@ -575,7 +573,7 @@ def read_epitome(folder):
         texts.setdefault(pair_id, (_post(first["seeker_post"]), _post(first["response_post"])))
         for mechanism, path, (line, row) in zip(MECHANISMS, paths, rows):
             where = f"{path}:{line}"
-            if not all(_pair_id(row).split("/")):
+            if "" in _pair_id(row).split("/"):
                 raise DataError(f"{where}: sp_id or rp_id is empty; fetch the file again")
             if _pair_id(row) != pair_id:
                 raise DataError(
@@ -594,7 +592,7 @@ def read_epitome(folder):
         raise DataError(f"{folder}/{EPITOME_FILES[0]}:2: no rows with text; fetch it again")
 
     conflicts = [vote.most_common(2) for vote in votes.values() if len(vote) > 1]
-    ties = sum(most[1] == second[1] for most, second in conflicts)
+    ties = sum(count == next_count for (_, count), (_, next_count) in conflicts)
     note = (
         f"{folder}: {len(dialogues)} pairs from {len(files[0])} rows; "
         f"{len(texts) - len(dialogues)} pairs without text skipped; "
@@ -605,7 +603,7 @@ def read_epitome(folder):
 
 
 def _epitome_rows(paths):
-    """[(line, row)] of each file: as many in each, but not the same."""
+    """[(line, row)] of each file: equal in number, not in content."""
     files = [list(_csv_rows(path, EPITOME_COLUMNS)) for path in paths]
     for (path, rows), (other, other_rows) in itertools.combinations(zip(paths, files), 2):
         if len(rows) != len(other_rows):
@@ -658,11 +656,11 @@ def own_corpus(path, seed=0):
     parts = {"train": train, "valid": labelled["valid"], "test": labelled["test"]}
 
     sizes = " / ".join(str(len(part)) for part in parts.values())
-    notes = [f"{path}: {count}, which stay whole: {sizes}"]
+    notes = [f"{path}: {count}; train / valid / test, by conversation: {sizes}"]
     distinct = {_texts_key(dialogue) for dialogue in dialogues}
     if len(distinct) < len(dialogues):
         equal = len(dialogues) - len(distinct)
-        notes.append(f"{path}: {equal} records equal to an earlier one, in its part")
+        notes.append(f"{path}: {equal} records equal to an earlier one, in the same part")
     for name, levels in zip(MECHANISMS, zip(*[d.levels for d in dialogues])):
         if len(set(levels)) == 1:
             notes.append(f"{path}: {name} is {levels[0]} everywhere, nothing to learn from")
@@ -677,7 +675,7 @@ def read_dialogues(path):
     .csv    columns context,response[,emotion,er,ip,ex,id]
 
     " </s> " separates the utterances of a context that is one text. Records with the same id
-    are one conversation; a record without an id is of all that have its first utterance. This
+    are one conversation; without an id, a record joins all that have its first utterance. This
     id is used for nothing else: that of a Dialogue is made of line numbers. Raises DataError.
     """
     if str(path).lower().endswith(".csv"):
@@ -685,7 +683,7 @@ def read_dialogues(path):
     else:
         records = _json_rows(path)
     dialogues = {}  # line -> its Dialogue
-    keys = {}  # line -> its texts, and what else it may share with its conversation
+    keys = {}  # line -> its texts, and its id or first utterance
     for line, record in records:
         where = f"{path}:{line}"
         dialogues[line] = _dialogue(record, where)
@@ -694,11 +692,11 @@ def read_dialogues(path):
     if not dialogues:
         raise DataError(f"{path}:2: no dialogues; write at least one")
 
-    # A record without an id may be of any conversation that begins like it.
-    known = set().union(*keys.values())
+    # If a record without an id begins like this one, both have the first utterance as a key.
+    all_keys = set().union(*keys.values())
     for own_keys in keys.values():
         texts = own_keys[0]
-        if texts[:1] in known:
+        if texts[:1] in all_keys:
             own_keys.append(texts[:1])
 
     begins = _beginnings(keys)
@@ -750,7 +748,7 @@ def _clean_field(value, name, where):
 def _level(value, where):
     """0, 1 or 2, also as text, with blanks, or as a spreadsheet writes it: 1.0."""
     written = None
-    if not isinstance(value, list):  # nested, it may be too deep for str()
+    if not isinstance(value, list):  # a list or a record: str() may recurse too deep
         written = re.fullmatch(r"([012])(\.0*)?", str(value).strip())
     if not written:
         raise DataError(f"{where}: level {_shown(value)!r}; levels are 0, 1 or 2")
@@ -793,7 +791,7 @@ def _beginnings(keys):
                 begins[line] = first
                 for key in keys[line]:
                     reached += lines_with[key]
-                    lines_with[key] = []  # it leads nowhere else
+                    lines_with[key] = []  # followed
     return begins
 
 
@@ -803,7 +801,7 @@ def _texts_key(dialogue):
 
 
 def _normal(text):
-    """One form of all that reads the same: lower case, accents, width and ligatures as one."""
+    """Lower case; accents, widths and ligatures in one form."""
     return unicodedata.normalize("NFKC", text).casefold()
 
 
@@ -837,7 +835,7 @@ def _json_rows(path):
         yield number, dict(given)
 
 
-NOT_A_HEADER = {  # what stands before the first comma when the file is no such table
+NOT_A_HEADER = {  # signs, before the first comma, of another format
     "\t": "columns separated by tabs; save it with commas",
     ";": "columns separated by semicolons; save it with commas",
     "{": "records in JSON, not a table; call the file .jsonl",
@@ -896,7 +894,7 @@ def _check_names(names, where, kind, required, allowed):
 
 
 MAX_FILE = 500_000_000  # bytes; thirty times the largest file of EmpatheticDialogues
-NOT_THE_FILE = {  # how a file begins that has been saved in the place of another
+NOT_THE_FILE = {  # how, in lower case, a file begins that was saved in place of another
     b"version https://git-lfs": "a Git LFS pointer, not the file; `git lfs pull` fetches it",
     b"<!doctype html": "a web page, not the file itself; fetch the raw file",
     b"<html": "a web page, not the file itself; fetch the raw file",
@@ -946,7 +944,7 @@ def sha256(path):
 def _read_file(path):
     """The bytes of an ordinary file that is not too large. Raises DataError."""
     try:
-        found = os.stat(path)  # first, since to open a pipe may take for ever
+        found = os.stat(path)  # first: opening a pipe may block for ever
         is_file = stat.S_ISREG(found.st_mode)
         if is_file and found.st_size <= MAX_FILE:
             with open(path, "rb") as file:
@@ -973,21 +971,21 @@ _INVISIBLE = (
     "\u2060-\u206f\ufeff\ufff9-\ufffb\ufffd\ud800-\udfff]"
 )
 # The joiners U+200C and U+200D shape Persian and Hindi words and make families of emoji. They
-# stay after a character that can be joined.
-_LOOSE_JOINERS = (
+# stay after a character that can be joined, and are stray elsewhere.
+_STRAY_JOINERS = (
     "(?<![\u200c\u200d\u0600-\u1fff\u2070-\u2fff\u3001-\ud7ff\uf900-\ufefe\uff00-\uffef"
     "\U00010000-\U000dffff])[\u200c\u200d]+"
 )
-# Tags spell the flags of England, Scotland and Wales after a black flag, and are loose
+# Tags spell the flags of England, Scotland and Wales after a black flag, and are stray
 # elsewhere.
-_LOOSE_TAGS = "(?<![\U0001f3f4\U000e0000-\U000e007f])[\U000e0000-\U000e007f]+"
-_REMOVED = re.compile(f"{_INVISIBLE}|{_LOOSE_JOINERS}|{_LOOSE_TAGS}")
-# Called letters or symbols, shown as nothing.
+_STRAY_TAGS = "(?<![\U0001f3f4\U000e0000-\U000e007f])[\U000e0000-\U000e007f]+"
+_REMOVED = re.compile(f"{_INVISIBLE}|{_STRAY_JOINERS}|{_STRAY_TAGS}")
+# Letters or symbols that show nothing.
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
 
 
 def clean(text):
-    """The text without invisible characters, white space collapsed; "" if none is left."""
+    """The text without invisible characters, white space collapsed; "" if nothing shows."""
     text = " ".join(_REMOVED.sub("", text).split())
     for character in text:
         # letters, numbers, punctuation and symbols
@@ -1031,15 +1029,15 @@ SOURCES = [  # (url, path below the data folder, SHA-256, the files to unpack fr
         [],
     ),
 ]
-LARGEST = 50_000_000  # bytes, nearly twice the archive: no server may fill the disk
+MAX_DOWNLOAD = 50_000_000  # bytes, nearly twice the archive: no server may fill the disk
 NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
 def download(folder, sources=SOURCES, progress=print):
     """Fetch what is missing, resume what was cut off, check SHA-256, unpack. Raises DataError.
 
-    A second call fetches nothing, but unpacks again: what it finds damaged is whole afterwards.
-    A file that someone has put in its place by hand is taken if it is the published one.
+    A second call only unpacks again, which repairs damaged csv files. A file that someone has
+    put in its place by hand is taken if it is the published one.
     """
     for url, name, digest, members in sources:
         path = os.path.join(folder, name)
@@ -1069,10 +1067,10 @@ def _fetch(url, path, digest, progress):
         if not _is_published(partial, digest):
             _fetch_rest(url, partial, progress)
     except NETWORK_ERRORS as error:
-        # Neither a certificate nor a page refused or missing changes by itself.
+        # Trying again cannot mend a bad certificate, a refusal or a missing page.
         if re.search("certificate|Error 40[34]", str(error)):
             raise DataError(f"{url}: {error}; {by_hand}") from None
-        if getattr(error, "code", 0) != 416:  # 416: there is no rest
+        if getattr(error, "code", 0) != 416:  # 416: nothing is left to fetch
             raise DataError(
                 f"{url}: {error}; run the same command again, it goes on from here; {or_by_hand}"
             ) from None
@@ -1095,15 +1093,15 @@ def _fetch_rest(url, partial, progress):
     with urlopen(request, timeout=30) as answer:
         if answer.status != 206:  # not the rest of the file, but all of it
             have = 0
-        size = have + (answer.length or 0)  # in all; 0: the server does not tell
+        size = have + (answer.length or 0)  # in all, if the server says it
         with open(partial, "ab") as file:
             file.truncate(have)
-            while have <= LARGEST and (block := answer.read(1 << 20)):
+            while have <= MAX_DOWNLOAD and (block := answer.read(1 << 20)):
                 file.write(block)
                 have += len(block)
                 percent = 100 * have // max(size, 1)
                 progress(f"{os.path.basename(partial)} {percent:3d} % of {size:,} bytes")
-    if have < size <= LARGEST:
+    if have < size <= MAX_DOWNLOAD:  # if larger, its SHA-256 will differ
         raise ConnectionError(f"cut off at {have} of {size} bytes")
 
 
@@ -1153,7 +1151,7 @@ class Emotion(NamedTuple):
     valence: str  # "neg" or "pos"
     family: str  # "inward": about oneself; "outward": about others and the world
     feelings: list[str]  # words for it
-    situations: list[list[tuple[str, str]]]  # of each its fillings: (opener, topic)
+    situations: list[list[tuple[str, str]]]  # each a list of (opener, topic)
 
 
 # What a context is about. turns: how often the speaker speaks, 1, 2 or 3.
@@ -1178,7 +1176,7 @@ def embedded_corpus(seed=0, num_train=12000, num_valid=300, num_test=600, num_la
     """Dialogues of the generated world ("embedded" in this file: no download is needed).
 
     No context occurs twice; the same seed gives the same corpus. Given the context, each
-    mechanism has independently its modal level with probability 0.76 and the other two with
+    mechanism independently has its modal level with probability 0.76 and the other two with
     0.12 each. In the labelled parts 8 % of the responses are about another topic, so that an
     identifier has to compare response and context.
     """
@@ -1187,7 +1185,7 @@ def embedded_corpus(seed=0, num_train=12000, num_valid=300, num_test=600, num_la
         f"{num_labelled} labelled for the identifiers, as many for the judge"
     )
     corpus = Corpus({}, {}, [note])
-    sizes = [  # the training parts last: how large they are changes no other part
+    sizes = [  # the training parts last: their sizes, through `seen`, change no other part
         ("test", num_test),
         ("valid", num_valid),
         ("labelled/test", 600),
@@ -1237,7 +1235,7 @@ def draw_dialogue(rng, dialogue_id, seen, p_mismatch):
         emotion, topic = draw_other_topic(rng, scene)
     response = draw_response(rng, emotion, topic, levels)
     if is_mismatched:
-        # Another topic or valence takes levels away; by chance both may be the same.
+        # Off topic, level 2 counts as 1; of the other valence, as 0. By chance it may fit.
         levels = oracle_levels(context, response)
 
     # A dialogue's emotion is what its speaker feels, whatever the response is about.
@@ -1246,7 +1244,7 @@ def draw_dialogue(rng, dialogue_id, seen, p_mismatch):
 
 
 def draw_scene(rng):
-    """A scene; one with one speaker turn is the most frequent."""
+    """A scene; a single turn of the speaker is the most frequent."""
     emotion = rng.choice(world().emotions)
     severe = rng.random() < 0.5
     situation = rng.choice(emotion.situations)
@@ -1260,8 +1258,8 @@ def draw_other_topic(rng, scene):
 
     It may by chance be the same topic.
     """
-    stranger = rng.choice(world().emotions)
-    choices = (scene.emotion, scene.situation), (scene.emotion, None), (stranger, None)
+    other = rng.choice(world().emotions)
+    choices = (scene.emotion, scene.situation), (scene.emotion, None), (other, None)
     emotion, situation = rng.choice(choices)
     if situation is None:
         situation = rng.choice(emotion.situations)
@@ -1296,7 +1294,7 @@ def draw_context(rng, scene):
 def draw_response(rng, emotion, topic, levels):
     """A sentence for each mechanism, in the order er, ip, ex; none for level 0.
 
-    A filler stands where nothing else does, and now and then beside it.
+    A filler replaces an empty response, and sometimes joins another.
     """
     sentences = world().sentences
     said = []
@@ -1315,8 +1313,8 @@ def _plain(text):
     return " ".join(re.findall(r"[a-z0-9]+|[.?!]", text.lower()))
 
 
-# A negation, and the rest of its sentence, which it may take back. A plain "no" is none: "oh
-# no", "no wonder".
+# A negation, and the rest of its sentence, which it may negate. "no" is left out: "oh no", "no
+# wonder".
 _NEGATED = re.compile(
     r"\b(?:not|never|nobody|neither|nor|hardly|cannot|without|\w+n t"
     r"|(?:do|does|did|is|are|was|were|ca|wo|would|could|should|have|has|had)nt)\b[^.?!]*"
@@ -1324,7 +1322,7 @@ _NEGATED = re.compile(
 
 
 def oracle_levels(context, response):
-    """(er, ip, ex) of any text in this world: for each mechanism, of the best phrase in it.
+    """(er, ip, ex) of any response: for each mechanism the level of its best phrase.
 
     If the context begins with "My dog died this week.", its topic is "death of your dog":
 
@@ -1342,7 +1340,8 @@ def oracle_levels(context, response):
 
     # The topic becomes "@", so that one pattern finds a phrase about it in every context:
     # "i am truly sorry about the @ ."
-    topic, valences = world().openers.get(opener, ("", ("neg", "pos")))
+    unknown = "", ("neg", "pos")
+    topic, valences = world().openers.get(opener, unknown)
     if topic:
         text = text.replace(f" {topic} ", " @ ")
 
@@ -1376,9 +1375,9 @@ def _phrases(valences):
 
 
 def _pattern(key, valences, topic):
-    """A regular expression for the sentences of `key`, with any feeling of these valences.
+    r"""A regular expression for the sentences of `key`, with any feeling of these valences.
 
-    topic: the expression for what stands in the place of TOPIC.
+    topic: the expression for TOPIC. It may end in "@", after which \b does not match.
     """
     sentences = []
     feelings = []
@@ -1401,7 +1400,7 @@ class World:
         self.sentences = read_sections(WORLD_SENTENCES)  # "er 1 neg" -> sentences
         self.emotions = []
         self.feelings = defaultdict(list)  # valence -> words for what is felt
-        self.openers = {}  # plain opener -> its plain topic, and what valences it may have
+        self.openers = {}  # plain opener -> its plain topic, and (its valence,)
         slots = read_sections(WORLD_SLOTS)
         for heading, lines in read_sections(WORLD_SITUATIONS).items():
             kind, names = heading.split(": ")
@@ -1454,8 +1453,8 @@ def _fillings(situation, slots):
 # - a topic has at most nine words, and none is the beginning of another
 # - the value of a slot is one word; all words are of plain letters a to z
 # - er, ip and ex: sentences of level 2 have a TOPIC, those of level 1 have none
-# - ... and no negation (not, never, ...), nor the words "topic" and "feeling" themselves
-# - no sentence holds one of another mechanism; fillers and contexts hold none at all
+# - they have no negation (not, never, ...), nor the words "topic" and "feeling" themselves
+# - no sentence contains one of another mechanism; fillers contain none at all
 WORLD_SITUATIONS = """
 neg outward: afraid=scared/frightened, terrified=terrified/panicked
     I heard steps in the ROOM at night > steps in your ROOM

@@ -1192,7 +1192,7 @@ def test_own_dialogue_without_levels_is_named_by_its_line(tmp_path):
 def listener_pairs(path):
     """The listener's responses of a file, and the note."""
     dialogues, note = data.read_empathetic_dialogues(path)
-    return data.listened(dialogues), note
+    return data.listeners(dialogues), note
 
 
 ED_HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags"
@@ -1831,14 +1831,14 @@ def test_download_has_an_end(length, tmp_path, monkeypatch):
     with serving(Endless) as (_, url):
         with pytest.raises(DataError, match="SHA-256 differs.*with a browser"):
             data.download(tmp_path, [(url, "other.csv", "0" * 64, [])], str)
-    assert os.listdir(tmp_path) == [] and Endless.sent < data.LARGEST + 20_000_000
+    assert os.listdir(tmp_path) == [] and Endless.sent < data.MAX_DOWNLOAD + 20_000_000
 
 
 @real
 def test_the_limits_leave_room_for_the_published_files():
     sizes = [28_022_709]  # the archive's
     sizes += [path.stat().st_size for path in (REAL / "epitome").iterdir()]
-    assert max(sizes) < data.LARGEST / 1.5
+    assert max(sizes) < data.MAX_DOWNLOAD / 1.5
 
 
 @pytest.mark.parametrize(

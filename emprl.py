@@ -26,9 +26,9 @@ if __name__ == "__main__":  # the imports below take a second, which Ctrl-C may 
 
     signal.signal(signal.SIGINT, stop)
 
-# Idle threads of torch spin 500 rounds before they sleep. By default they spin for
-# milliseconds; beside one busy program that makes a run five times slower. libgomp (Linux)
-# reads this when torch is loaded; on macOS and Windows OpenMP reads KMP_BLOCKTIME.
+# Let idle threads of torch sleep after 500 spins. By default they spin for milliseconds; beside
+# one busy program that makes a run five times slower. libgomp (Linux) reads this when torch is
+# loaded; on macOS and Windows OpenMP reads KMP_BLOCKTIME.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
@@ -126,7 +126,7 @@ class DataConfig:
     max_target: int = option(64, "tokens of a response, </s> included", 1, 10**5)
     identifier_source: int = option(72, "the same for labelled posts", 1, 10**5)
     identifier_target: int = option(64, "the same for labelled responses", 1, 10**5)
-    max_scored: int = 512  # tokens of a human response when it is measured, not learnt from
+    max_scored: int = 512  # as max_target, where human responses are measured, not learnt from
 
 
 @dataclass
@@ -141,7 +141,7 @@ class PretrainConfig:
 class MLEConfig(TrainConfig):
     steps: int = option(1000, "optimizer steps")
     batch_size: int = option(16, "pairs per step", 1, 10**6)
-    lr: float = option(4e-2, "peak learning rate; see t5_small.Optimizer")
+    lr: float = option(4e-2, "peak learning rate, relative to each tensor's RMS if rms_scaled")
     eval_every: int = option(250, "steps between validations; the best weights stay", 1)
     muon: bool = option(False, "Muon for the layers' matrices; see t5_small.Optimizer")
     epochs: int = option(0, "passes over the pairs; above 0 they set the steps", high=1000)
@@ -201,7 +201,7 @@ def toy():
 
 
 def smoke():
-    """A sliver of it, for tests: seconds, and no result."""
+    """A sliver of toy, for tests: seconds, and no result."""
     return Config(
         preset="smoke",
         data=DataConfig(
@@ -430,6 +430,9 @@ def encode(run, parts, max_source, max_target):
     }
 
 
+MAX_CORRUPTED = 128  # tokens of a text in span corruption; the newest are kept
+
+
 def pretrainer(t5, pairs, tokenizer, config):
     """Span corruption on context and response together, or the next turn as it is."""
     settings = replace(config.mle, steps=config.pretrain.steps)
@@ -437,7 +440,7 @@ def pretrainer(t5, pairs, tokenizer, config):
     def corrupted_loss(rows):
         sources, targets = [], []
         for row in rows:
-            text = (pairs.contexts[row] + pairs.responses[row])[-128:]
+            text = (pairs.contexts[row] + pairs.responses[row])[-MAX_CORRUPTED:]
             spans = random_spans(len(text))
             source, target = span_corrupt(text, spans, tokenizer.sentinels)
             sources.append(source)
@@ -471,10 +474,10 @@ def mle_trainer(t5, train, valid, config):
 
 
 @torch.no_grad()
-def total_loss(t5, pairs, size=64, positions=2**15):
+def total_loss(t5, pairs, size=64, max_ids=2**15):
     """The negative log-likelihood of all responses in nats, and the number of their tokens."""
     total, tokens = 0.0, 0
-    for rows in pairs.chunks(size, positions):
+    for rows in pairs.chunks(size, max_ids):
         loss, count = t5.loss_sum(*pairs.batch(rows))
         total += loss.item()
         tokens += count
@@ -484,7 +487,7 @@ def total_loss(t5, pairs, size=64, positions=2**15):
 def train_classifier(run, name, mle, train, valid):
     """A classifier of levels, trained on labelled pairs and frozen.
 
-    It waits in the CPU's memory: three encoders of a large T5 are too much for a small GPU.
+    It is kept on the CPU: three encoders of a large T5 are too much for a small GPU.
     """
     config = classifier_settings(run.config, name)
     start = mle  # the T5 whose encoder a network copies
@@ -492,7 +495,7 @@ def train_classifier(run, name, mle, train, valid):
         start = initial_t5(run)
     run.seed(name)
     classifier = make_classifier(start, config)
-    del start
+    del start  # frees its memory before training
     for stage, part in classifier.parts(name).items():
         part.to(run.device)
         seed = zlib.crc32(stage.encode()) + run.config.seed
@@ -507,7 +510,7 @@ def classifier_settings(config, name):
     if name != "context":
         return config.identifiers
     own = asdict(config.context)
-    # this classifier should give plain, unweighted probabilities
+    # Plain probabilities are wanted: no class weights, and the weights of the lowest loss.
     return replace(config.identifiers, class_weight=0.0, keep="loss", **own)
 
 
@@ -530,7 +533,9 @@ def find_targets(run, mle, identifiers, pairs):
     """
     # predict and predict_levels take a classifier to the pairs' device, and back.
     levels = {part: predict_levels(identifiers, pairs[part]) for part in ("train", "valid")}
-    contexts = {part: without_response(pairs[part], levels.get(part)) for part in pairs}
+    contexts = {}
+    for part in ("train", "valid", "test"):
+        contexts[part] = without_response(pairs[part], levels.get(part))
     context = train_classifier(run, "context", mle, contexts["train"], contexts["valid"])
     train_probs = predict(context, contexts["train"]).exp()  # predict gives log-probabilities
     test_probs = predict(context, contexts["test"]).exp()
@@ -544,7 +549,9 @@ def find_targets(run, mle, identifiers, pairs):
     return Targets(
         human=levels["train"],
         train=aims,
-        test=targets_from_contexts(config, test_probs, share),  # the human's are unknown there
+        test=targets_from_contexts(
+            config, test_probs, share
+        ),  # never the human's: best of n must not see them
         probs=test_probs,
         share=share,
     )
@@ -596,11 +603,11 @@ class Run:
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
     def begin(self, corpus, t5):
-        """Say what there is to learn from, and what results in this folder have to be made of."""
+        """Digest the data, refuse figures of other data, say what there is to learn from."""
         learnt, measured = [], []
         for name, part in sorted(corpus.dialogues.items()) + sorted(corpus.labelled.items()):
-            seen_by = measured if name in ("test", "probe") else learnt
-            seen_by.append(part)
+            group = measured if name in ("test", "probe") else learnt
+            group.append(part)
         self.content = digest([learnt, digest_weights(t5.state_dict())])
         settings = [self.config.replying, self.config.eval]
         self.evaluation = digest([measured, settings])
@@ -621,7 +628,7 @@ class Run:
             raise DataError(f"{here}: of other settings or other data; {self.elsewhere()}")
 
     def seed(self, stage, step=0):
-        """Seed torch from (seed, stage, step): a resumed step draws what any other would."""
+        """Seed torch from (seed, stage, step): a resumed step draws what an uncut one does."""
         torch.manual_seed(zlib.crc32(f"{self.config.seed}/{stage}/{step}".encode()))
 
     def train(self, name, trainer, made_of=()):
@@ -650,14 +657,14 @@ class Run:
         return model
 
     def loop(self, name, trainer, path, state):
-        """Train to the end; what is needed to go on is saved now and then."""
+        """Train to the end, saving the trainer now and then, at the end only the weights."""
         log, steps = state["log"], trainer.config.steps
         if log:
             trainer.load_state_dict(state.pop("trainer"))
         started = time.time() - state["seconds"]
 
         def save(**result):
-            self.write_log()  # first: a resumed run writes over what is too much in it
+            self.write_log()  # first: a log that is ahead of its checkpoint does no harm
             state["seconds"] = time.time() - started
             save_atomically({**state, **result}, path)
 
@@ -669,7 +676,8 @@ class Run:
                 self.seed(name, i)
                 log.append({"stage": name, "step": i, **trainer.step(i)})
                 self.progress.show(name, trainer, log, signs_of_trouble(name, trainer, log))
-                due = time.time() - saved > self.save_every and not log[-1].get("skipped")
+                is_sound = not log[-1].get("skipped")  # nothing is saved while it diverges
+                due = is_sound and time.time() - saved > self.save_every
                 if due or pressed.is_set():
                     save(trainer=trainer.state_dict())
                     saved = time.time()
@@ -760,16 +768,16 @@ class Run:
 
 def signs_of_trouble(name, trainer, log):
     """What a trainer warns of. Raises DataError if the last ten steps have learnt nothing."""
-    learnt = [i for i, record in enumerate(log) if record.get("skipped") != 1]
-    skipped = len(log) - 1 - learnt[-1] if learnt else len(log)
+    usable = [i for i, record in enumerate(log) if record.get("skipped") != 1]  # 1: all of it
+    skipped = len(log) - 1 - usable[-1] if usable else len(log)
     if skipped == min(10, trainer.config.steps):
         raise DataError(
             f"{name}, step {len(log)}: {skipped} steps in a row had no finite loss and "
             f"gradient; {remedy(name)}. What was saved before is in the run's folder"
         )
-    if skipped:  # nothing was measured
+    if skipped:  # the last step measured nothing
         return []
-    return trainer.warnings(log[-1], log[learnt[0]])
+    return trainer.warnings(log[-1], log[usable[0]])
 
 
 class Progress:
@@ -779,7 +787,7 @@ class Progress:
 
     def __init__(self, config):
         self.expected = stages_of(config)  # stage -> seconds it may take
-        self.worked = 0.0  # such seconds that this process has trained
+        self.worked = 0.0  # the expected seconds of the steps done by this process
         self.began = time.time()
         self.shown = 0.0
 
@@ -813,8 +821,8 @@ def minutes(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-# Seconds per step on two cores of 160 GFLOP/s together, of `evaluate` in all: (toy, real). They
-# are rescaled by how fast the run turns out to be.
+# (toy, real): seconds on two cores of 160 GFLOP/s together, per step; of n-grams, which have one
+# step, and of `evaluate` in all. A run rescales them by how fast it turns out to be.
 SECONDS = {
     "pretrain": (0.04, 0.55),
     "mle": (0.04, 0.5),
@@ -855,8 +863,9 @@ def load_stage(path):
 
 
 def remedy(stage):
-    """The judge is trained with the identifiers' settings."""
-    section = {"judge": "identifiers", "pretrain": "mle"}.get(stage, stage)
+    """What to do if a stage diverges: "identifiers-er" -> "lower identifiers.lr"."""
+    name = stage.partition("-")[0]
+    section = {"judge": "identifiers", "pretrain": "mle"}.get(name, name)
     return f"lower {section}.lr"
 
 
@@ -912,7 +921,7 @@ def digest_weights(state):
 def code_version():
     """The commit of this folder, and the digest of what has changed since (None: nothing)."""
     folder = Path(__file__).resolve().parent
-    environ = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}  # no other's
+    environ = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}  # no parent's
 
     def git(*arguments):
         command = ["git", "-C", str(folder), *arguments]
@@ -977,12 +986,12 @@ def say(*texts, sep=" "):
 
 # ---- the evaluation -------------------------------------------------------------------------
 
-PREFIX = {"identifiers": "", "judge": "judge_", "oracle": "oracle_"}  # of figures of levels
+PREFIX = {"identifiers": "", "judge": "judge_", "oracle": "oracle_"}  # of the keys of figures
 
 
 @dataclass
 class Replies:
-    """What a system replied to all contexts, and the levels of that."""
+    """A system's replies to all contexts, and their levels."""
 
     texts: list
     levels: dict  # classifier -> (N, M)
@@ -1048,7 +1057,7 @@ class Evaluator:
         Responses that are longer are cut to max_scored, for both figures.
         """
         config = self.run.config
-        loss, tokens = total_loss(t5, self.pairs, config.eval.batch_size, positions=2**13)
+        loss, tokens = total_loss(t5, self.pairs, config.eval.batch_size, max_ids=2**13)
         count = 0
         for text, ids in zip(self.replies["human"].texts, self.pairs.responses):
             if len(ids) >= config.data.max_scored:
@@ -1139,7 +1148,7 @@ class Evaluator:
 
 
 def exp(nats):
-    """e^nats; infinite where a float ends, at 710 nats."""
+    """e^nats; infinite above 700 nats, since a float ends at e^710."""
     return math.inf if nats > 700 else math.exp(nats)
 
 
@@ -1244,7 +1253,7 @@ def in_columns(cells):
 
 
 def example_lines(test):
-    """A context whose levels EmpRL met and MLE did not, if there is one; one of short replies."""
+    """A context where EmpRL meets more levels than MLE, if there is one; of short replies."""
     change = changes(test)
     closer, further = change.count(1) / len(change), change.count(-1) / len(change)
     share = f"In {closer:.0%} of contexts EmpRL is closer than MLE, in {further:.0%}"
@@ -1293,19 +1302,21 @@ def answer(metrics, truth):
     truth: "oracle", or "judge" where there is none.
     """
     before, after = metrics["mle"], metrics["emprl"]
-    own, judge = metrics["gain"]["emp_f1"], metrics["gain"]["judge_emp_f1"]
+    identifiers, judge = metrics["gain"]["emp_f1"], metrics["gain"]["judge_emp_f1"]
     key = PREFIX[truth] + "emp_f1"
     gain = metrics["gain"][key]
-    how = "no better than MLE's, as far as can be told"
     if gain["low"] > 0:
         how = "better than MLE's"
-    if gain["high"] < 0:
+    elif gain["high"] < 0:
         how = "worse than MLE's"
-    agrees = "no sign that the reward was gamed"
-    if judge["low"] <= 0:
-        agrees = "no sure gain, so the reward may have been gamed"
-    if own["low"] <= 0:
-        agrees = "the reward itself has not surely risen"
+    else:
+        how = "no better than MLE's, as far as can be told"
+    if identifiers["low"] <= 0:
+        verdict = "the reward itself has not surely risen"
+    elif judge["low"] <= 0:
+        verdict = "no sure gain, so the reward may have been gamed"
+    else:
+        verdict = "no sign that the reward was gamed"
     price = (
         f"the perplexity of the human replies goes from {number(before['perplexity'])} to "
         f"{number(after['perplexity'])}"
@@ -1315,8 +1326,9 @@ def answer(metrics, truth):
         f"{number(before[key])} by the {truth}, {in_percent(gain)}; {price}."
     )
     third = (
-        f"The identifiers, which gave the reward, see {percent(own['relative'])}; the judge, "
-        f"which never did, sees {percent(judge['relative'])}: {agrees}."
+        "The identifiers, which gave the reward, see "
+        f"{percent(identifiers['relative'])}; the judge, which never did, sees "
+        f"{percent(judge['relative'])}: {verdict}."
     )
     return f"{first} {beside_rivals(metrics, key)} {third}"
 
@@ -1343,14 +1355,14 @@ def beside_rivals(metrics, key):
     return f"{sentence}."
 
 
-# The page names its terms before it uses them.
+# What the page's words mean.
 TERMS = """
 * **MLE**: a T5 that learned to reply as people did. **EmpRL**: the same T5 after PPO.
   **Best of n**: of {n} replies of MLE, the one that the identifiers find likeliest to have the
   levels that suit the context.
 * **Levels**: each reply shows none, weak or strong *emotional reaction* (ER), *interpretation*
   (IP) and *exploration* (EX). **Emp-F1**: how well the replies' levels match those of the human
-  replies; 1 is always.
+  replies; 1 is perfect.
 * **Identifiers**: classifiers of levels; they gave the reward. **Judge**: classifiers that never
   did, trained on other data. **Oracle** (generated world only): the exact rule.
 * **Intervals** are 95 %, over the {contexts} test contexts of this one run. Another seed may
@@ -1392,6 +1404,7 @@ def report_page(metrics, test, pictures):
         f"# EmpRL, preset {config.preset}, seed {config.seed}",
         "**Does PPO bring the empathy levels of the replies closer to those of human replies?**",
         answer(metrics, test.truth),
+        "**What the words mean.**",
         TERMS.format(n=config.eval.best_of, contexts=len(test.pairs)),
     ]
     for name, caption in pictures.items():
@@ -1491,7 +1504,7 @@ def sample(test, i):
 
 
 def draw_plots(metrics, test):
-    """plots/NAME.png -> {NAME: its caption}. A picture less is no reason to lose a report."""
+    """plots/NAME.png -> {NAME: its caption}. A picture that fails costs no report."""
     try:
         Path.home()
     except RuntimeError:  # as in some containers: no place for matplotlib's list of fonts
@@ -1607,7 +1620,7 @@ def draw_ppo(figure, metrics, test):
 
 
 def draw_learnt_vs_truth(figure, metrics, test):
-    """The identifiers' opinion of the policy beside the truth, from MLE on."""
+    """The identifiers' opinion of the policy beside the truth; the first record has MLE's."""
     log = test.run.logs["ppo"]
     key = PREFIX[test.truth] + "exact_match"
     validated = [record for record in log if f"valid_{key}" in record]
@@ -1819,7 +1832,7 @@ class Finished:
     policies: dict  # "mle", "emprl"
 
 
-RUN_FILES = (  # beside metrics.json; what chat and evaluate need; *: or one a mechanism
+RUN_FILES = (  # what chat and evaluate need, too; *: nothing, or the name of a mechanism
     "tokenizer.model",
     "mle/config.json",
     "mle/pytorch_model.bin",
@@ -1844,7 +1857,7 @@ def refuse_without_its_files(folder):
 
 
 def load_run(folder, device):
-    """A finished run. Raises DataError for one that is missing, damaged or put together."""
+    """A finished run. Raises DataError for one that is missing, damaged or mixed."""
     folder = Path(folder)
     refuse_without_its_files(folder)
     try:
@@ -2082,7 +2095,7 @@ def make_parser():
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, do, help):
-        """A new command; returns what adds an argument to it."""
+        """A new command. Returns its add_argument."""
         added = commands.add_parser(name, help=help)
         added.set_defaults(do=do)
         return added.add_argument
@@ -2175,7 +2188,7 @@ def in_one_line(error, trains=True):
         return str(error)
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second complaint
-        return "stopped: the program that read the output has ended; the same command goes on"
+        return "stopped: the program that read the output has ended; the same command resumes"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         cure = CURES.get(error.errno, "name another path")

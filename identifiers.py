@@ -297,8 +297,9 @@ def balanced(probs, share, exponent):
     """P(l) / share(l)^exponent, normalised: above 0, rare levels count for more.
 
     probs: (N, M, L). share: (M, L), how often each level occurs. Returns (N, M, L).
-    A share is a mean of the context classifier's probabilities, so it is never exactly 0.
+    A share of 0, from a context classifier that has diverged, counts as a very small one.
     """
+    share = share.clamp(min=1e-12)
     return F.normalize(probs / share**exponent, p=1, dim=-1)  # p=1: divided by their sum
 
 

@@ -648,6 +648,7 @@ class Run:
         if "weights" in state:
             trainer.model.load_state_dict(state["weights"])
         else:
+            self.delete_results()
             self.note_start()
             self.loop(name, trainer, self.folder / file, state)
         self.seconds[name] = round(state["seconds"], 1)
@@ -702,24 +703,24 @@ class Run:
         other = program(*words, "--run", f"{self.folder}-{number}")
         return f"take another folder: {other}"
 
+    def delete_results(self):
+        """A stage is trained: the figures that are there are of other weights."""
+        evaluations = f"evaluate-*-{'[0-9a-f]' * 12}.json*"
+        results = "metrics.json report.md samples.md responses.jsonl plots/*.png".split()
+        for pattern in (*results, evaluations):
+            for path in self.folder.glob(pattern):
+                if path.is_file():  # a folder is not ours
+                    path.unlink()
+
     def note_start(self):
-        """Before anything is trained: delete earlier results, and write down what this run is."""
+        """Before anything is trained or written: what this run is."""
         if self.noted:
             return
         self.noted = True
-        for results in (
-            "metrics.json",
-            "report.md",
-            "samples.md",
-            "responses.jsonl",
-            "evaluate-*",
-            "plots/*.png",
-        ):
-            for stale in self.folder.glob(results):
-                stale.unlink()
         self.write("tokenizer.model", self.tokenizer.model)
         self.write_json("config.json", asdict(self.config))
-        starts = self.read_json("environment.json", [])
+        found = self.read_json("environment.json", [])
+        starts = [start for start in found if isinstance(start, dict)]
         if starts and starts[-1].get("code", self.code) != self.code:
             say("warning: other code than at the last start; finished stages are kept")
         self.write_json("environment.json", [*starts, environment(self)])
@@ -754,6 +755,8 @@ class Run:
 
     def read_json(self, name, default):
         """A JSON file of the folder; the default if there is none, or none of its kind."""
+        if not (self.folder / name).is_file():  # to open a pipe may take for ever
+            return default
         try:
             found = json.loads((self.folder / name).read_text(encoding="utf-8"))
         except (OSError, RecursionError, ValueError):
@@ -857,16 +860,18 @@ def load_stage(path):
     if not path.exists():
         return {}
     state = load_state(path)
-    if not isinstance(state, dict) or "key" not in state:
+    is_ours = isinstance(state, dict) and {"key", "seconds", "log"} <= state.keys()
+    if not is_ours or state.keys().isdisjoint(("weights", "trainer")):
         raise CheckpointError(f"{path}: not a checkpoint of this program; delete it")
     return state
 
 
 def remedy(stage):
-    """What to do if a stage diverges: "identifiers-er" -> "lower identifiers.lr"."""
+    """What to do if a stage diverges: "judge-er" -> "lower identifiers.lr, or ..."."""
     name = stage.partition("-")[0]
     section = {"judge": "identifiers", "pretrain": "mle"}.get(name, name)
-    return f"lower {section}.lr"
+    earlier = "" if section == "mle" else ", or the lr of a stage before it"
+    return f"lower {section}.lr{earlier}"
 
 
 @contextlib.contextmanager
@@ -919,7 +924,8 @@ def digest_weights(state):
 
 
 def code_version():
-    """The commit of this folder, and the digest of what has changed since (None: nothing)."""
+    """The commit of this folder, the digest of what has changed since (None: nothing), and
+    the digest of the modules, for a copy without .git."""
     folder = Path(__file__).resolve().parent
     environ = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}  # no parent's
 
@@ -931,8 +937,13 @@ def code_version():
             return b""
 
     commit = git("rev-parse", "HEAD").decode().strip()
-    changes = git("diff", "--binary", "HEAD") + git("status", "--porcelain", ":(glob)*.py")
-    return {"commit": commit or None, "changed": digest_bytes(changes) if changes else None}
+    changes = git("diff", "--binary", "HEAD")
+    modules = {path.name: digest_bytes(path.read_bytes()) for path in folder.glob("*.py")}
+    return {
+        "commit": commit or None,
+        "changed": digest_bytes(changes) if changes else None,
+        "modules": digest(modules),
+    }
 
 
 def environment(run):
@@ -1744,8 +1755,8 @@ def make_config(preset="toy", seed=0, data_path="", t5_dir="", settings=()):
     """A preset with some settings changed. Raises DataError for what does not go together."""
     config = PRESETS[preset]()
     config.seed = seed
-    config.data_path = str(data_path)
-    config.t5_dir = str(t5_dir)
+    config.data_path = str(data_path or "")
+    config.t5_dir = str(t5_dir or "")
     for setting in settings:
         apply_setting(config, setting)
 
@@ -1794,6 +1805,8 @@ def refuse_without_effect(config, settings):
     else:
         of_ngrams = ("identifiers.penalty", "identifiers.size", "context.penalty")
         unused["only n-grams have it"] = of_ngrams
+    names = [setting.partition("=")[0] for setting in settings]
+    unused["it is set twice"] = tuple(f"{x}=" for x in names if names.count(x) > 1)
     for setting in settings:
         for why, names in unused.items():
             if setting.startswith(names):
@@ -1845,7 +1858,7 @@ RUN_FILES = (  # what chat and evaluate need, too; *: nothing, or the name of a 
 
 def refuse_without_its_files(folder):
     """Raises DataError unless all is there that a finished run leaves."""
-    if not (folder / "metrics.json").exists():
+    if not (folder / "metrics.json").is_file():
         command = program("--run", str(folder))
         raise DataError(f"--run {folder}: no finished run there; make one with `{command}`")
     for name in RUN_FILES:
@@ -1925,14 +1938,13 @@ def evaluate(arguments):
     pairs = Pairs(dialogues, run.tokenizer, *limits, run.device)
     test = Evaluator(run, pairs, finished.classifiers, finished.policies["mle"])
     metrics = test.before_and_after(finished.policies["emprl"])
+    say(level_table(metrics, test))  # first, for the disk may be full
 
     # Named by content: another mine.jsonl does not write over this one.
-    name = (
-        f"evaluate-{Path(arguments.data).stem}-{digest([asdict(d) for d in dialogues])[:12]}"
-    )
+    content = digest([asdict(dialogue) for dialogue in dialogues])
+    name = f"evaluate-{Path(arguments.data).stem[:50]}-{content[:12]}"
     run.write_json(f"{name}.json", metrics)
     run.write(f"{name}.jsonl", responses_jsonl(test))
-    say(level_table(metrics, test))
     say(f"\nfigures {run.folder / name}.json, replies {run.folder / name}.jsonl")
 
 
@@ -1947,9 +1959,12 @@ I just want to die
 I wanna die
 I want to be dead
 I want to kill myself
+I wanna kill myself
 I am going to kill myself
 I'm going to kill myself
+I'm gonna kill myself
 I will kill myself
+I'll kill myself
 I want to end my life
 I'm going to end my life
 I want to take my own life
@@ -1964,7 +1979,7 @@ I wish I was dead
 I wish I were dead
 Life is not worth living
 """
-SOON = re.compile("(anymore|now|rightnow|tonight|today|again)+$")
+SOON = "(anymore|now|rightnow|tonight|today)*"
 
 
 def squeezed(text):
@@ -1976,9 +1991,11 @@ def squeezed(text):
 
 def signs_of_crisis(text):
     """Does a sentence of the text say one of the phrases and nothing else, however spelled?"""
-    phrases = map(squeezed, CRISIS.strip().splitlines())
-    sentences = re.split(r"[.!?,;\n]+(?!\w)", text)
-    return not {SOON.sub("", squeezed(x)) for x in sentences}.isdisjoint(phrases)
+    phrases = "|".join(map(squeezed, CRISIS.strip().splitlines()))
+    sign = re.compile(f"({phrases}){SOON}")
+    # Not cut at commas: "I want to die, that was so embarrassing" is no such sentence.
+    sentences = re.split(r"[.!?\n]+(?!\w)", text)
+    return any(sign.fullmatch(squeezed(sentence)) for sentence in sentences)
 
 
 def chat(arguments):
@@ -1996,7 +2013,7 @@ def chat(arguments):
         sys.stdin.reconfigure(errors="replace")
     histories = dict.fromkeys(finished.policies, ())  # each policy knows its own replies only
     for line in sys.stdin:
-        line = data.clean(line)[-2000:]
+        line = data.clean(line)
         if line == "/help" or signs_of_crisis(line):
             say(*OPENING, sep="\n")
             continue
@@ -2004,7 +2021,7 @@ def chat(arguments):
             histories = dict.fromkeys(finished.policies, ())
             continue
         for name, history in histories.items():
-            history = (*history, line)
+            history = (*history, line[-2000:])
             reply, levels = answer_to(finished, name, history)
             say(f"{name:<6} {printable(reply)}   [{in_words(levels)}]")
             histories[name] = (*history, reply)
@@ -2086,6 +2103,13 @@ class Parser(argparse.ArgumentParser):
         raise DataError(f"{message}; see python emprl.py --help")
 
 
+def a_path(text):
+    """An argument that names a file or a folder."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("empty, or with a NUL in it; give a path")
+    return text
+
+
 def make_parser():
     parser = Parser(
         prog="emprl.py",
@@ -2102,20 +2126,20 @@ def make_parser():
 
     run = command("run", start_run, "train and evaluate (what is done by default)")
     run("--preset", default="toy", choices=PRESETS)
-    run("--data", default="", help="folder of the real corpora, or your own file")
-    run("--t5", default="", help="folder of an official T5 checkpoint")
-    run("--run", default="", help="where results go: runs/PRESET-seedN")
+    run("--data", type=a_path, help="folder of the real corpora, or your own file")
+    run("--t5", type=a_path, help="folder of an official T5 checkpoint")
+    run("--run", type=a_path, help="where results go: runs/PRESET-seedN")
     run("--seed", type=int, default=0)
     settings = {"nargs": "+", "action": "extend", "default": [], "metavar": "NAME=VALUE"}
     run("--set", **settings, help="see options")
     measure = command("evaluate", evaluate, "measure a finished run on other dialogues")
-    measure("--data", required=True, help="your dialogues, .jsonl or .csv")
+    measure("--data", type=a_path, required=True, help="your dialogues, .jsonl or .csv")
     talk = command("chat", chat, "talk to a finished run")
     for argument in (measure, talk):
-        argument("--run", required=True, help="folder of a finished run")
+        argument("--run", type=a_path, required=True, help="folder of a finished run")
     for argument in (run, measure, talk):
         argument("--device", default="", choices=("cpu", "cuda"))
-    command("download", download, "fetch the two public corpora")("folder")
+    command("download", download, "fetch the two public corpora")("folder", type=a_path)
     command("options", lambda arguments: print_options(), "print every setting of --set")
     return parser
 
@@ -2199,7 +2223,8 @@ def in_one_line(error, trains=True):
             return "out of memory; end other programs, or add --device cpu if it is the GPU's"
         return (
             "out of memory; lower the stage's micro_batch (the gradient stays the same but for "
-            "dropout), ppo.batch_size or eval.batch_size"
+            "dropout), ppo.batch_size, eval.batch_size or what sets a model's size (t5.d_model, "
+            "identifiers.size)"
         )
     return ""
 

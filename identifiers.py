@@ -299,9 +299,10 @@ def empathy_reward(log_probs, target, difference="cross_entropy", mechanisms=MEC
 def balanced(probs, share, exponent):
     """P(l) / share(l)^exponent, normalised: an exponent above 0 favours rare levels.
 
-    probs: (N, M, L). share: (M, L), the mean P(l) over the training contexts; as a mean of
-    probabilities it is never exactly 0. Returns (N, M, L).
+    probs: (N, M, L). share: (M, L), the mean P(l) over the training contexts; a 0, from a
+    context classifier that has diverged, counts as a very small one. Returns (N, M, L).
     """
+    share = share.clamp(min=1e-12)
     return F.normalize(probs / share**exponent, p=1, dim=-1)  # p=1: divided by their sum
 
 

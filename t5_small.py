@@ -738,9 +738,13 @@ def load_state(path):
     Raises CheckpointError.
     """
     with reading(path):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("no ordinary file")  # to open a pipe may take for ever
         if zipfile.is_zipfile(path):
             check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        check_storage(state)
+        return state
 
 
 def check_archive(path):
@@ -753,6 +757,21 @@ def check_archive(path):
         damaged = archive.testzip()  # torch itself compares no checksums
         if damaged:
             raise ValueError(f"{damaged} fails its checksum")
+
+
+def check_storage(state):
+    """Raises ValueError for a tensor that says its numbers many times over.
+
+    A file of 100 kB may hold one row of zeros, expanded to gigabytes when somebody reads it.
+    """
+    if torch.is_tensor(state):
+        if state.numel() * state.element_size() > state.untyped_storage().nbytes():
+            raise ValueError(f"a tensor of {tuple(state.shape)} is larger than its storage")
+    elif isinstance(state, dict):
+        check_storage(list(state.values()))
+    elif isinstance(state, (list, tuple)):
+        for part in state:
+            check_storage(part)
 
 
 FLOATS = {
@@ -818,8 +837,14 @@ IDS = {"pad_token_id": PAD_ID, "eos_token_id": EOS_ID, "decoder_start_token_id":
 
 def read_config(path):
     """An official config.json -> T5Config, and the file's own dict. Call it in `reading`."""
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("<"):
+        raise ValueError("a web page, not JSON")
+    raw = json.loads(text)
     raw = {name: value for name, value in raw.items() if value is not None}
+    kind = raw.get("model_type", "t5")
+    if kind not in ("t5", "mt5"):
+        raise ValueError(f"model_type {repr(kind)[:40]}: t5 or mt5")
     for name, wanted in IDS.items():
         if raw.get(name, wanted) != wanted:
             raise ValueError(f"{name} is {raw[name]}, not {wanted}")

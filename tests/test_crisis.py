@@ -20,14 +20,17 @@ I want to be dead
 I want to kill myself
 I am going to kill myself
 I'm going to kill myself tonight
+I'm gonna kill myself
+I wanna kill myself
 I will kill myself
+I'll kill myself
 I want to end my life
 I'm going to end my life now
 I want to take my own life
 I want to commit suicide
 I am suicidal
 I'm suicidal
-I feel suicidal again
+I feel suicidal
 I don't want to live anymore
 I do not want to live
 I don't want to be alive
@@ -35,7 +38,6 @@ I wish I was dead
 I wish I were dead
 Life is not worth living
 My brother is gone. I want to die.
-Nobody calls, I want to die, goodbye
 """.strip().split("\n")
 
 ORDINARY = """
@@ -120,6 +122,15 @@ I would kill for a pizza
 I am so done with this day
 I can't go on like this with my diet
 I'm considering a suicide squeeze for the next inning
+I want to die, that was so embarrassing!
+I want to die again, this game is so much fun
+I want to die again
+I wanna die, this cake is so good
+I'm going to kill myself, he said in the film
+I'll kill myself if they cancel that show
+If I fail, I want to kill myself laughing, not crying
+I don't want to live, I want to thrive
+Life is not worth living; that is what the villain says
 """.strip().split("\n")
 
 

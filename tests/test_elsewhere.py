@@ -318,6 +318,27 @@ sys.exit(pytest.main(options))
 """
 
 
+LAB = """
+import importlib, multiprocessing, os, pathlib, signal, sys
+sys.modules |= dict.fromkeys(["resource", "fcntl", "pwd", "termios"])
+del os.fork, signal.SIGKILL
+multiprocessing.get_all_start_methods = lambda: ["spawn"]
+del multiprocessing.context._concrete_contexts["fork"]
+for path in pathlib.Path("tests/lab").glob("*.py"):
+    importlib.import_module(f"tests.lab.{path.stem}")
+    print(path.stem)
+"""
+
+
+def test_what_windows_lacks_is_needed_only_where_it_is_used():
+    """Every program of the lab can at least say what it is."""
+    done = subprocess.run(
+        [sys.executable, "-c", LAB], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"paper", "mutate", "bench"} <= {*done.stdout.split()}
+
+
 def test_what_windows_lacks_stops_no_other_test():
     """The tests that need fork are skipped, one beside them is run."""
     some = "killed_at or GPU or mle-truncate or names_the_test_part"

@@ -1,5 +1,6 @@
 """The whole program on the preset `smoke`: its files, its last screen, its pages, its commands."""
 
+import errno
 import io
 import json
 import math
@@ -376,6 +377,14 @@ def test_every_set_counts(tmp_path, monkeypatch):
         (["--set", "identifiers.kind=ngrams", "context.lr=1"], "context.lr=1: has no"),
         (["--set", "context.penalty=1"], "context.penalty=1: has no effect"),
         (["--set", "mle.epochs=1", "mle.steps=1"], "mle.steps=1: has no effect"),
+        (
+            ["--set", "ppo.steps=2", "ppo.steps=3"],
+            "ppo.steps=2: has no effect here (it is set",
+        ),
+        (
+            ["--set", "ppo.lr=1", "--set", "ppo.lr=1"],
+            "ppo.lr=1: has no effect here (it is set",
+        ),
         (["--set", "t5.vocab_size=600"], "t5.vocab_size=600: no such option"),
         (["--set", "data.__class__=1"], "data.__class__=1: no such option"),
         (["--set", "data.__dict__=1"], "data.__dict__=1: no such option"),
@@ -548,6 +557,50 @@ def test_evaluate_says_that_it_writes_at_the_end(copied, tmp_path, capsys, monke
     assert "oracle" not in table and "best_of_n" not in table
     (path,) = copied.glob("evaluate-*.json")
     assert "oracle_emp_f1" not in read_json(path)["emprl"]
+
+
+def test_an_evaluation_that_can_not_be_kept_is_shown(copied, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(records(2)), encoding="utf-8")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(emprl.Run, "write", full)
+    assert emprl.main(["evaluate", "--run", str(copied), "--data", str(file)]) == 2
+    told = capsys.readouterr()
+    assert "[emp_f1]" in told.out
+    assert told.err == "emprl.py: No space left on device; make room\n"
+
+
+@pytest.mark.parametrize("letter", ["x", "\U0001f436"])
+def test_an_evaluation_of_a_file_with_a_long_name_is_kept(letter, copied, tmp_path):
+    """Of as many bytes as a name may have."""
+    file = tmp_path / f"{letter * (249 // len(letter.encode()))}.jsonl"
+    file.write_text("".join(records(2)), encoding="utf-8")
+    assert emprl.main(["evaluate", "--run", str(copied), "--data", str(file)]) == 0
+    assert len([*copied.glob(f"evaluate-{letter * 50}-*.json*")]) == 2
+
+
+def test_in_chat_each_policy_has_its_own_conversation(finished, monkeypatch):
+    """What a person said, and what this policy replied, oldest first; then a new one."""
+    asked = []
+
+    def answer(finished, name, history):
+        asked.append((name, history))
+        return f"{name} {len(asked)}", [0, 0, 0]
+
+    monkeypatch.setattr(emprl, "answer_to", answer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n\nthree\n"))
+    assert emprl.main(["chat", "--run", str(finished)]) == 0
+    assert asked == [
+        ("mle", ("one",)),
+        ("emprl", ("one",)),
+        ("mle", ("one", "mle 1", "two")),
+        ("emprl", ("one", "emprl 2", "two")),
+        ("mle", ("three",)),
+        ("emprl", ("three",)),
+    ]
 
 
 def test_chat_replies_with_both_models_and_their_levels(finished, capsys, monkeypatch):

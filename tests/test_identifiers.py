@@ -551,6 +551,14 @@ def test_best_of(uncertain):
     assert torch.equal(best.context, context)
 
 
+def test_a_level_that_is_never_expected_stays_so_balanced():
+    """A classifier that has diverged is certain: the shares of two levels are 0."""
+    probs = torch.tensor([[[1.0, 0.0, 0.0]]])
+    for exponent in (0.5, 1.0, 2.0):
+        found = identifiers.balanced(probs, torch.tensor([[1.0, 0.0, 0.0]]), exponent)
+        check("balanced", found, probs)
+
+
 def test_balanced_by_hand():
     """P .6, .3, .1 over shares .8, .1, .1: to the power 1, .75, 3, 1 -> / 4.75; to the power 0
     nothing changes."""

@@ -46,7 +46,10 @@ class Watched:
         self.gold = {}  # (context ids, response ids) -> levels of the corpus
         self.targets = None  # what find_targets returned
         self.known = {}  # classifier -> the stages whose weights it has
-        command = [*words(folder, *SETTINGS, *settings), "--data", str(data_file)]
+        by_name = {x.partition("=")[0]: x for x in (*SETTINGS, *settings)}  # the last counts
+        command = words(folder, *by_name.values())
+        if data_file:
+            command += ["--data", str(data_file)]
         with pytest.MonkeyPatch.context() as patch:
             self.watch_stages(patch)
             self.watch_pairs(patch)
@@ -496,6 +499,31 @@ def test_targets_are_balanced_and_chosen_as_the_reward_says(run, tmp_path):
         assert found.train.shape == of_train.shape, target
         assert torch.allclose(found.train.double(), of_train.double(), atol=1e-6), target
         assert torch.allclose(found.test.double(), of_test.double(), atol=1e-6), target
+
+
+def test_ceilings_are_of_the_plain_probabilities(run, tmp_path):
+    """Of the test contexts, and not of the targets, which reward.balance has raised already."""
+    found = again(run, tmp_path / "balanced", "reward.balance=0.7", "ppo.steps=0")
+    share = run.targets.train.mean(0)  # without a balance they are the probabilities
+    told = run.levels_read("context")
+    gold, rows = [], []
+    for record in found.responses():
+        gold.append(record["levels"]["identifiers"]["human"])
+        rows.append(told[run.pairs[record["id"]][0], (1,)])
+    gold, probs = torch.tensor(gold), torch.stack(rows)
+    raised = probs / share**0.7
+    assert not torch.equal(levels_of(raised, share), levels_of(probs, share)), "blind"
+    for name, levels in (
+        ("context", probs.argmax(-1)),
+        ("context_balanced", levels_of(probs, share)),
+    ):
+        figure = found.figures()["ceiling"][name]["emp_f1"]
+        assert figure == pytest.approx(identifiers.emp_f1(levels, gold)), name
+
+
+def levels_of(probs, share):
+    """The likeliest levels when rare ones are raised by the square root of their share."""
+    return (probs / share**0.5).argmax(-1)
 
 
 def test_only_the_identifiers_give_reward(run):

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -163,13 +164,36 @@ def test_settings_of_stages_that_are_not_there_may_change(
     assert weights(here, "judge") == weights(finished, "judge")
 
 
+EVALUATION = "evaluate-mine-0123456789ab.json"
+
+
+def test_what_is_not_of_a_stage_made_anew_stays(copied, no_pictures):
+    """An evaluation, while nothing is trained; one's own notes and folders, even then."""
+    (copied / EVALUATION).write_text("{}", encoding="utf-8")
+    own = ["evaluate-notes.txt", "evaluate-mine.json", "evaluate-a-0123456789ab.txt"]
+    for name in own:
+        (copied / name).write_text("mine", encoding="utf-8")
+    folders = ["evaluate-all", "evaluate-all-0123456789ab.json"]
+    for name in folders:
+        (copied / name).mkdir()
+
+    assert emprl.main(words(copied)) == 0
+    for name in (EVALUATION, *own, *folders):
+        assert (copied / name).exists(), name
+    (copied / "checkpoints" / "ppo.pt").unlink()
+    assert emprl.main(words(copied)) == 0
+    for name in (*own, *folders):
+        assert (copied / name).exists(), name
+    assert not (copied / EVALUATION).exists()
+
+
 def test_results_go_when_a_stage_is_made_anew(copied):
     (copied / "checkpoints" / "ppo.pt").unlink()
-    (copied / "evaluate-mine-123.json").write_text("{}", encoding="utf-8")
+    (copied / EVALUATION).write_text("{}", encoding="utf-8")
     (copied / "plots").mkdir(exist_ok=True)
     (copied / "plots" / "ppo.png").write_bytes(b"")
     results = ["metrics.json", "report.md", "samples.md", "responses.jsonl"]
-    results += ["evaluate-mine-123.json", "plots/ppo.png"]
+    results += [EVALUATION, "plots/ppo.png"]
     interrupted(copied, "ppo", 2)
     for name in results:
         assert not (copied / name).exists(), name
@@ -343,6 +367,29 @@ def test_a_metrics_json_of_another_shape_does_not_stop_a_run(content, copied, no
     assert "made_of" in read_json(copied / "metrics.json")
 
 
+@pytest.mark.parametrize("content", ["[1]", "[[1, 2]]", '["ab"]', '[{"code": 3}, null]'])
+def test_an_odd_environment_json_does_not_stop_a_run(
+    content, copied, no_pictures, nothing_is_trained
+):
+    """What is a record of a start stays, the rest is ignored."""
+    (copied / "environment.json").write_text(content, encoding="utf-8")
+    assert emprl.main(words(copied)) == 0
+    *earlier, last = read_json(copied / "environment.json")
+    assert earlier == [start for start in json.loads(content) if isinstance(start, dict)]
+    assert last["code"] == emprl.code_version()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_a_pipe_that_is_called_metrics_json_is_not_waited_for(
+    copied, no_pictures, nothing_is_trained, capsys
+):
+    (copied / "metrics.json").unlink()
+    os.mkfifo(copied / "metrics.json")
+    assert "no finished run there" in refused(["chat", "--run", str(copied)], copied, capsys)
+    assert emprl.main(words(copied)) == 0
+    assert "made_of" in read_json(copied / "metrics.json")
+
+
 @pytest.mark.parametrize("stage", ["mle", "context", "ppo"])
 def test_a_checkpoint_of_another_run_is_not_trained_on(stage, copied, other, capsys):
     shutil.copy(other / "checkpoints" / f"{stage}.pt", copied / "checkpoints")
@@ -420,7 +467,8 @@ def git(folder, *arguments):
 
 
 def test_code_is_known_by_its_own_commit_and_its_changes(tmp_path, monkeypatch):
-    """A repository; a change in it; a new module; a copy without .git inside of it."""
+    """A repository; a change in it; a new module; a copy without .git inside of it, and a
+    change in that."""
 
     def version(folder, text=None):
         if text:
@@ -429,12 +477,12 @@ def test_code_is_known_by_its_own_commit_and_its_changes(tmp_path, monkeypatch):
         return emprl.code_version()
 
     alone = version(tmp_path, "one = 1\n")
-    assert alone == {"commit": None, "changed": None}
+    assert (alone["commit"], alone["changed"]) == (None, None)
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", "emprl.py")
     git(tmp_path, "commit", "-qm", "one")
     clean = version(tmp_path)
-    assert clean == {"commit": git(tmp_path, "rev-parse", "HEAD"), "changed": None}
+    assert clean == {**alone, "commit": git(tmp_path, "rev-parse", "HEAD")}
 
     changed = version(tmp_path, "one = 2\n")
     assert changed["commit"] == clean["commit"]
@@ -447,6 +495,7 @@ def test_code_is_known_by_its_own_commit_and_its_changes(tmp_path, monkeypatch):
     inner = tmp_path / "copy"
     inner.mkdir()
     assert version(inner, "one = 1\n") == alone, "the repository around is not its own"
+    assert version(inner, "one = 2\n") != alone, "a change is seen without git"
 
 
 def test_a_resumed_run_keeps_its_first_environment_and_says_that_the_code_is_another(

@@ -332,6 +332,14 @@ def test_sizes_and_exponents_have_a_sane_limit(setting):
         (["--preset", "real", "--data", "config.py"], "config.py"),
         (["--data", "a\nb\x1b[1m.jsonl"], "a\\nb\\x1b[1m.jsonl"),
         (["\n\x1b[2J"], "invalid choice"),
+        (["--data", ""], "argument --data: empty"),
+        (["--t5", ""], "argument --t5: empty"),
+        (["--run="], "argument --run: empty"),
+        (["--run", "a\0b"], "argument --run: empty, or with a NUL"),
+        (["--t5", "a\0b"], "argument --t5: empty, or with a NUL"),
+        (["evaluate", "--run", "x", "--data", ""], "argument --data: empty"),
+        (["chat", "--run", "a\0b"], "argument --run: empty, or with a NUL"),
+        (["download", ""], "argument folder: empty"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(words, says, refusal, tmp_path, monkeypatch):

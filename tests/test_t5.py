@@ -1092,6 +1092,21 @@ def test_checkpoint_of_another_architecture(tmp_path):
     assert "gated-silu" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["bart", "umt5", ["t5"]])
+def test_a_model_of_another_kind_is_told_so(kind, tmp_path):
+    copy_of_fixture(tmp_path, model_type=kind)
+    assert f"model_type {kind!r}: t5 or mt5" in refusal(tmp_path)
+
+
+def test_a_web_page_instead_of_config_json_is_told_so(tmp_path):
+    copy_of_fixture(tmp_path)
+    page = "\n<!DOCTYPE html><html><body>Not found</body></html>"
+    (tmp_path / "config.json").write_text(page, encoding="utf-8")
+    message = refusal(tmp_path)
+    assert "config.json" in message
+    assert "a web page, not JSON" in message
+
+
 def test_flan_t5_of_2022_is_gated(tmp_path):
     """Its config.json said "gelu" and is_gated_act, which later became gated-gelu."""
     raw = config_of(PARITY / "t5_v11")
@@ -1253,6 +1268,34 @@ def test_sizes_are_looked_at_before_memory_is_taken(tmp_path):
     sizes = {"num_layers": 100, "num_decoder_layers": 100, "d_ff": 200_000, "d_model": 60_000}
     copy_of_fixture(tmp_path, **sizes)
     assert "tensors of another configuration" in refusal(tmp_path)
+
+
+def test_a_tensor_larger_than_its_storage_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    """100 kB may hold 14,000 times the same row, or a number at every place: gigabytes when
+    they are read. Also deep inside a stage's checkpoint."""
+    monkeypatch.setattr(t5_small, "check_tensors", lambda state: pytest.fail("read"))
+    row = torch.zeros(1, 24)
+    for tensor in (row.expand(80, 24), torch.zeros(1).expand(80, 24), windows(row[0])):
+        copy_of_fixture(tmp_path, lambda state, x=tensor: state.update({"shared.weight": x}))
+        assert "is larger than its storage" in refusal(tmp_path)
+        torch.save({"key": "x", "log": [1, (2, {"w": tensor})]}, tmp_path / "mle.pt")
+        with pytest.raises(CheckpointError, match="mle.pt.* is larger than its storage"):
+            t5_small.load_state(tmp_path / "mle.pt")
+
+
+def windows(row):
+    """Every two neighbours of a row: (24,) -> (23, 2), in the storage of 24 numbers."""
+    return row.as_strided((23, 2), (1, 1))
+
+
+def test_a_part_of_a_storage_is_no_tensor_too_large(tmp_path):
+    """torch saves whole storages, of which tensors may be a part, or which they share."""
+    numbers = torch.arange(12.0).view(3, 4)
+    state = {"part": numbers[1:, :2], "turned": numbers.T, "empty": numbers[:0]}
+    torch.save(state, tmp_path / "mle.pt")
+    loaded = t5_small.load_state(tmp_path / "mle.pt")
+    assert loaded["part"].tolist() == [[4, 5], [8, 9]]
+    assert loaded["turned"].shape == (4, 3)
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path):

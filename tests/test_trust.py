@@ -309,8 +309,29 @@ def put_a_folder(path):
     path.mkdir()
 
 
+def put_a_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def take_its_weights(path):
+    state = t5_small.load_state(path)
+    del state["weights"]
+    torch.save(state, path)
+
+
+HARMS = [
+    truncate,
+    flip_a_bit,
+    put_something_else,
+    put_a_folder,
+    put_a_pipe,
+    take_its_weights,
+]
+
+
 @needs_fork
-@pytest.mark.parametrize("harm", [truncate, flip_a_bit, put_something_else, put_a_folder])
+@pytest.mark.parametrize("harm", HARMS)
 @pytest.mark.parametrize(
     "stage", few(["pretrain", "mle", "identifiers", "judge", "context", "ppo"], ["mle"])
 )
@@ -417,7 +438,7 @@ def test_training_that_diverges_at_its_end_is_named(tmp_path, refusal, monkeypat
     monkeypatch.setattr(emprl.Run, "seed", spoil)
     monkeypatch.setattr(t5_small.Trainer, "finish", lambda self: None)
     line = refusal(words(tmp_path, "mle.steps=1"))
-    assert "judge" in line and "identifiers.lr" in line
+    assert "judge" in line and "lower identifiers.lr, or the lr of a stage before it" in line
 
 
 def test_a_run_of_skipped_stages_has_a_report_without_their_pictures(tmp_path, capsys):
@@ -668,7 +689,10 @@ def test_chat_says_first_what_it_is_and_where_help_is(finished, capsys, monkeypa
     assert chat(finished, b"Hello\nHello\n", capsys, monkeypatch)[5:] == told[7:]
 
 
-@pytest.mark.parametrize("text", ["I want to die", "Nobody calls. I'm suicidal!"])
+LONG = "I want to die. " + "so " * 5000  # more than the models are given
+
+
+@pytest.mark.parametrize("text", ["I want to die", "Nobody calls. I'm suicidal!", LONG])
 def test_chat_answers_signs_of_crisis_with_a_pointer_to_people(
     text, finished, capsys, monkeypatch
 ):
@@ -742,6 +766,12 @@ def test_the_judge_never_sees_what_the_reward_was_trained_on(parts):
     test = contexts("test")
     assert reward and judge and test
     assert not reward & judge and not (reward | judge) & test
+
+
+def test_too_little_memory_for_a_model_names_its_sizes():
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        line = emprl.in_one_line(error)
+        assert "t5.d_model" in line and "identifiers.size" in line and "micro_batch" in line
 
 
 def test_the_run_folder_says_what_it_came_from(finished):

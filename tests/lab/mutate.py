@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -40,7 +39,6 @@ from tests.lab.command import Parser, start
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = "t5_small data identifiers ppo emprl".split()
-FORK = multiprocessing.get_context("fork")
 TESTS = "test_recipe test_emprl test_figures test_results".split()  # after the module's own
 
 # each may stand in the place of another of its line
@@ -240,6 +238,8 @@ class Watch:
 
 def run_tests(answer, project, files, names, limit):
     """In a fork: pytest on a copy of the project. Sends what was found."""
+    import resource  # Windows has none
+
     os.setsid()  # so that all it starts can be ended with it
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     for number in (1, 2):
@@ -260,8 +260,9 @@ def in_a_fork(project, files, names, limit):
 
     limit: seconds of CPU; a machine that is busy may take ten times as long.
     """
-    ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=run_tests, args=(theirs, project, files, names, limit))
+    fork = multiprocessing.get_context("fork")  # Windows has none
+    ours, theirs = fork.Pipe()
+    process = fork.Process(target=run_tests, args=(theirs, project, files, names, limit))
     process.start()
     theirs.close()
     found = "no end", {}  # as good as a failed test

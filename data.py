@@ -23,7 +23,7 @@ Three models learn from these data:
     judge         a second classifier, only for evaluation: it never gives reward
 
     part of a Corpus                          what it is for
-    dialogues["pretrain"]                     the policy's pre-training; without it, "train" is
+    dialogues["pretrain"]                     the policy's pre-training; if missing, "train"
     dialogues["train"], ["valid"]             the policy: to learn from, to validate
     labelled["train"], ["valid"]              the identifiers: the same
     labelled["judge_train"], ["judge_valid"]  the judge: the same
@@ -75,7 +75,7 @@ LEVELS = 3
 class Dialogue:
     """A context, and a listener's response to it.
 
-    The id is "conversation/record". All of a conversation stays in one part.
+    The id is "group/record". In real data the group is a conversation; it stays in one part.
 
         generated world       test/17        part / number
         EmpatheticDialogues   hit:0_conv:1/4 conversation / number of the utterance
@@ -249,19 +249,19 @@ class Pairs:
         """The number of ids of each pair."""
         return [len(c) + len(r) for c, r in zip(self.contexts, self.responses)]
 
-    def chunks(self, size, positions=2**15):
+    def chunks(self, size, max_ids=2**15):
         """All rows in lists of at most `size`, where pairs of similar length stand together.
 
-        A list of long pairs is shorter, which bounds the memory: its number of pairs times
-        the ids of the longest pair, context and response together, is at most `positions`.
-        Padded separately, contexts and responses may take up to twice as many.
+        A list of long pairs is shorter, which bounds the memory: the number of pairs times the
+        ids of the longest one is at most `max_ids`, unless it is a single pair. Contexts and
+        responses are padded separately, which may take twice as many.
         """
         lengths = self.lengths()
         order = sorted(range(len(self)), key=lambda row: lengths[row])
         chunks = []
         for rows in slices(order, size):
             longest = lengths[rows[-1]]
-            chunks += slices(rows, max(1, positions // longest))
+            chunks += slices(rows, max(1, max_ids // longest))
         return chunks
 
     def batch(self, rows):
@@ -388,22 +388,34 @@ def real_corpus(folder, seed=0):
         raise DataError(
             f"{folder}: no such folder; `python emprl.py download {folder}` fetches the data"
         )
-    both_speakers = {}  # part -> the responses of both
+    try:
+        return _published_corpus(folder, seed)
+    except DataError as error:
+        problem = str(error).rsplit("; ", 1)[0]  # without its advice: to mend a file by hand
+        raise DataError(
+            f"{problem}; `python emprl.py download {folder}` fetches what was published"
+        ) from None
+
+
+def _published_corpus(folder, seed):
+    """The files that `download` fetches, as a Corpus."""
+    both_sides = {}  # part -> the speaker's and the listener's responses
     notes = []
     for part in ("train", "valid", "test"):
         path = os.path.join(folder, "empatheticdialogues", f"{part}.csv")
-        both_speakers[part], note = read_empathetic_dialogues(path)
+        both_sides[part], note = read_empathetic_dialogues(path)
         notes.append(note)
-    pairs, note = read_epitome(os.path.join(folder, "epitome"))
+    epitome = os.path.join(folder, "epitome")
+    pairs, note = read_epitome(epitome)
     notes.append(note)
     labelled = split_labelled(pairs, seed)
+    if not all(labelled.values()):
+        raise DataError(f"{epitome}: {len(pairs)} pairs are too few; fetch all again")
 
-    # The policy learns to answer as the listener. Before, in pre-training, it reads both
-    # speakers' and EPITOME's responses, of the training parts only.
-    dialogues = {part: listened(both) for part, both in both_speakers.items()}
-    dialogues["pretrain"] = (
-        both_speakers["train"] + labelled["train"] + labelled["judge_train"]
-    )
+    # The policy learns to answer as the listener. First, in pre-training, it reads both sides'
+    # and EPITOME's responses, of the training parts only.
+    dialogues = {part: listeners(both) for part, both in both_sides.items()}
+    dialogues["pretrain"] = both_sides["train"] + labelled["train"] + labelled["judge_train"]
     return Corpus(dialogues, labelled, notes)
 
 
@@ -413,7 +425,7 @@ def _conversation_of(dialogue):
 
 
 def split_labelled(dialogues, seed):
-    """{part: dialogues}, split by conversation; the shares are those of all conversations.
+    """{part: dialogues}, split by conversation; the shares count conversations.
 
     train        37.5 %    the identifiers learn from it
     judge_train  33.75 %   the judge learns from it
@@ -448,33 +460,32 @@ def split_labelled(dialogues, seed):
 # Two names mislead: `context` holds the emotion, `prompt` the situation (which is not used).
 # What we call context is what was said before, in the rows above.
 ED_HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags"
-# A text as it was published: he said "no". Refused: "he said ""no""". That is how a table
-# program writes it, so the file was rewritten and its commas cannot be trusted any more.
-_ED_TEXT = r'(?! "[^",]*(""[^",]*)+", ) [^,]*'
 _ED_ROW = re.compile(
-    rf"""
+    r"""
     (?P<conversation> [^,]*),
     (?P<number> [0-9]+),
     (?P<emotion> [^,]*),
-    {_ED_TEXT},                        # the situation
-    [0-9]+,                            # the speaker
-    (?P<utterance> {_ED_TEXT}),
-    [0-9|_]*,                          # self-evaluation
-    [^,]*                              # tags
-    ( , | ,[^,]*\|[^,]* )?             # a ninth field: candidates, joined by "|"
+    [^,]*,                     # the situation
+    [0-9]+,                    # the speaker
+    (?P<utterance> [^,]*),
+    [0-9|_]*,                  # self-evaluation
+    [^,]*                      # tags
+    ( , | ,[^,]*\|[^,]* )?     # a ninth field: candidates, joined by "|"
     """,
     re.VERBOSE,
 )
-MAX_BAD_ROWS = 0.02  # with a larger share of bad rows it is not the file that was published
+# A text as it was published: he said "no". A table program writes: "he said ""no""".
+_ED_QUOTED = re.compile(r'(?<=,)"[^",]*(""[^",]*)+"(?=,)')
+MAX_BAD_SHARE = 0.005  # with a larger share of bad rows it is not the file that was published
 
 
-def listened(dialogues):
+def listeners(dialogues):
     """The listener's responses. The speaker begins, so their contexts are of odd length."""
     return [dialogue for dialogue in dialogues if len(dialogue.context) % 2]
 
 
 def read_empathetic_dialogues(path):
-    """(dialogues, note) of one file of EmpatheticDialogues: both speakers' responses.
+    """(dialogues, note) of one file of EmpatheticDialogues: the responses of both sides.
 
     Any utterance but the first of its conversation is a response to those before it.
     The files are no ordinary csv: '"' is a character like any other, a comma in a text is
@@ -483,7 +494,8 @@ def read_empathetic_dialogues(path):
     header, *lines = _read_lines(path)
     if not header.startswith(ED_HEADER):
         raise DataError(
-            f"{path}:1: not the header of EmpatheticDialogues; it must begin with {ED_HEADER}"
+            f"{path}:1: not the header of EmpatheticDialogues, which begins with {ED_HEADER}; "
+            "fetch the file again"
         )
     if lines and lines[-1] and not _ED_ROW.fullmatch(lines[-1]):
         raise DataError(
@@ -492,40 +504,45 @@ def read_empathetic_dialogues(path):
         )
 
     dialogues = []
-    skipped = []  # line numbers
+    skipped = []  # "line: reason"
     histories = defaultdict(list)  # conversation -> its utterances so far
     rows = [(number, line) for number, line in enumerate(lines, 2) if line]
     for number, line in rows:
+        if _ED_QUOTED.search(line):
+            raise DataError(
+                f"{path}:{number}: quotes doubled, a table program has saved the file anew; "
+                "fetch it again"
+            )
+
         # A bad row adds nothing to its history. So the numbers of the rows after it do not fit
         # either: a bad row ends its conversation.
         row = _ED_ROW.fullmatch(line)
-        if not row:
-            skipped.append(number)
+        utterance = row and clean(row["utterance"].replace("_comma_", ","))
+        if not utterance:
+            skipped.append(f"{number}: fields too many, empty, missing or out of place")
             continue
         history = histories[row["conversation"]]
-        utterance = clean(row["utterance"].replace("_comma_", ","))
-        if not utterance or row["number"] != str(len(history) + 1):
-            skipped.append(number)
+        if row["number"] != str(len(history) + 1):
+            skipped.append(
+                f"{number}: utterance {row['number']} where {len(history) + 1} should be, rows "
+                "are missing, doubled or out of order"
+            )
             continue
         if history:
             its_id = f"{row['conversation']}/{row['number']}"
             dialogues.append(Dialogue(tuple(history), utterance, row["emotion"], id=its_id))
         history.append(utterance)
 
-    if len(skipped) > MAX_BAD_ROWS * len(rows):
+    if len(skipped) > MAX_BAD_SHARE * len(rows):
         raise DataError(
-            f"{path}:{skipped[0]}: {len(skipped)} of {len(rows)} rows are not as they were "
-            "published, this one first: fields too many, empty, missing or out of place, or "
-            "quoted as by a spreadsheet; fetch it again"
+            f"{path}:{skipped[0]} (the first of {len(skipped)} rows of {len(rows)} that are "
+            "not as they were published); fetch the file again"
         )
     if not dialogues:
         raise DataError(f"{path}:2: no response that can be used; fetch the file again")
-    note = f"{path}: {len(listened(dialogues))} pairs"
+    note = f"{path}: {len(listeners(dialogues))} pairs"
     if skipped:
-        note += (
-            f"; {len(skipped)} rows skipped: fields out of place, empty, or without the "
-            f"utterance before, as in line {skipped[0]}"
-        )
+        note += f"; {len(skipped)} rows skipped, the first in line {skipped[0]}"
     return dialogues, printable(note)
 
 
@@ -538,16 +555,15 @@ EPITOME_COLUMNS = ("sp_id", "rp_id", "seeker_post", "response_post", "level")
 
 
 def read_epitome(folder):
-    """(dialogues, note) of EPITOME's posts from Reddit: a file for each mechanism, joined by row.
+    """(dialogues, note) of EPITOME's Reddit posts: a file for each mechanism, joined by row.
 
-    Joined by ids, not by text: the texts differ a little between the files; the first file's
-    are taken. A pair listed twice is kept once, with the level that most of its rows have (on
-    a tie, the first row's). Raises DataError (Sharma et al. 2020, arXiv 2009.08441).
+    In a row the ids must agree. Texts need not: they differ a little between the files, and
+    the first file's are taken. A pair listed twice is kept once, with the level that most of
+    its rows have (on a tie, the first row's). Raises DataError (Sharma et al. 2020, arXiv
+    2009.08441).
     """
     paths = [os.path.join(folder, name) for name in EPITOME_FILES]
-    files = [list(_csv_rows(path, EPITOME_COLUMNS)) for path in paths]
-    if len({len(rows) for rows in files}) > 1:
-        raise DataError(f"{folder}: files of different length; fetch all again")
+    files = _epitome_rows(paths)
 
     texts = {}  # id of a pair -> post and response
     votes = defaultdict(Counter)  # (id, mechanism) -> how many rows have which level
@@ -557,6 +573,8 @@ def read_epitome(folder):
         texts.setdefault(pair_id, (_post(first["seeker_post"]), _post(first["response_post"])))
         for mechanism, path, (line, row) in zip(MECHANISMS, paths, rows):
             where = f"{path}:{line}"
+            if "" in _pair_id(row).split("/"):
+                raise DataError(f"{where}: sp_id or rp_id is empty; fetch the file again")
             if _pair_id(row) != pair_id:
                 raise DataError(
                     f"{where}: pair {_pair_id(row)}, but {pair_id} in the first file; "
@@ -574,7 +592,7 @@ def read_epitome(folder):
         raise DataError(f"{folder}/{EPITOME_FILES[0]}:2: no rows with text; fetch it again")
 
     conflicts = [vote.most_common(2) for vote in votes.values() if len(vote) > 1]
-    ties = sum(most[1] == second[1] for most, second in conflicts)
+    ties = sum(count == next_count for (_, count), (_, next_count) in conflicts)
     note = (
         f"{folder}: {len(dialogues)} pairs from {len(files[0])} rows; "
         f"{len(texts) - len(dialogues)} pairs without text skipped; "
@@ -584,9 +602,22 @@ def read_epitome(folder):
     return dialogues, printable(note)
 
 
+def _epitome_rows(paths):
+    """[(line, row)] of each file: equal in number, not in content."""
+    files = [list(_csv_rows(path, EPITOME_COLUMNS)) for path in paths]
+    for (path, rows), (other, other_rows) in itertools.combinations(zip(paths, files), 2):
+        if len(rows) != len(other_rows):
+            raise DataError(
+                f"{path}: {len(rows)} rows, but {len(other_rows)} in {other}; fetch both again"
+            )
+        if rows == other_rows:
+            raise DataError(f"{path}:1: the same rows as in {other}; fetch both again")
+    return files
+
+
 def _pair_id(row):
     """The id of post and response: speaker (who seeks help) and responder."""
-    return f"{row['sp_id']}/{row['rp_id']}"
+    return f"{row['sp_id'].strip()}/{row['rp_id'].strip()}"
 
 
 def _post(text):
@@ -625,11 +656,11 @@ def own_corpus(path, seed=0):
     parts = {"train": train, "valid": labelled["valid"], "test": labelled["test"]}
 
     sizes = " / ".join(str(len(part)) for part in parts.values())
-    notes = [f"{path}: {count}, which stay whole: {sizes}"]
-    distinct = {_without_case(dialogue) for dialogue in dialogues}
+    notes = [f"{path}: {count}; train / valid / test, by conversation: {sizes}"]
+    distinct = {_texts_key(dialogue) for dialogue in dialogues}
     if len(distinct) < len(dialogues):
         equal = len(dialogues) - len(distinct)
-        notes.append(f"{path}: {equal} records equal to an earlier one, in its part")
+        notes.append(f"{path}: {equal} records equal to an earlier one, in the same part")
     for name, levels in zip(MECHANISMS, zip(*[d.levels for d in dialogues])):
         if len(set(levels)) == 1:
             notes.append(f"{path}: {name} is {levels[0]} everywhere, nothing to learn from")
@@ -644,22 +675,29 @@ def read_dialogues(path):
     .csv    columns context,response[,emotion,er,ip,ex,id]
 
     " </s> " separates the utterances of a context that is one text. Records with the same id
-    are one conversation; without an id, those with the same first utterance. This id is
-    used for nothing else: that of a Dialogue is made of line numbers. Raises DataError.
+    are one conversation; without an id, a record joins all that have its first utterance. This
+    id is used for nothing else: that of a Dialogue is made of line numbers. Raises DataError.
     """
     if str(path).lower().endswith(".csv"):
         records = _csv_rows(path, REQUIRED, FIELDS)
     else:
         records = _json_rows(path)
     dialogues = {}  # line -> its Dialogue
-    keys = {}  # line -> what it may share with others of its conversation
+    keys = {}  # line -> its texts, and its id or first utterance
     for line, record in records:
         where = f"{path}:{line}"
-        dialogue = _dialogue(record, where)
-        dialogues[line] = dialogue
-        keys[line] = [_conversation_key(record, dialogue, where), _without_case(dialogue)]
+        dialogues[line] = _dialogue(record, where)
+        texts = _texts_key(dialogues[line])
+        keys[line] = [texts, _id_key(record, where) or texts[:1]]
     if not dialogues:
         raise DataError(f"{path}:2: no dialogues; write at least one")
+
+    # If a record without an id begins like this one, both have the first utterance as a key.
+    all_keys = set().union(*keys.values())
+    for own_keys in keys.values():
+        texts = own_keys[0]
+        if texts[:1] in all_keys:
+            own_keys.append(texts[:1])
 
     begins = _beginnings(keys)
     return [replace(d, id=f"{begins[line]}/{line}") for line, d in dialogues.items()]
@@ -669,14 +707,24 @@ def _dialogue(record, where):
     """The Dialogue of a record, still without an id."""
     context = record["context"]
     if isinstance(context, str):
+        if re.fullmatch(r"""\s*\[['"].*]\s*""", context, re.DOTALL):
+            raise DataError(
+                f'{where}: context is a list as text; write its utterances with " </s> " '
+                "between them"
+            )
         context = context.split("</s>")
     if not isinstance(context, list):
         context = [context]  # no text: refused in the next line
     context = tuple(_clean_field(text, "an utterance of context", where) for text in context)
     response = _clean_field(record["response"], "response", where)
     emotion = _clean_field(record.get("emotion", ""), "emotion", where)
-    if not all((context, response, *context)):
-        raise DataError(f"{where}: empty response or utterance; fill it in or drop the record")
+    if not response:
+        raise DataError(f"{where}: empty response; fill it in or drop the record")
+    if not context or not all(context):
+        raise DataError(
+            f"{where}: empty utterance in the context; fill it in, drop the record, or take "
+            "out a </s> that separates nothing"
+        )
 
     given = [record[name] for name in MECHANISMS if record.get(name, "") != ""]
     levels = tuple(_level(value, where) for value in given)
@@ -700,7 +748,7 @@ def _clean_field(value, name, where):
 def _level(value, where):
     """0, 1 or 2, also as text, with blanks, or as a spreadsheet writes it: 1.0."""
     written = None
-    if not isinstance(value, list):  # nested, it may be too deep for str()
+    if not isinstance(value, list):  # a list or a record: str() may recurse too deep
         written = re.fullmatch(r"([012])(\.0*)?", str(value).strip())
     if not written:
         raise DataError(f"{where}: level {_shown(value)!r}; levels are 0, 1 or 2")
@@ -714,16 +762,14 @@ def _shown(value):
     return str(value)[:20]
 
 
-def _conversation_key(record, dialogue, where):
-    """What the conversation of a record is known by: its id, else its first utterance."""
+def _id_key(record, where):
+    """What records with the same id share; "" without an id."""
     name = record.get("id", "")
     if type(name) not in (str, int, float) or name != name:  # NaN differs from itself
         raise DataError(
             f"{where}: not a record: id is {_shown(name)}; write a text or a number"
         )
-    if clean(str(name)):
-        return f"id {name}"
-    return f"begins with {dialogue.context[0].casefold()}"
+    return clean(_normal(str(name))).removesuffix(".0")  # a spreadsheet's 1.0 is 1
 
 
 def _beginnings(keys):
@@ -745,13 +791,18 @@ def _beginnings(keys):
                 begins[line] = first
                 for key in keys[line]:
                     reached += lines_with[key]
-                    lines_with[key] = []  # it leads nowhere else
+                    lines_with[key] = []  # followed
     return begins
 
 
-def _without_case(dialogue):
-    """What two equal records share, whatever their levels: their texts, in lower case."""
-    return tuple(text.casefold() for text in (*dialogue.context, dialogue.response))
+def _texts_key(dialogue):
+    """What two equal records share, whatever their levels: their texts."""
+    return tuple(_normal(text) for text in (*dialogue.context, dialogue.response))
+
+
+def _normal(text):
+    """Lower case; accents, widths and ligatures in one form."""
+    return unicodedata.normalize("NFKC", text).casefold()
 
 
 def _json_rows(path):
@@ -784,17 +835,29 @@ def _json_rows(path):
         yield number, dict(given)
 
 
+NOT_A_HEADER = {  # signs, before the first comma, of another format
+    "\t": "columns separated by tabs; save it with commas",
+    ";": "columns separated by semicolons; save it with commas",
+    "{": "records in JSON, not a table; call the file .jsonl",
+    "sep=": "a hint for spreadsheets, not the names of the columns; take this line out",
+}
+
+
 def _csv_rows(path, required, allowed=None):
     """(number of the line where it begins, row as dict) of each row of a csv file.
 
     It must have the required columns, and may have those that are allowed (None: any).
     """
     lines = [f"{line}\n" for line in _read_lines(path)]
+    for sign, problem in NOT_A_HEADER.items():
+        if sign in lines[0].partition(",")[0]:
+            raise DataError(f"{path}:1: {problem}")
     reader = csv.reader(lines, strict=True)
     begin = 1  # the line where the next row begins
     try:
         header = [name.strip() for name in next(filter(None, reader))]
-        _check_header(header, f"{path}:{reader.line_num}", required, allowed or header)
+        where = f"{path}:{reader.line_num}: not a header"
+        _check_names(header, where, "column", required, allowed or header)
         begin = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):
@@ -808,19 +871,6 @@ def _csv_rows(path, required, allowed=None):
         raise DataError(f"{path}:{begin}: {error}; check the commas and quotes") from None
 
 
-def _check_header(header, where, required, allowed):
-    """Raises DataError unless the columns have the right names, separated by commas."""
-    for sign, name in ("\t", "tabs"), (";", "semicolons"):
-        if sign in header[0]:
-            raise DataError(f"{where}: columns separated by {name}; save it with commas")
-    if "" in header:
-        raise DataError(
-            f"{where}: column {header.index('') + 1} has no name; name it or take it out "
-            "(an index of pandas: index=False)"
-        )
-    _check_names(header, where, "column", required, allowed)
-
-
 def _check_names(names, where, kind, required, allowed):
     """Raises DataError unless all required names are there, and allowed ones once at most."""
     for name in required:
@@ -828,7 +878,12 @@ def _check_names(names, where, kind, required, allowed):
             raise DataError(
                 f"{where}: no {kind} {name}; add it: there is {', '.join(names)[:100]!r}"
             )
-    for name in names:
+    for number, name in enumerate(names, 1):
+        if not name:
+            raise DataError(
+                f"{where}: {kind} {number} has no name; name it or take it out "
+                "(an index of pandas: index=False)"
+            )
         if name not in allowed:
             allowed = ", ".join(allowed)
             raise DataError(
@@ -839,12 +894,17 @@ def _check_names(names, where, kind, required, allowed):
 
 
 MAX_FILE = 500_000_000  # bytes; thirty times the largest file of EmpatheticDialogues
-NOT_THE_FILE = {  # how a file begins that has been saved in the place of another
+NOT_THE_FILE = {  # how, in lower case, a file begins that was saved in place of another
     b"version https://git-lfs": "a Git LFS pointer, not the file; `git lfs pull` fetches it",
     b"<!doctype html": "a web page, not the file itself; fetch the raw file",
     b"<html": "a web page, not the file itself; fetch the raw file",
     b"pk\3\4": "a packed file (zip or xlsx); unpack it, or save the table as csv",
     b"\x1f\x8b": "a packed file (gz); unpack it",
+    b"bzh": "a packed file (bz2); unpack it",
+    b"\xfd7zxz": "a packed file (xz); unpack it",
+    b"\x28\xb5\x2f\xfd": "a packed file (zst); unpack it",
+    b"par1": "a parquet file; save the table as csv",
+    b"\x80": "a pickle, not a text; save the table as csv",
 }
 
 
@@ -863,7 +923,7 @@ def _read_lines(path):
         raise DataError(
             f"{path}:{number}: not text in UTF-8; is it the right file? Save it as UTF-8"
         )
-    return [line.rstrip("\r") for line in text.split("\n")]
+    return re.split("\r\n|\n|\r", text)
 
 
 def _read_bytes(path):
@@ -884,7 +944,7 @@ def sha256(path):
 def _read_file(path):
     """The bytes of an ordinary file that is not too large. Raises DataError."""
     try:
-        found = os.stat(path)  # first, since to open a pipe may take for ever
+        found = os.stat(path)  # first: opening a pipe may block for ever
         is_file = stat.S_ISREG(found.st_mode)
         if is_file and found.st_size <= MAX_FILE:
             with open(path, "rb") as file:
@@ -911,21 +971,21 @@ _INVISIBLE = (
     "\u2060-\u206f\ufeff\ufff9-\ufffb\ufffd\ud800-\udfff]"
 )
 # The joiners U+200C and U+200D shape Persian and Hindi words and make families of emoji. They
-# stay after a character that can be joined.
-_LOOSE_JOINERS = (
+# stay after a character that can be joined, and are stray elsewhere.
+_STRAY_JOINERS = (
     "(?<![\u200c\u200d\u0600-\u1fff\u2070-\u2fff\u3001-\ud7ff\uf900-\ufefe\uff00-\uffef"
     "\U00010000-\U000dffff])[\u200c\u200d]+"
 )
-# Tags spell the flags of England, Scotland and Wales after a black flag, and are loose
+# Tags spell the flags of England, Scotland and Wales after a black flag, and are stray
 # elsewhere.
-_LOOSE_TAGS = "(?<![\U0001f3f4\U000e0000-\U000e007f])[\U000e0000-\U000e007f]+"
-_REMOVED = re.compile(f"{_INVISIBLE}|{_LOOSE_JOINERS}|{_LOOSE_TAGS}")
-# Called letters or symbols, shown as nothing.
+_STRAY_TAGS = "(?<![\U0001f3f4\U000e0000-\U000e007f])[\U000e0000-\U000e007f]+"
+_REMOVED = re.compile(f"{_INVISIBLE}|{_STRAY_JOINERS}|{_STRAY_TAGS}")
+# Letters or symbols that show nothing.
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
 
 
 def clean(text):
-    """The text without invisible characters, white space collapsed; "" if none is left."""
+    """The text without invisible characters, white space collapsed; "" if nothing shows."""
     text = " ".join(_REMOVED.sub("", text).split())
     for character in text:
         # letters, numbers, punctuation and symbols
@@ -969,15 +1029,15 @@ SOURCES = [  # (url, path below the data folder, SHA-256, the files to unpack fr
         [],
     ),
 ]
-LARGEST = 50_000_000  # bytes, nearly twice the archive: no server may fill the disk
+MAX_DOWNLOAD = 50_000_000  # bytes, nearly twice the archive: no server may fill the disk
 NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
 def download(folder, sources=SOURCES, progress=print):
     """Fetch what is missing, resume what was cut off, check SHA-256, unpack. Raises DataError.
 
-    A second call fetches nothing, but unpacks again: what it finds damaged is whole afterwards.
-    A file that someone has put in its place by hand is taken if it is the published one.
+    A second call only unpacks again, which repairs damaged csv files. A file that someone has
+    put in its place by hand is taken if it is the published one.
     """
     for url, name, digest, members in sources:
         path = os.path.join(folder, name)
@@ -1001,23 +1061,24 @@ def _fetch(url, path, digest, progress):
     """Put the file with this SHA-256 at `path`; until it is whole it is called `path`.part."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     partial = f"{path}.part"
-    by_hand = (
-        "if that does not help once the network lets you through, "
-        f"fetch it with a browser, put it at {path}, then run the same command again"
-    )
+    by_hand = f"fetch it with a browser, put it at {path}, then run the same command again"
+    or_by_hand = f"if that does not help once the network lets you through, {by_hand}"
     try:
         if not _is_published(partial, digest):
             _fetch_rest(url, partial, progress)
     except NETWORK_ERRORS as error:
-        if getattr(error, "code", 0) != 416:  # 416: there is no rest
+        # Trying again cannot mend a bad certificate, a refusal or a missing page.
+        if re.search("certificate|Error 40[34]", str(error)):
+            raise DataError(f"{url}: {error}; {by_hand}") from None
+        if getattr(error, "code", 0) != 416:  # 416: nothing is left to fetch
             raise DataError(
-                f"{url}: {error}; run the same command again, it goes on from here; {by_hand}"
+                f"{url}: {error}; run the same command again, it goes on from here; {or_by_hand}"
             ) from None
     if not _is_published(partial, digest):
         os.remove(partial)
         raise DataError(
             f"{url}: not the published file, its SHA-256 differs; run the same command again; "
-            f"{by_hand}"
+            f"{or_by_hand}"
         )
     os.replace(partial, path)
 
@@ -1032,15 +1093,15 @@ def _fetch_rest(url, partial, progress):
     with urlopen(request, timeout=30) as answer:
         if answer.status != 206:  # not the rest of the file, but all of it
             have = 0
-        size = have + (answer.length or 0)  # in all; 0: the server does not tell
+        size = have + (answer.length or 0)  # in all, if the server says it
         with open(partial, "ab") as file:
             file.truncate(have)
-            while have <= LARGEST and (block := answer.read(1 << 20)):
+            while have <= MAX_DOWNLOAD and (block := answer.read(1 << 20)):
                 file.write(block)
                 have += len(block)
                 percent = 100 * have // max(size, 1)
                 progress(f"{os.path.basename(partial)} {percent:3d} % of {size:,} bytes")
-    if have < size <= LARGEST:
+    if have < size <= MAX_DOWNLOAD:  # if larger, its SHA-256 will differ
         raise ConnectionError(f"cut off at {have} of {size} bytes")
 
 
@@ -1090,7 +1151,7 @@ class Emotion(NamedTuple):
     valence: str  # "neg" or "pos"
     family: str  # "inward": about oneself; "outward": about others and the world
     feelings: list[str]  # words for it
-    situations: list[list[tuple[str, str]]]  # of each its fillings: (opener, topic)
+    situations: list[list[tuple[str, str]]]  # each a list of (opener, topic)
 
 
 # What a context is about. turns: how often the speaker speaks, 1, 2 or 3.
@@ -1115,7 +1176,7 @@ def embedded_corpus(seed=0, num_train=12000, num_valid=300, num_test=600, num_la
     """Dialogues of the generated world ("embedded" in this file: no download is needed).
 
     No context occurs twice; the same seed gives the same corpus. Given the context, each
-    mechanism has independently its modal level with probability 0.76 and the other two with
+    mechanism independently has its modal level with probability 0.76 and the other two with
     0.12 each. In the labelled parts 8 % of the responses are about another topic, so that an
     identifier has to compare response and context.
     """
@@ -1124,7 +1185,7 @@ def embedded_corpus(seed=0, num_train=12000, num_valid=300, num_test=600, num_la
         f"{num_labelled} labelled for the identifiers, as many for the judge"
     )
     corpus = Corpus({}, {}, [note])
-    sizes = [  # the training parts last: how large they are changes no other part
+    sizes = [  # the training parts last: their sizes, through `seen`, change no other part
         ("test", num_test),
         ("valid", num_valid),
         ("labelled/test", 600),
@@ -1174,7 +1235,7 @@ def draw_dialogue(rng, dialogue_id, seen, p_mismatch):
         emotion, topic = draw_other_topic(rng, scene)
     response = draw_response(rng, emotion, topic, levels)
     if is_mismatched:
-        # Another topic or valence takes levels away; by chance both may be the same.
+        # Off topic, level 2 counts as 1; of the other valence, as 0. By chance it may fit.
         levels = oracle_levels(context, response)
 
     # A dialogue's emotion is what its speaker feels, whatever the response is about.
@@ -1183,7 +1244,7 @@ def draw_dialogue(rng, dialogue_id, seen, p_mismatch):
 
 
 def draw_scene(rng):
-    """A scene; one with one speaker turn is the most frequent."""
+    """A scene; a single turn of the speaker is the most frequent."""
     emotion = rng.choice(world().emotions)
     severe = rng.random() < 0.5
     situation = rng.choice(emotion.situations)
@@ -1197,8 +1258,8 @@ def draw_other_topic(rng, scene):
 
     It may by chance be the same topic.
     """
-    stranger = rng.choice(world().emotions)
-    choices = (scene.emotion, scene.situation), (scene.emotion, None), (stranger, None)
+    other = rng.choice(world().emotions)
+    choices = (scene.emotion, scene.situation), (scene.emotion, None), (other, None)
     emotion, situation = rng.choice(choices)
     if situation is None:
         situation = rng.choice(emotion.situations)
@@ -1233,7 +1294,7 @@ def draw_context(rng, scene):
 def draw_response(rng, emotion, topic, levels):
     """A sentence for each mechanism, in the order er, ip, ex; none for level 0.
 
-    A filler stands where nothing else does, and now and then beside it.
+    A filler replaces an empty response, and sometimes joins another.
     """
     sentences = world().sentences
     said = []
@@ -1252,8 +1313,8 @@ def _plain(text):
     return " ".join(re.findall(r"[a-z0-9]+|[.?!]", text.lower()))
 
 
-# A negation, and the rest of its sentence, which it may take back. A plain "no" is none: "oh
-# no", "no wonder".
+# A negation, and the rest of its sentence, which it may negate. "no" is left out: "oh no", "no
+# wonder".
 _NEGATED = re.compile(
     r"\b(?:not|never|nobody|neither|nor|hardly|cannot|without|\w+n t"
     r"|(?:do|does|did|is|are|was|were|ca|wo|would|could|should|have|has|had)nt)\b[^.?!]*"
@@ -1261,7 +1322,7 @@ _NEGATED = re.compile(
 
 
 def oracle_levels(context, response):
-    """(er, ip, ex) of any text in this world: for each mechanism, of the best phrase in it.
+    """(er, ip, ex) of any response: for each mechanism the level of its best phrase.
 
     If the context begins with "My dog died this week.", its topic is "death of your dog":
 
@@ -1279,7 +1340,8 @@ def oracle_levels(context, response):
 
     # The topic becomes "@", so that one pattern finds a phrase about it in every context:
     # "i am truly sorry about the @ ."
-    topic, valences = world().openers.get(opener, ("", ("neg", "pos")))
+    unknown = "", ("neg", "pos")
+    topic, valences = world().openers.get(opener, unknown)
     if topic:
         text = text.replace(f" {topic} ", " @ ")
 
@@ -1313,9 +1375,9 @@ def _phrases(valences):
 
 
 def _pattern(key, valences, topic):
-    """A regular expression for the sentences of `key`, with any feeling of these valences.
+    r"""A regular expression for the sentences of `key`, with any feeling of these valences.
 
-    topic: the expression for what stands in the place of TOPIC.
+    topic: the expression for TOPIC. It may end in "@", after which \b does not match.
     """
     sentences = []
     feelings = []
@@ -1338,7 +1400,7 @@ class World:
         self.sentences = read_sections(WORLD_SENTENCES)  # "er 1 neg" -> sentences
         self.emotions = []
         self.feelings = defaultdict(list)  # valence -> words for what is felt
-        self.openers = {}  # plain opener -> its plain topic, and what valences it may have
+        self.openers = {}  # plain opener -> its plain topic, and (its valence,)
         slots = read_sections(WORLD_SLOTS)
         for heading, lines in read_sections(WORLD_SITUATIONS).items():
             kind, names = heading.split(": ")
@@ -1391,8 +1453,8 @@ def _fillings(situation, slots):
 # - a topic has at most nine words, and none is the beginning of another
 # - the value of a slot is one word; all words are of plain letters a to z
 # - er, ip and ex: sentences of level 2 have a TOPIC, those of level 1 have none
-# - ... and no negation (not, never, ...), nor the words "topic" and "feeling" themselves
-# - no sentence holds one of another mechanism; fillers and contexts hold none at all
+# - they have no negation (not, never, ...), nor the words "topic" and "feeling" themselves
+# - no sentence contains one of another mechanism; fillers contain none at all
 WORLD_SITUATIONS = """
 neg outward: afraid=scared/frightened, terrified=terrified/panicked
     I heard steps in the ROOM at night > steps in your ROOM

@@ -26,9 +26,9 @@ if __name__ == "__main__":  # the imports below take a second, which Ctrl-C may 
 
     signal.signal(signal.SIGINT, stop)
 
-# Idle threads of torch spin 500 rounds before they sleep. By default they spin for
-# milliseconds; beside one busy program that makes a run five times slower. libgomp (Linux)
-# reads this when torch is loaded; on macOS and Windows OpenMP reads KMP_BLOCKTIME.
+# Let idle threads of torch sleep after 500 spins. By default they spin for milliseconds; beside
+# one busy program that makes a run five times slower. libgomp (Linux) reads this when torch is
+# loaded; on macOS and Windows OpenMP reads KMP_BLOCKTIME.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
@@ -126,7 +126,7 @@ class DataConfig:
     max_target: int = option(64, "tokens of a response, </s> included", 1, 10**5)
     identifier_source: int = option(72, "the same for labelled posts", 1, 10**5)
     identifier_target: int = option(64, "the same for labelled responses", 1, 10**5)
-    max_scored: int = 512  # tokens of a human response when it is measured, not learnt from
+    max_scored: int = 512  # as max_target, where human responses are measured, not learnt from
 
 
 @dataclass
@@ -141,7 +141,7 @@ class PretrainConfig:
 class MLEConfig(TrainConfig):
     steps: int = option(1000, "optimizer steps")
     batch_size: int = option(16, "pairs per step", 1, 10**6)
-    lr: float = option(4e-2, "peak learning rate; see t5_small.Optimizer")
+    lr: float = option(4e-2, "peak learning rate, relative to each tensor's RMS if rms_scaled")
     eval_every: int = option(250, "steps between validations; the best weights stay", 1)
     muon: bool = option(False, "Muon for the layers' matrices; see t5_small.Optimizer")
     epochs: int = option(0, "passes over the pairs; above 0 they set the steps", high=1000)
@@ -201,7 +201,7 @@ def toy():
 
 
 def smoke():
-    """A sliver of it, for tests: seconds, and no result."""
+    """A sliver of toy, for tests: seconds, and no result."""
     return Config(
         preset="smoke",
         data=DataConfig(
@@ -227,7 +227,7 @@ def smoke():
 
 
 def real():
-    """EmpatheticDialogues and EPITOME, from scratch: 2 M parameters, half an hour on a laptop."""
+    """EmpatheticDialogues and EPITOME, from scratch: 2 M parameters, 20 minutes on a laptop."""
     return Config(
         preset="real",
         data=DataConfig(
@@ -357,7 +357,7 @@ def run_all(run, ppo_trainer=PPOTrainer):
     prompts = PromptBatches(pairs["train"], targets.train, config.ppo.batch_size, config.seed)
     validate = Evaluator(run, whole["probe"], classifiers, mle).validate
     trainer = ppo_trainer(mle, reward, prompts, config.exploring, config.ppo, validate)
-    say("reward      0 to 1: how likely a reply has all three levels that it should have")
+    say("reward      0 to 1: how likely a reply has all levels that the reward asks for")
     run.train("ppo", trainer, made_of=[config.reward, config.exploring, config.replying])
     save_pretrained(mle, run.folder / "mle")
     save_pretrained(trainer.model, run.folder / "emprl")
@@ -430,6 +430,9 @@ def encode(run, parts, max_source, max_target):
     }
 
 
+MAX_CORRUPTED = 128  # tokens of a text in span corruption; the newest are kept
+
+
 def pretrainer(t5, pairs, tokenizer, config):
     """Span corruption on context and response together, or the next turn as it is."""
     settings = replace(config.mle, steps=config.pretrain.steps)
@@ -437,7 +440,7 @@ def pretrainer(t5, pairs, tokenizer, config):
     def corrupted_loss(rows):
         sources, targets = [], []
         for row in rows:
-            text = (pairs.contexts[row] + pairs.responses[row])[-128:]
+            text = (pairs.contexts[row] + pairs.responses[row])[-MAX_CORRUPTED:]
             spans = random_spans(len(text))
             source, target = span_corrupt(text, spans, tokenizer.sentinels)
             sources.append(source)
@@ -471,10 +474,10 @@ def mle_trainer(t5, train, valid, config):
 
 
 @torch.no_grad()
-def total_loss(t5, pairs, size=64, positions=2**15):
+def total_loss(t5, pairs, size=64, max_ids=2**15):
     """The negative log-likelihood of all responses in nats, and the number of their tokens."""
     total, tokens = 0.0, 0
-    for rows in pairs.chunks(size, positions):
+    for rows in pairs.chunks(size, max_ids):
         loss, count = t5.loss_sum(*pairs.batch(rows))
         total += loss.item()
         tokens += count
@@ -484,7 +487,7 @@ def total_loss(t5, pairs, size=64, positions=2**15):
 def train_classifier(run, name, mle, train, valid):
     """A classifier of levels, trained on labelled pairs and frozen.
 
-    It waits in the CPU's memory: three encoders of a large T5 are too much for a small GPU.
+    It is kept on the CPU: three encoders of a large T5 are too much for a small GPU.
     """
     config = classifier_settings(run.config, name)
     start = mle  # the T5 whose encoder a network copies
@@ -492,7 +495,7 @@ def train_classifier(run, name, mle, train, valid):
         start = initial_t5(run)
     run.seed(name)
     classifier = make_classifier(start, config)
-    del start
+    del start  # frees its memory before training
     for stage, part in classifier.parts(name).items():
         part.to(run.device)
         seed = zlib.crc32(stage.encode()) + run.config.seed
@@ -507,7 +510,7 @@ def classifier_settings(config, name):
     if name != "context":
         return config.identifiers
     own = asdict(config.context)
-    # this classifier should give plain, unweighted probabilities
+    # Plain probabilities are wanted: no class weights, and the weights of the lowest loss.
     return replace(config.identifiers, class_weight=0.0, keep="loss", **own)
 
 
@@ -530,7 +533,9 @@ def find_targets(run, mle, identifiers, pairs):
     """
     # predict and predict_levels take a classifier to the pairs' device, and back.
     levels = {part: predict_levels(identifiers, pairs[part]) for part in ("train", "valid")}
-    contexts = {part: without_response(pairs[part], levels.get(part)) for part in pairs}
+    contexts = {}
+    for part in ("train", "valid", "test"):
+        contexts[part] = without_response(pairs[part], levels.get(part))
     context = train_classifier(run, "context", mle, contexts["train"], contexts["valid"])
     train_probs = predict(context, contexts["train"]).exp()  # predict gives log-probabilities
     test_probs = predict(context, contexts["test"]).exp()
@@ -544,7 +549,9 @@ def find_targets(run, mle, identifiers, pairs):
     return Targets(
         human=levels["train"],
         train=aims,
-        test=targets_from_contexts(config, test_probs, share),  # the human's are unknown there
+        test=targets_from_contexts(
+            config, test_probs, share
+        ),  # never the human's: best of n must not see them
         probs=test_probs,
         share=share,
     )
@@ -596,11 +603,11 @@ class Run:
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
 
     def begin(self, corpus, t5):
-        """Say what there is to learn from, and what results in this folder have to be made of."""
+        """Digest the data, refuse figures of other data, say what there is to learn from."""
         learnt, measured = [], []
         for name, part in sorted(corpus.dialogues.items()) + sorted(corpus.labelled.items()):
-            seen_by = measured if name in ("test", "probe") else learnt
-            seen_by.append(part)
+            group = measured if name in ("test", "probe") else learnt
+            group.append(part)
         self.content = digest([learnt, digest_weights(t5.state_dict())])
         settings = [self.config.replying, self.config.eval]
         self.evaluation = digest([measured, settings])
@@ -621,7 +628,7 @@ class Run:
             raise DataError(f"{here}: of other settings or other data; {self.elsewhere()}")
 
     def seed(self, stage, step=0):
-        """Seed torch from (seed, stage, step): a resumed step draws what any other would."""
+        """Seed torch from (seed, stage, step): a resumed step draws what an uncut one does."""
         torch.manual_seed(zlib.crc32(f"{self.config.seed}/{stage}/{step}".encode()))
 
     def train(self, name, trainer, made_of=()):
@@ -651,14 +658,14 @@ class Run:
         return model
 
     def loop(self, name, trainer, path, state):
-        """Train to the end; what is needed to go on is saved now and then."""
+        """Train to the end, saving the trainer now and then, at the end only the weights."""
         log, steps = state["log"], trainer.config.steps
         if log:
             trainer.load_state_dict(state.pop("trainer"))
         started = time.time() - state["seconds"]
 
         def save(**result):
-            self.write_log()  # first: a resumed run writes over what is too much in it
+            self.write_log()  # first: a log that is ahead of its checkpoint does no harm
             state["seconds"] = time.time() - started
             save_atomically({**state, **result}, path)
 
@@ -670,7 +677,8 @@ class Run:
                 self.seed(name, i)
                 log.append({"stage": name, "step": i, **trainer.step(i)})
                 self.progress.show(name, trainer, log, signs_of_trouble(name, trainer, log))
-                due = time.time() - saved > self.save_every and not log[-1].get("skipped")
+                is_sound = not log[-1].get("skipped")  # nothing is saved while it diverges
+                due = is_sound and time.time() - saved > self.save_every
                 if due or pressed.is_set():
                     save(trainer=trainer.state_dict())
                     saved = time.time()
@@ -763,16 +771,16 @@ class Run:
 
 def signs_of_trouble(name, trainer, log):
     """What a trainer warns of. Raises DataError if the last ten steps have learnt nothing."""
-    learnt = [i for i, record in enumerate(log) if record.get("skipped") != 1]
-    skipped = len(log) - 1 - learnt[-1] if learnt else len(log)
+    usable = [i for i, record in enumerate(log) if record.get("skipped") != 1]  # 1: all of it
+    skipped = len(log) - 1 - usable[-1] if usable else len(log)
     if skipped == min(10, trainer.config.steps):
         raise DataError(
             f"{name}, step {len(log)}: {skipped} steps in a row had no finite loss and "
             f"gradient; {remedy(name)}. What was saved before is in the run's folder"
         )
-    if skipped:  # nothing was measured
+    if skipped:  # the last step measured nothing
         return []
-    return trainer.warnings(log[-1], log[learnt[0]])
+    return trainer.warnings(log[-1], log[usable[0]])
 
 
 class Progress:
@@ -782,7 +790,7 @@ class Progress:
 
     def __init__(self, config):
         self.expected = stages_of(config)  # stage -> seconds it may take
-        self.worked = 0.0  # such seconds that this process has trained
+        self.worked = 0.0  # the expected seconds of the steps done by this process
         self.began = time.time()
         self.shown = 0.0
 
@@ -816,8 +824,8 @@ def minutes(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-# Seconds per step on two cores of 160 GFLOP/s together, of `evaluate` in all: (toy, real). They
-# are rescaled by how fast the run turns out to be.
+# (toy, real): seconds on two cores of 160 GFLOP/s together, per step; of n-grams, which have one
+# step, and of `evaluate` in all. A run rescales them by how fast it turns out to be.
 SECONDS = {
     "pretrain": (0.04, 0.55),
     "mle": (0.04, 0.5),
@@ -859,8 +867,9 @@ def load_stage(path):
 
 
 def remedy(stage):
-    """The judge is trained with the identifiers' settings. MLE is where training begins."""
-    section = {"judge": "identifiers", "pretrain": "mle"}.get(stage, stage)
+    """What to do if a stage diverges: "judge-er" -> "lower identifiers.lr, or ..."."""
+    name = stage.partition("-")[0]
+    section = {"judge": "identifiers", "pretrain": "mle"}.get(name, name)
     earlier = "" if section == "mle" else ", or the lr of a stage before it"
     return f"lower {section}.lr{earlier}"
 
@@ -918,7 +927,7 @@ def code_version():
     """The commit of this folder, the digest of what has changed since (None: nothing), and
     the digest of the modules, for a copy without .git."""
     folder = Path(__file__).resolve().parent
-    environ = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}  # no other's
+    environ = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}  # no parent's
 
     def git(*arguments):
         command = ["git", "-C", str(folder), *arguments]
@@ -988,12 +997,12 @@ def say(*texts, sep=" "):
 
 # ---- the evaluation -------------------------------------------------------------------------
 
-PREFIX = {"identifiers": "", "judge": "judge_", "oracle": "oracle_"}  # of figures of levels
+PREFIX = {"identifiers": "", "judge": "judge_", "oracle": "oracle_"}  # of the keys of figures
 
 
 @dataclass
 class Replies:
-    """What a system replied to all contexts, and the levels of that."""
+    """A system's replies to all contexts, and their levels."""
 
     texts: list
     levels: dict  # classifier -> (N, M)
@@ -1059,7 +1068,7 @@ class Evaluator:
         Responses that are longer are cut to max_scored, for both figures.
         """
         config = self.run.config
-        loss, tokens = total_loss(t5, self.pairs, config.eval.batch_size, positions=2**13)
+        loss, tokens = total_loss(t5, self.pairs, config.eval.batch_size, max_ids=2**13)
         count = 0
         for text, ids in zip(self.replies["human"].texts, self.pairs.responses):
             if len(ids) >= config.data.max_scored:
@@ -1072,7 +1081,10 @@ class Evaluator:
         figures = self.policy("valid", t5, self.run.config.replying)
         shown = ["emp_f1", "kl", "perplexity", "unique", "exact_match"]
         shown.append(PREFIX[self.truth] + "exact_match")
-        return {f"valid_{name}": figures[name] for name in shown}
+        return {
+            "valid_contexts": len(self.pairs),
+            **{f"valid_{name}": figures[name] for name in shown},
+        }
 
     def before_and_after(self, emprl):
         """MLE and EmpRL, sampled and greedy; the humans' texts; the gain with its interval."""
@@ -1147,7 +1159,7 @@ class Evaluator:
 
 
 def exp(nats):
-    """e^nats; infinite where a float ends, at 710 nats."""
+    """e^nats; infinite above 700 nats, since a float ends at e^710."""
     return math.inf if nats > 700 else math.exp(nats)
 
 
@@ -1183,8 +1195,10 @@ def responses_jsonl(test):
 
 
 def in_words(levels):
-    """[2, 0, 1] -> "ER strong, IP none, EX weak"."""
-    parts = [f"{m.upper()} {LEVEL_NAMES[level]}" for m, level in zip(MECHANISMS, levels)]
+    """[2, 0, 1] -> "emotional reaction strong, interpretation none, exploration weak"."""
+    parts = [
+        f"{MECHANISM_NAMES[m]} {LEVEL_NAMES[level]}" for m, level in zip(MECHANISMS, levels)
+    ]
     return ", ".join(parts)
 
 
@@ -1220,7 +1234,7 @@ def last_screen(metrics, test):
     columns = {"judge_emp_f1": "judge", PREFIX[test.truth] + "emp_f1": test.truth}
     columns |= {"perplexity": "perplex.", "unique": "distinct"}
     lines = [
-        "A T5 learned to reply as people did (MLE). PPO then moved its replies towards",
+        "A T5 learned to reply as people did (MLE). PPO then rewarded it for replies with",
         f"the empathy levels of human replies (EmpRL). On {len(test.pairs)} test contexts:",
         f"{'do the levels match? (Emp-F1: 0 to 1)':<38}{in_columns(columns.values())}",
     ]
@@ -1231,7 +1245,7 @@ def last_screen(metrics, test):
     lines.append(f"EmpRL over MLE: {gain}, by the {test.truth}.")
     judges = "Judge: a classifier that never gave the reward"
     if test.truth == "oracle":
-        judges += "; oracle: the rule of this world"
+        judges += "; oracle: this world's own rule"
     lines.append(f"{judges}.")
     lines += example_lines(test)
 
@@ -1250,13 +1264,16 @@ def in_columns(cells):
 
 
 def example_lines(test):
-    """A context whose levels EmpRL met and MLE did not, if there is one."""
+    """A context where EmpRL meets more levels than MLE, if there is one; of short replies."""
     change = changes(test)
     closer, further = change.count(1) / len(change), change.count(-1) / len(change)
-    share = f"In {closer:.0%} of the contexts EmpRL is closer than MLE, in {further:.0%}"
-    i = change.index(max(change))
+    share = f"In {closer:.0%} of contexts EmpRL is closer than MLE, in {further:.0%}"
+    longest = []  # of the replies to each context
+    for i in range(len(change)):
+        longest.append(max(len(text) for text, _ in replies_to(test, i).values()))
+    i = min(range(len(change)), key=lambda i: (-change[i], longest[i]))
     lines = [
-        f"{share} less close." + (" As here:" if closer else ""),
+        f"{share} less close." + (f" One of the {closer:.0%}:" if closer else ""),
         f"context  {shorten(' / '.join(test.pairs.dialogues[i].context))}",
     ]
     replies = replies_to(test, i)
@@ -1295,35 +1312,74 @@ def answer(metrics, truth):
 
     truth: "oracle", or "judge" where there is none.
     """
-    before, after, best = (metrics[system] for system in ("mle", "emprl", "best_of_n"))
-    own, judge = metrics["gain"]["emp_f1"], metrics["gain"]["judge_emp_f1"]
+    before, after = metrics["mle"], metrics["emprl"]
+    identifiers, judge = metrics["gain"]["emp_f1"], metrics["gain"]["judge_emp_f1"]
     key = PREFIX[truth] + "emp_f1"
     gain = metrics["gain"][key]
-    how = "no better than MLE's, as far as can be told"
     if gain["low"] > 0:
         how = "better than MLE's"
-    if gain["high"] < 0:
+    elif gain["high"] < 0:
         how = "worse than MLE's"
-    agrees = "both see a gain, so the reward was not simply gamed"
-    if judge["low"] <= 0:
-        agrees = "no sure gain, so the reward may have been gamed"
-    if own["low"] <= 0:
-        agrees = "the reward itself has not surely risen"
+    else:
+        how = "no better than MLE's, as far as can be told"
+    if identifiers["low"] <= 0:
+        verdict = "the reward itself has not surely risen"
+    elif judge["low"] <= 0:
+        verdict = "no sure gain, so the reward may have been gamed"
+    else:
+        verdict = "no sign that the reward was gamed"
+    price = (
+        f"the perplexity of the human replies goes from {number(before['perplexity'])} to "
+        f"{number(after['perplexity'])}"
+    )
     first = (
         f"EmpRL's replies match the human's levels {how}: Emp-F1 {number(after[key])} against "
-        f"{number(before[key])} by the {truth}, {in_percent(gain)}."
-    )
-    second = (
-        f"The identifiers, which gave the reward, see {percent(own['relative'])}; the judge, "
-        f"which never did, sees {percent(judge['relative'])}: {agrees}."
+        f"{number(before[key])} by the {truth}, {in_percent(gain)}; {price}."
     )
     third = (
-        f"The perplexity of the human replies goes from {number(before['perplexity'])} to "
-        f"{number(after['perplexity'])}, and the best of several replies of MLE, for which "
-        f"nothing is trained, has Emp-F1 {number(best[key])}."
+        "The identifiers, which gave the reward, see "
+        f"{percent(identifiers['relative'])}; the judge, which never did, sees "
+        f"{percent(judge['relative'])}: {verdict}."
     )
-    return f"{first} {second} {third}"
+    return f"{first} {beside_rivals(metrics, key)} {third}"
 
+
+def beside_rivals(metrics, key):
+    """Is EmpRL above what needs no PPO? One sentence. key: of the Emp-F1 to compare."""
+    after, commonest = metrics["emprl"], metrics["floors"]["majority"]
+    rivals = {
+        "always the commonest levels": commonest,
+        "the best of several replies of MLE": metrics["best_of_n"],
+        "MLE decoded greedily": metrics["mle_greedy"],
+    }
+    places = []
+    for name, rival in rivals.items():
+        place = "above" if after[key] > rival[key] else "not above"
+        places.append(f"{place} {name} ({number(rival[key])})")
+    sentence = f"That is {', '.join(places)}"
+    below = []
+    for m, name in MECHANISM_NAMES.items():
+        if after[f"{key}_{m}"] < commonest[f"{key}_{m}"]:
+            below.append(name)
+    if below:
+        sentence += f"; in {' and '.join(below)} it is below the commonest level"
+    return f"{sentence}."
+
+
+# What the page's words mean.
+TERMS = """
+* **MLE**: a T5 that learned to reply as people did. **EmpRL**: the same T5 after PPO.
+  **Best of n**: of {n} replies of MLE, the one that the identifiers find likeliest to have the
+  levels that suit the context.
+* **Levels**: each reply shows none, weak or strong *emotional reaction* (ER), *interpretation*
+  (IP) and *exploration* (EX). **Emp-F1**: how well the replies' levels match those of the human
+  replies; 1 is perfect.
+* **Identifiers**: classifiers of levels; they gave the reward. **Judge**: classifiers that never
+  did, trained on other data. **Oracle** (generated world only): the exact rule.
+* **Intervals** are 95 %, over the {contexts} test contexts of this one run. Another seed may
+  differ by more, and a classifier's own mistakes are not in them.
+* In brackets: the key in metrics.json. Replies to read are in [samples.md](samples.md).
+""".strip()
 
 COLUMNS = ("mle", "best_of_n", "emprl", "mle_greedy", "emprl_greedy")
 LEVEL_ROWS = {
@@ -1335,7 +1391,7 @@ LEVEL_ROWS = {
 TEXT_ROWS = {
     "perplexity": "perplexity per token of whole human responses",
     "perplexity_per_word": "the same per word",
-    "kl": "nats per reply between the policy and MLE",
+    "kl": "nats per reply between the policy and MLE, estimated (best of n: at most)",
     "bleu": "BLEU-4 with the human response, 0 to 100",
     "dist1": "different words, % of all",
     "dist2": "different pairs of words, % of all",
@@ -1343,12 +1399,12 @@ TEXT_ROWS = {
     "length": "words per reply",
 }
 BOUND_ROWS = {
-    "floors.majority": "always the commonest level of each mechanism",
+    "floors.majority": "always the commonest level of each mechanism, as the identifiers see it",
     "floors.random_copy": "a response of the training part, drawn at random",
-    "ceiling.best": "always the likeliest levels, by the rule of the embedded world",
+    "ceiling.best": "always the likeliest levels, by the rule of the generated world",
     "ceiling.mle_ideal": "levels drawn by that rule, as a perfect MLE model does",
     "ceiling.context": "the likeliest levels by the context classifier",
-    "ceiling.context_balanced": "the same, rare levels raised",
+    "ceiling.context_balanced": "the same, rare levels raised; called foreseeable above",
 }
 
 
@@ -1359,9 +1415,8 @@ def report_page(metrics, test, pictures):
         f"# EmpRL, preset {config.preset}, seed {config.seed}",
         "**Does PPO bring the empathy levels of the replies closer to those of human replies?**",
         answer(metrics, test.truth),
-        "Each reply has a level (none, weak, strong) of emotional reaction, interpretation and "
-        f"exploration. There are {len(test.pairs)} test contexts. Replies to read are in "
-        "[samples.md](samples.md). In brackets: the key in metrics.json.",
+        "**What the words mean.**",
+        TERMS.format(n=config.eval.best_of, contexts=len(test.pairs)),
     ]
     for name, caption in pictures.items():
         parts += [f"![{caption}](plots/{name}.png)", f"*{caption}*"]
@@ -1371,7 +1426,8 @@ def report_page(metrics, test, pictures):
     texts = {system: metrics[system] for system in (*COLUMNS, "human")}
     parts += ["## Text", table("text", texts, TEXT_ROWS)]
     parts += ["## The classifiers", classifier_table(metrics)]
-    parts.append(f"Seconds: {test.run.seconds}.")
+    seconds = [f"{stage} {spent:.0f}" for stage, spent in test.run.seconds.items()]
+    parts.append(f"Seconds: {', '.join(seconds)}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -1459,7 +1515,7 @@ def sample(test, i):
 
 
 def draw_plots(metrics, test):
-    """plots/NAME.png -> {NAME: its caption}. A picture less is no reason to lose a report."""
+    """plots/NAME.png -> {NAME: its caption}. A picture that fails costs no report."""
     try:
         Path.home()
     except RuntimeError:  # as in some containers: no place for matplotlib's list of fonts
@@ -1575,7 +1631,7 @@ def draw_ppo(figure, metrics, test):
 
 
 def draw_learnt_vs_truth(figure, metrics, test):
-    """The identifiers' opinion of the policy beside the truth, from MLE on."""
+    """The identifiers' opinion of the policy beside the truth; the first record has MLE's."""
     log = test.run.logs["ppo"]
     key = PREFIX[test.truth] + "exact_match"
     validated = [record for record in log if f"valid_{key}" in record]
@@ -1590,7 +1646,7 @@ def draw_learnt_vs_truth(figure, metrics, test):
     ):
         share = [record[f"valid_{name}"] for record in (log[0]["start"], *validated)]
         share = np.array(share)
-        error = 1.96 * np.sqrt(share * (1 - share) / test.run.config.ppo.valid_contexts)
+        error = 1.96 * np.sqrt(share * (1 - share) / log[0]["start"]["valid_contexts"])
         axis.plot(iterations, share, "o-", ms=4, color=colour, label=label)
         axis.fill_between(iterations, share - error, share + error, color=colour, alpha=0.15)
     for (name, figures), style in zip(bounds(metrics).items(), (":", "--")):
@@ -1623,14 +1679,14 @@ PICTURES = {
     "with 95 % intervals. Dotted: always the commonest level. Dashed: an estimate of what can be "
     "foreseen from the context.",
     draw_levels: "Among the contexts whose human reply has the level on the left: how often the "
-    "generated reply has each level (rows add up to 100 %). Above MLE, below EmpRL. The more on "
-    "the diagonal, the better. Levels are those that the {truth} assigns.",
+    "generated reply has each level (a row adds up to 100 %), and below it the number of contexts. "
+    "Above MLE, below EmpRL. The more on the diagonal, the better. Levels by the {truth}.",
     draw_learnt_vs_truth: "Does PPO please the identifiers, or does it really get levels right? "
     "With reward hacking the identifiers' line rises and the {truth}'s does not. Shaded: 95 % "
-    "intervals, on the few contexts that PPO is validated on.",
-    draw_ppo: "PPO, iteration by iteration. Look at the reward and the KL first. Grey bands are "
-    "healthy ranges; explained variance is the share of the variance of the returns that the "
-    "value head predicts.",
+    "intervals, on the few contexts that PPO is validated on, so a line may pass the ceiling.",
+    draw_ppo: "PPO, iteration by iteration. Look at the reward and the KL first. A grey band is a "
+    "healthy range; without one there is no fixed range. Explained variance is the share of the "
+    "variance of the returns that the value head predicts.",
     draw_losses: "Do MLE and the classifiers still learn? Above the training loss, below the "
     "validation that chooses their weights: MLE's loss, the classifiers' negative macro-F1. Both "
     "should fall.",
@@ -1789,7 +1845,7 @@ class Finished:
     policies: dict  # "mle", "emprl"
 
 
-RUN_FILES = (  # beside metrics.json; what chat and evaluate need; *: or one a mechanism
+RUN_FILES = (  # what chat and evaluate need, too; *: nothing, or the name of a mechanism
     "tokenizer.model",
     "mle/config.json",
     "mle/pytorch_model.bin",
@@ -1814,7 +1870,7 @@ def refuse_without_its_files(folder):
 
 
 def load_run(folder, device):
-    """A finished run. Raises DataError for one that is missing, damaged or put together."""
+    """A finished run. Raises DataError for one that is missing, damaged or mixed."""
     folder = Path(folder)
     refuse_without_its_files(folder)
     try:
@@ -2063,7 +2119,7 @@ def make_parser():
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, do, help):
-        """A new command; returns what adds an argument to it."""
+        """A new command. Returns its add_argument."""
         added = commands.add_parser(name, help=help)
         added.set_defaults(do=do)
         return added.add_argument
@@ -2156,7 +2212,7 @@ def in_one_line(error, trains=True):
         return str(error)
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second complaint
-        return "stopped: the program that read the output has ended; the same command goes on"
+        return "stopped: the program that read the output has ended; the same command resumes"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         cure = CURES.get(error.errno, "name another path")

@@ -1,8 +1,8 @@
-"""Empathy: classifiers of its levels, the reward made of them, and the measures of both.
+"""Empathy: classifiers of its levels, the reward built on them, and measures.
 
     a classifier        (context ids, response ids) -> log-probabilities of the levels
     its training        class-weighted cross-entropy
-    the reward          how close a response's levels are to those of the human response
+    the reward          how close a response's levels are to those aimed for
     measures of levels  Emp-F1, mutual information, the bootstrap
     measures of text    Dist-n, BLEU
     n-grams             the other classifier, for when labels are few; skip it at first reading
@@ -21,14 +21,14 @@ is another, for evaluation only. The *context classifier* gets empty responses (
 predicts P(level | context). All learn from `Pairs` (data.py), which have
 
     batch(rows)                padded ids of some pairs: contexts (B, S), responses (B, T)
-    chunks(size)               all rows, in lists of at most `size`
+    chunks(size)               all rows, by length, in lists of at most `size`
     levels                     (N, M), those of the responses
-    with_responses(responses)  the same contexts with other responses
+    with_responses(responses, levels)   the same contexts with these
 
 Shapes: B batch, N all pairs, S context length, T response length, D model width, M = 3
-mechanisms, L = 3 levels. PPO calls EmpathyReward; nothing here depends on how it learns.
-Sources: EmpRL (arXiv 2408.02976), and EPITOME, whose bi-encoder the network is (Sharma et al.
-2020, arXiv 2009.08441).
+mechanisms, L = 3 levels. PPO calls EmpathyReward; nothing here depends on how PPO learns.
+Sources: EmpRL (arXiv 2408.02976), and EPITOME for the bi-encoder (Sharma et al. 2020, arXiv
+2009.08441).
 """
 
 import copy
@@ -61,7 +61,7 @@ class ClassifierConfig(TrainConfig):
 
     steps: int = option(150, "optimizer steps of the network")
     batch_size: int = option(64, "labelled pairs a step", 1, 10**6)
-    lr: float = option(2e-2, "learning rate, relative if rms_scaled", high=10)
+    lr: float = option(2e-2, "learning rate (see mle.lr)", high=10)
     eval_every: int = option(50, "steps between validations; the best weights are kept", low=1)
     kind: str = option("network", "the type of classifier", choices=("network", "ngrams"))
     shared: bool = option(True, "one network with an output for each mechanism; off: three")
@@ -69,8 +69,10 @@ class ClassifierConfig(TrainConfig):
         0.5, "a level's weight in the loss: 1 / its share, to this power", high=2
     )
     penalty: float = option(2e-4, "n-grams: weight of the squared norm", high=1)
-    size: int = option(65536, "n-grams: weights for each level", 1, 10**8)
-    start: str = "mle"  # whose encoder a network starts from: "mle", or "t5", before MLE
+    size: int = option(65536, "n-grams: rows of the weight table", 1, 10**8)
+    start: str = (
+        "mle"  # the T5 whose encoder a network starts from: after MLE, or "t5", before
+    )
     keep: str = "macro_f1"  # the validation score that selects weights: "macro_f1" or "loss"
 
 
@@ -141,9 +143,9 @@ class NetworkClassifier(nn.Module):
         return torch.cat(logits, 1).float().log_softmax(-1)
 
     def parts(self, name):
-        """{name of a training stage: the module trained in it}: itself, or each bi-encoder.
+        """{name of a training stage: the module to train in it}: itself, or each bi-encoder.
 
-        They share no weights, and all three at once would need three times the memory.
+        The three share no weights; one at a time needs a third of the gradients' memory.
         """
         if len(self.encoders) == 1:
             return {name: self}
@@ -151,7 +153,8 @@ class NetworkClassifier(nn.Module):
 
     def part(self, i):
         """The classifier of one mechanism, number i, with the same weights: (B, 1, L)."""
-        part = copy.copy(self)  # shallow: the encoder is the same, and so are its weights
+        # A shallow copy: the same weights, but its own dict of modules, with only this one.
+        part = copy.copy(self)
         part._modules = {"encoders": nn.ModuleList([self.encoders[i]])}
         part.columns = [i]
         return part
@@ -239,11 +242,11 @@ def predict_levels(classifier, pairs):
 @dataclass
 class RewardConfig:
     difference: str = option(
-        "cross_entropy", "between levels", choices=("cross_entropy", "ordinal")
+        "cross_entropy", "distance to the target levels", choices=("cross_entropy", "ordinal")
     )
     mechanisms: str = option(
         "er,ip,ex",
-        "which of them count",
+        "the mechanisms that count",
         choices=("er", "ip", "ex", "er,ip", "er,ex", "ip,ex", "er,ip,ex"),
     )
     target: str = option(
@@ -252,19 +255,19 @@ class RewardConfig:
         "those of the one human response (the original)",
         choices=("expected", "likeliest", "human"),
     )
-    balance: float = option(0.0, "above 0 rare levels count for more (see balanced)", high=2)
+    balance: float = option(0.0, "above 0: rare levels count for more", high=2)
 
 
 def empathy_reward(log_probs, target, difference="cross_entropy", mechanisms=MECHANISMS):
     """How close a response's levels are to those aimed for, in (0, 1].
 
-    One mechanism, level l of the human response known:  r = exp(-d(l)); d = -log p: r = p(l)
+    One mechanism, level l of the human response known:  r = exp(-d(l)); p(l) if d = -log p
     Several mechanisms, the paper's:                     r = exp(-sum_m d_m) = prod_m exp(-d_m)
     Level uncertain, l with probability P(l):            r = prod_m sum_l P_m(l) exp(-d_m(l))
 
     The last is the expectation of the line above over the human's levels, if these are
-    independent given the context (assumed). It is less noisy than one human's levels. The best
-    response still has the likeliest level of each mechanism.
+    independent given the context (assumed). It is less noisy than one human's levels. By
+    cross-entropy the best response still has each mechanism's likeliest level.
 
     log_probs:  (B, M, L), log p of the levels of the generated response, by the identifiers.
     target:     (B, M), the levels of the human response; or (B, M, L), their probabilities P.
@@ -294,10 +297,10 @@ def empathy_reward(log_probs, target, difference="cross_entropy", mechanisms=MEC
 
 
 def balanced(probs, share, exponent):
-    """P(l) / share(l)^exponent, normalised: above 0, rare levels count for more.
+    """P(l) / share(l)^exponent, normalised: an exponent above 0 favours rare levels.
 
-    probs: (N, M, L). share: (M, L), how often each level occurs. Returns (N, M, L).
-    A share of 0, from a context classifier that has diverged, counts as a very small one.
+    probs: (N, M, L). share: (M, L), the mean P(l) over the training contexts; a 0, from a
+    context classifier that has diverged, counts as a very small one. Returns (N, M, L).
     """
     share = share.clamp(min=1e-12)
     return F.normalize(probs / share**exponent, p=1, dim=-1)  # p=1: divided by their sum
@@ -306,8 +309,8 @@ def balanced(probs, share, exponent):
 def targets_from_contexts(config, probs, share):
     """The levels to aim for, predicted from the context alone: (N, M, L) from probs (N, M, L).
 
-    With config.target "human" PPO aims for the human response's levels instead. Best of n,
-    which must not see the human response, aims for these all the same.
+    If config.target is "human", PPO aims for the human response's levels, and only best of n
+    aims for these: it must not see the human response.
     """
     probs = balanced(probs, share, config.balance)
     if config.target == "likeliest":
@@ -383,15 +386,15 @@ def f1_scores(counts):
 
 
 def emp_f1(predicted, gold, kind="weighted_f1"):
-    """A score of each mechanism, averaged; by weighted_f1, Emp-F1. Levels, (N, M) each.
+    """One of f1_scores, averaged over the mechanisms; weighted_f1 is Emp-F1.
 
-    kind: "weighted_f1", "macro_f1" or "accuracy"; see f1_scores.
+    predicted, gold: levels, (N, M) each. kind: "weighted_f1", "macro_f1" or "accuracy".
     """
     return f1_scores(confusions(predicted, gold))[kind].mean().item()
 
 
 def mutual_information(counts):
-    """I(row; column) in bits: counts (..., L, L) -> (...). 0 if one level is all there is."""
+    """I(row; column) in bits: counts (..., L, L) -> (...). 0 if either is constant."""
     joint = counts.double() / counts.sum((-2, -1), keepdim=True)
     independent = joint.sum(-1, keepdim=True) * joint.sum(-2, keepdim=True)
     bits = joint * (joint / independent).log2()
@@ -432,7 +435,7 @@ def ceiling(probs, gold, draws=50):
     generator = torch.Generator().manual_seed(0)
     flat = probs.view(-1, LEVELS)  # (N * M, L)
     sampled = torch.multinomial(flat, draws, replacement=True, generator=generator)
-    # (N * M, draws): a column is a table of levels
+    # sampled is (N * M, draws): each column is one draw of all levels
     scores = [emp_f1(levels.view(gold.shape), gold) for levels in sampled.T]
     return {"best": emp_f1(probs.argmax(-1), gold), "mle_ideal": sum(scores) / draws}
 
@@ -440,10 +443,10 @@ def ceiling(probs, gold, draws=50):
 def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, seed=0):
     """The relative gain in Emp-F1 of one system over another, with a 95 % percentile interval.
 
-    Every table of levels is (N, M), on the same N contexts. Each system is compared with a
-    gold of its own; usually both are the same table. A resample draws N contexts with
-    replacement, the same for both systems.
-    Returns {"relative", "low", "high"} of (after - before) / max(before, 1e-9).
+    Every table of levels is (N, M), on the same N contexts. A resample draws N contexts with
+    replacement, the same for both systems. There are two golds for runs whose classifiers, and
+    so the humans' levels, differ; within a run they are the same table.
+    Returns {"relative", "low", "high"} of (new - old) / max(old, 1e-9), in Emp-F1.
     Source: Efron & Tibshirani 1993, chapter 13.
     """
 
@@ -455,7 +458,7 @@ def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, see
     contexts = len(before)
     generator = torch.Generator().manual_seed(seed)
     gains = []
-    size = max(1, 2**18 // contexts)  # so many resamples at once: this bounds the memory
+    size = max(1, 2**18 // contexts)  # resamples at once; this bounds the memory
     for start in range(0, resamples, size):
         count = min(size, resamples - start)
         drawn = torch.randint(contexts, (count, contexts), generator=generator)
@@ -464,14 +467,14 @@ def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, see
         gains.append(gain(times))
     bounds = torch.tensor([0.025, 0.975], dtype=torch.double)
     low, high = torch.cat(gains).quantile(bounds).tolist()
-    as_it_is = gain(torch.ones(1, contexts))
-    return {"relative": as_it_is.item(), "low": low, "high": high}
+    observed = gain(torch.ones(1, contexts))
+    return {"relative": observed.item(), "low": low, "high": high}
 
 
 def weighted_emp_f1(predicted, gold, times):
     """Emp-F1 in each of R resamples, the weighted F1: (N, M), (N, M), (R, N) -> (R,).
 
-    Context n counts times[r, n] times in resample r, in its gold's shares too.
+    Context n counts times[r, n] times in resample r, also in the shares of the gold levels.
     """
     cells = F.one_hot(gold * LEVELS + predicted, LEVELS**2).float()  # (N, M, L * L)
     counts = torch.einsum("rn,nmc->rmc", times, cells)
@@ -550,7 +553,7 @@ SIDE_SCALES = (0.3, 1.0)
 class NGramClassifier(nn.Module):
     """Logistic regression on the tokens and bigrams of context and response (the two sides):
 
-    logits = b + sum over the sides of scale * sum_g w[side, g] / sqrt(number of g)
+    logits = b + sum over the sides of scale * sum_g w[row of g] / sqrt(number of grams)
 
     A gram g counts once however often it occurs: 7 8 7 8 has the grams 7, 8, (7, 8), (8, 7).
     So repeating one gains nothing, and the root keeps logits from growing with the length.
@@ -566,46 +569,44 @@ class NGramClassifier(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1 + config.size, outputs))  # row 0: no gram
         self.bias = nn.Parameter(torch.zeros(outputs))
 
-    def grams(self, ids, side):
-        """(B, T) ids -> (B, 2 T - 1) rows of the table; 0 for padding and repetitions.
+    def rows(self, ids, side):
+        """(B, T) ids -> (B, 2 T - 1) table rows of the grams; 0 for padding and repetitions.
 
         side: 0 context, 1 response.
         """
-        # A token's number is its id; a bigram's is above all ids, even for id 0 (hence + 1). The
-        # products below may wrap around in int64: torch's % is never negative all the same.
+        # A token's number is its id; a bigram's is above all ids.
         bigrams = (ids[:, :-1] + 1) * 1_000_003 + ids[:, 1:]
         bigrams = bigrams.masked_fill(ids[:, 1:] == PAD_ID, 0)
         grams = torch.cat([ids, bigrams], 1)
 
-        # Both sides share one table; `side` only shifts the hash by a row. The factor spreads
-        # ids, or token i of the response would share its row with token i + 1 of the context.
-        # It does not lessen collisions within a side: for a size of 2^k the low k bits of the
-        # product, which % keeps, depend on the low k bits of the gram alone.
-        hashed = 1 + (grams * 2_654_435_761 + side) % self.size
-        hashed = torch.where(grams == 0, 0, hashed)
+        # The row of each. Both sides share the table; `side` shifts the rows by one. Without the
+        # factor, token i of the response would share its row with token i + 1 of the context.
+        # The product may wrap around in int64, but torch's % is never negative.
+        rows = 1 + (grams * 2_654_435_761 + side) % self.size
+        rows = torch.where(grams == 0, 0, rows)
 
         # Sorted, equal rows stand side by side: all but the first are repetitions.
-        hashed = hashed.sort(1).values
-        repeated = hashed[:, 1:] == hashed[:, :-1]
-        return torch.cat([hashed[:, :1], hashed[:, 1:].masked_fill(repeated, 0)], 1)
+        rows = rows.sort(1).values
+        repeated = rows[:, 1:] == rows[:, :-1]
+        return torch.cat([rows[:, :1], rows[:, 1:].masked_fill(repeated, 0)], 1)
 
-    def log_probs(self, grams_of_sides):
-        """What `grams` gives for context and response -> (B, M, L) log-probabilities."""
+    def log_probs(self, rows_of_sides):
+        """Rows of the context's and the response's grams -> (B, M, L) log-probabilities."""
         logits = self.bias
-        for grams, scale in zip(grams_of_sides, SIDE_SCALES):
-            present = grams != 0  # row 0 stands for nothing
+        for rows, scale in zip(rows_of_sides, SIDE_SCALES):
+            present = rows != 0  # row 0 stands for nothing
             count = present.sum(1)  # (B,)
-            first = count.cumsum(0) - count  # where each row begins in grams[present]
-            total = F.embedding_bag(grams[present], self.weight, offsets=first, mode="sum")
+            begins = count.cumsum(0) - count  # where each example begins in rows[present]
+            total = F.embedding_bag(rows[present], self.weight, offsets=begins, mode="sum")
             logits = logits + scale * total / count.clamp(min=1).sqrt()[:, None]
         return logits.unflatten(-1, (-1, LEVELS)).log_softmax(-1)
 
     def forward(self, context, response):
         """(B, S), (B, T) ids -> (B, M, L) log-probabilities."""
-        return self.log_probs([self.grams(context, 0), self.grams(response, 1)])
+        return self.log_probs([self.rows(context, 0), self.rows(response, 1)])
 
     def parts(self, name):
-        """{stage: what it trains}, as a network has it."""
+        """{name of the training stage: the module to train in it}."""
         return {name: self}
 
     def trainer(self, train, valid, rows_at, config):
@@ -626,34 +627,32 @@ class NGramTrainer:
     def step(self, i):
         """Minimise the weighted cross-entropy + penalty |w|^2 on all of train, by L-BFGS.
 
-        It stops when an iteration changes the objective, or every weight, by less than 1e-9;
-        when the slope along its direction is less than 1e-9, or every gradient 1e-7; at the
-        latest after 500 iterations or 625 evaluations of the objective.
+        LBFGS's own tolerances end it, at the latest after 500 iterations.
         """
         model, train = self.model, self.train
         optimizer = torch.optim.LBFGS(
             model.parameters(),
-            max_iter=500,  # a cap, not what ends it
+            max_iter=500,
             tolerance_change=1e-9,
             line_search_fn="strong_wolfe",
         )
         context, response = train.batch(range(len(train)))
-        grams = [model.grams(context, 0), model.grams(response, 1)]
+        rows = [model.rows(context, 0), model.rows(response, 1)]
         levels = train.levels.to(train.device)
         weights = class_weights(train.levels, self.config.class_weight).to(train.device)
 
         def objective():
             optimizer.zero_grad()
-            loss = classification_loss(model.log_probs(grams), levels, weights) / len(levels)
+            loss = classification_loss(model.log_probs(rows), levels, weights) / len(levels)
             loss = loss + self.config.penalty * model.weight.pow(2).sum()
             loss.backward()
             return loss
 
         optimizer.step(objective)
-        return {"loss": objective().item()}
+        return {"loss": objective().item()}  # step() itself returns the first loss
 
     def finish(self):
-        """There are no best weights to go back to and no dropout to end: it is frozen."""
+        """There are no best weights to go back to. The model is frozen."""
         self.model.requires_grad_(False)
 
     def warnings(self, record, first):
@@ -663,4 +662,4 @@ class NGramTrainer:
         return {}
 
     def load_state_dict(self, state):
-        """Nothing is saved between steps: there is one."""
+        """No state: there is only one step."""

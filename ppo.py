@@ -15,9 +15,9 @@ An episode is one response, an action one token, a state the context and the tok
     V_t               the value head's estimate of R_t
     beta, eps         kl_coef, clip_range
 
-Shapes: B batch, S source length, T response length, D model width, V vocabulary. What there is
-for each token is (B, T); its mask is true on the response's tokens and false on padding. This
-file does not know what the reward measures: the reward is passed in as a function of ids.
+Shapes: B batch, S source length, T response length, D model width, V vocabulary. Tensors with
+one number per token are (B, T); the mask is true on the response's tokens, false on padding.
+This file does not know what the reward measures: it is passed in as a function of ids.
 
 Sources: PPO, Schulman et al. 2017 (arXiv 1707.06347); GAE, Schulman et al. 2016 (arXiv
 1506.02438); PPO on language models, Ziegler et al. 2019 (arXiv 1909.08593).
@@ -33,15 +33,15 @@ import torch.nn as nn
 
 from t5_small import EOS_ID, HIDDEN, PAD_ID, Optimizer, autocast, generate, option
 
-GAMMA = 1.0  # no discount: a response is short, and what it is for is rewarded at its end
-# Emergency brakes, far beyond what a healthy update does:
-MAX_RATIO = 10.0  # a minibatch with a larger mean ratio is not learnt from
-MAX_UPDATE_KL = 0.5  # nats a token; an update that has moved the policy further ends there
+GAMMA = 1.0  # no discount: responses are short, and the reward comes last
+MAX_UPDATE_KL = (
+    0.5  # nats per token; an update that goes further ends there (an emergency brake)
+)
 
 
 @dataclass
 class PPOConfig:
-    """In brackets: the setting in the code of EmpRL's authors, and why ours differs."""
+    """[In brackets: the value in the code of EmpRL's authors, and why ours differs.]"""
 
     steps: int = option(64, "iterations of rollout and update")
     batch_size: int = option(384, "responses per iteration [32: fewer are noisier]", 1, 10**6)
@@ -49,24 +49,26 @@ class PPOConfig:
         64, "responses per optimizer step [8, accumulated 4 times]", 1
     )
     micro_batch: int = option(0, "responses per forward pass, to save memory; 0: all")
-    ppo_epochs: int = option(1, "passes over a rollout [4: rollouts are cheap here]", 1, 1000)
+    ppo_epochs: int = option(
+        1, "passes over a rollout [4; here a new rollout is cheap]", 1, 1000
+    )
 
     lr: float = option(6e-3, "step size, relative to each tensor's RMS [1e-5, absolute]")
     rms_scaled: bool = True  # see t5_small.Optimizer.set_lr; off for a pretrained T5
     warmup: int = option(5, "iterations in which the learning rate rises [0]")
     average: float = option(
         0.0,
-        "above 0: the result is a moving average of the weights with this decay",
+        "decay of a moving average of the weights, which is then the result; 0: off",
         0,
         0.9999,
     )
 
-    lam: float = option(1.0, "GAE's lambda [0.95: fades the reward on its way back]", 0, 1)
+    lam: float = option(1.0, "GAE's lambda [0.95: discounts the last reward]", 0, 1)
     clip_range: float = option(
-        0.2, "eps: no gradient once the ratio is further than this from 1"
+        0.2, "eps: the ratio gains nothing by moving further than this from 1"
     )
     value_clip_range: float = option(
-        0.2, "the same for the change of a value in one iteration"
+        0.2, "eps of the value loss: how far a value may usefully move"
     )
     value_coef: float = option(0.1, "weight of the value loss")
     ptx_coef: float = option(0.0, "weight of the human responses' MLE loss [none]")
@@ -92,7 +94,7 @@ class PPOConfig:
 
 
 def response_mask(ids, eos_id=EOS_ID):
-    """Which tokens belong to a response: t1 .. the first </s>, or all if there is none.
+    """Which tokens belong to a response: up to the first </s>, or all if there is none.
 
     ids: (B, T). Returns (B, T) bool.
     """
@@ -117,7 +119,7 @@ def token_log_probs(logits, ids, support=None, temperature=1.0):
     """
     logits = logits.float() / temperature
     if support is not None:
-        logits = logits.masked_fill(~support, HIDDEN)  # -1e9; with -inf 0 * inf is nan below
+        logits = logits.masked_fill(~support, HIDDEN)  # -1e9: 0 * -inf would be nan below
     log_probs = logits.log_softmax(-1)
     with torch.no_grad():
         entropy = -(logits.softmax(-1) * log_probs).sum(-1)
@@ -128,8 +130,8 @@ def kl_estimate(log_probs, ref_log_probs, kind="k1"):
     """KL(policy || reference), estimated token by token from the policy's own samples.
 
     With d = log p - log p_ref:
-        k1 = d               unbiased, may be negative: the penalty
-        k3 = e^-d - 1 + d    unbiased, never negative, less noisy: for the log and the brake
+        k1 = d               unbiased, may be negative: the penalty, and `kl` in the log
+        k3 = e^-d - 1 + d    unbiased, never negative, less noisy: `kl_k3` and `update_kl`
     Source: Schulman 2020, joschu.net/blog/kl-approx.html.
     """
     difference = log_probs - ref_log_probs
@@ -146,8 +148,8 @@ def masked_mean(x, mask):
 def whiten(x, mask, shift_mean=True):
     """(x - mean) / sqrt(variance + 1e-8), both over the n masked entries of the whole batch.
 
-    The variance has n - 1 in its denominator (1 if n = 1). shift_mean=False keeps the mean, as
-    it was, and whitens only what differs from it (as in trl).
+    The variance has n - 1 in its denominator (1 if n = 1). shift_mean=False adds the mean
+    back afterwards (as in trl).
     x, mask: (B, T). Returns (B, T), 0 where mask is false.
     """
     mean = masked_mean(x, mask)
@@ -198,7 +200,6 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
         -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)
 
     Once a token's ratio has moved past eps in its advantage's direction, its gradient is 0.
-    With ppo_epochs 1, only steps on earlier minibatches of the rollout can have moved it.
     All (B, T). Returns the loss, and the share of tokens where clipping makes it larger.
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7.
     """
@@ -213,7 +214,7 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
 def value_loss(values, old_values, returns, mask, clip_range=0.2):
     """Mean over tokens of 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2).
 
-    As for the policy, the larger of both losses counts. All (B, T). Returns a scalar.
+    As for the policy, the larger of the two counts. All (B, T). Returns a scalar.
     """
     clipped = values.clamp(old_values - clip_range, old_values + clip_range)
     error = torch.max((values - returns) ** 2, (clipped - returns) ** 2)
@@ -223,7 +224,7 @@ def value_loss(values, old_values, returns, mask, clip_range=0.2):
 def explained_variance(values, returns, mask):
     """1 - Var(R - V) / Var(R) over tokens: 1 for a perfect value head, 0 for a constant.
 
-    All (B, T). Returns a number; 0 if all returns are equal and nothing is to be explained.
+    All (B, T). Returns a number; 0 if all returns are equal: nothing to explain.
     """
     returns = returns[mask]
     error = returns - values[mask]
@@ -236,8 +237,8 @@ def explained_variance(values, returns, mask):
 def adapt_kl_coef(kl_coef, kl, target, batch_size, horizon):
     """beta <- beta clip(1 + clip(KL / target - 1, -0.2, 0.2) batch_size / horizon, 0.5, 2).
 
-    The outer clip is ours: with a horizon that is short beside the batch, beta would turn
-    negative. Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
+    The outer clip is ours: for a batch of more than five horizons beta could turn negative.
+    Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     factor = 1 + error * batch_size / horizon
@@ -273,11 +274,11 @@ class RunningMoments:
 
 
 class Policy(nn.Module):
-    """A T5 and a value head: one linear layer on the decoder's last states, started at 0.
+    """A T5 and a value head: one linear layer on the decoder's outputs, started at 0.
 
-    The state at t predicts token t, so V_t knows the context and the tokens before t. Its loss
-    trains the T5, too. PPO runs without dropout (the authors' code has some before the value
-    head), so that the ratio is 1 before the first step.
+    The output at t predicts token t, so V_t knows the context and the tokens before t. The
+    value loss trains the T5, too. PPO runs without dropout (the authors' code has some before
+    the value head), so that the ratio is 1 before the first step.
     """
 
     def __init__(self, t5):
@@ -294,10 +295,10 @@ class Policy(nn.Module):
 
 @dataclass
 class Prompts:
-    """A batch of contexts to answer, and what reward and loss need to know of them."""
+    """Prompts (contexts to answer), and what reward and loss need to know of them."""
 
-    source: torch.Tensor  # (B, S) ids of the contexts
-    targets: torch.Tensor  # (B, ...) handed to the reward as they are
+    source: torch.Tensor  # (B, S) ids
+    targets: torch.Tensor  # (B, ...) what to aim for; only the reward reads them
     human: torch.Tensor  # (B, T') ids of the human responses, for ptx_coef
 
 
@@ -309,7 +310,7 @@ class Rollout:
     targets: torch.Tensor  # (B, ...)
     human: torch.Tensor  # (B, T')
     ids: torch.Tensor  # (B, T)
-    mask: torch.Tensor  # (B, T) t1 .. </s>
+    mask: torch.Tensor  # (B, T) true up to </s>
     support: torch.Tensor  # (B, T, V) tokens that could have been sampled
     log_probs: torch.Tensor  # (B, T) by the policy that sampled
     values: torch.Tensor  # (B, T)
@@ -344,7 +345,7 @@ def response_log_probs(t5, source, ids, mask, support, temperature):
     """The log-probs that a model gives to responses sampled from `support` (teacher forcing).
 
     source (B, S), ids and mask (B, T), support (B, T, V); see token_log_probs. Padding is
-    dropped first: the product with the vocabulary is the most expensive of a small model.
+    dropped first: in a small model the logits cost most.
     Returns log-probs and entropies, (B, T) and 0 on padding, and the states that predict the
     tokens, (tokens, D).
     """
@@ -372,8 +373,8 @@ def rollout(policy, reference, reward, prompts, sampling):
         ids=sampled.ids,
         mask=mask,
         support=sampled.support,
-        # They come with the sampling, 0 on padding; asking the policy again by teacher forcing
-        # would give the same up to rounding.
+        # By-products of the sampling, 0 on padding. Teacher forcing would give the same up to
+        # rounding.
         log_probs=sampled.log_probs,
         values=policy.values(sampled.states) * mask,
         ref_log_probs=torch.zeros_like(sampled.log_probs),  # filled in below
@@ -401,12 +402,17 @@ class PPOTrainer:
     reference: the T5 to start from and to stay close to; it is not changed.
     reward:    (source ids, response ids, targets) -> (B,).
     prompts:   iteration -> Prompts.
-    sampling:  the Sampling that explores.
+    sampling:  the Sampling of the rollouts.
     validate:  T5 -> dict of numbers for the log.
-    An iteration depends on its number, the state and torch's generator only.
+    An iteration depends on its number, state_dict() and torch's generator only.
     """
 
-    shown = ("reward", "kl", "length", "entropy")  # of a record, on the line of progress
+    shown = (
+        "reward",
+        "kl",
+        "length",
+        "entropy",
+    )  # what the line of progress shows of a record
 
     def __init__(self, reference, reward, prompts, sampling, config, validate):
         self.reference = reference
@@ -415,7 +421,7 @@ class PPOTrainer:
         self.sampling = sampling
         self.config = config
         self.validate = validate
-        self.policy = Policy(copy.deepcopy(reference)).requires_grad_()  # it may be frozen
+        self.policy = Policy(copy.deepcopy(reference)).requires_grad_()  # if it was frozen
         self.policy.eval()  # learns, but without dropout
         self.optimizer = Optimizer(self.policy, unscaled=("relative_bias", "value_head"))
         self.moments = RunningMoments()
@@ -460,8 +466,8 @@ class PPOTrainer:
                 self.kl_coef, record["kl"], config.kl_target, len(mask), config.kl_horizon
             )
 
-        # 7. Validation: often at first, when most changes, then every eval_every iterations. The
-        #    reference, which never changes, is validated once: it is where the run starts.
+        # 7. Validation: often at first, when most changes, then every eval_every iterations.
+        #    The reference, where the run starts, never changes and is validated once.
         if i == 0:
             record["start"] = self.validate(self.reference)
         done = i + 1
@@ -474,7 +480,7 @@ class PPOTrainer:
         return rollout(self.policy, self.reference, self.reward, prompts, self.sampling)
 
     def scaled(self, rewards):
-        """Rewards (B,), centred and scaled by the running moments, which they join first."""
+        """Add rewards (B,) to the running moments, then centre and scale them by these."""
         self.moments.update(rewards)
         if self.config.centre_rewards:
             rewards = rewards - self.moments.mean
@@ -483,7 +489,7 @@ class PPOTrainer:
         return rewards
 
     def learning_rate(self, i):
-        """It rises linearly, then falls linearly; a mean of the weights needs no fall."""
+        """A linear rise, then a linear fall (none where the weights are averaged)."""
         config = self.config
         rise = (i + 1) / max(config.warmup, 1)
         fall = 1 if config.average else 1 - i / config.steps
@@ -491,7 +497,7 @@ class PPOTrainer:
 
     def describe(self, batch):
         """What to log of a rollout. KL in nats per response, length in tokens."""
-        mask = batch.mask
+        mask, values, returns = batch.mask, batch.values, batch.returns
         k1 = kl_estimate(batch.log_probs, batch.ref_log_probs)
         k3 = kl_estimate(batch.log_probs, batch.ref_log_probs, "k3")
         record = {
@@ -500,13 +506,11 @@ class PPOTrainer:
             "kl": k1.sum(1).mean().item(),
             "kl_k3": k3.sum(1).mean().item(),
         }
-        of_tokens = {
-            "length": mask.sum(1).float().mean().item(),
-            "value_mean": masked_mean(batch.values, mask).item(),
-            "return_mean": masked_mean(batch.returns, mask).item(),
-            "explained_variance": explained_variance(batch.values, batch.returns, mask),
-        }
-        return {**record, **of_tokens}
+        record["length"] = mask.sum(1).float().mean().item()
+        record["value_mean"] = masked_mean(values, mask).item()
+        record["return_mean"] = masked_mean(returns, mask).item()
+        record["explained_variance"] = explained_variance(values, returns, mask)
+        return record
 
     def update(self, batch):
         """ppo_epochs passes over one rollout. Returns the means of what was measured."""
@@ -521,9 +525,6 @@ class PPOTrainer:
                 self.optimizer.zero_grad()
                 stopped_early = 1.0
                 break
-            if measured["ratio"] > MAX_RATIO:  # these samples say little of today's policy
-                self.optimizer.zero_grad()
-                continue
 
             norm = self.optimizer.step()
             log["grad_norm"].append(norm)
@@ -542,7 +543,7 @@ class PPOTrainer:
         """Add the gradient of the loss on some rows to .grad; optimizer.step clears it.
 
         It is done a micro-batch at a time. With n_k of the minibatch's n tokens in part k,
-        mean = sum_k (n_k / n) mean_k. Human responses have other lengths, so other shares.
+        mean = sum_k (n_k / n) mean_k. The human loss is a sum, divided by all human tokens.
         Returns what was measured on the way.
         """
         config = self.config
@@ -594,7 +595,7 @@ class PPOTrainer:
         # How far the update has gone by now.
         new = log_probs.detach()
         ratio = torch.exp(new - part.log_probs)
-        # KL(p_old || p): the samples are p_old's, so p_old takes the policy's place.
+        # KL(p_old || p): p_old drew the samples.
         update_kl = kl_estimate(part.log_probs, new, "k3")
         measured = {
             "policy_loss": policy_part,
@@ -646,7 +647,7 @@ def move_towards(mean, model, share):
 
 
 def signs_of_collapse(record, first, max_length):
-    """What in a record looks like a collapse: sentences that say what to do about it.
+    """Warnings of a collapse, with what to do about it.
 
     first: the record of the run's first iteration. max_length: of a response, in tokens.
     """
@@ -692,7 +693,7 @@ def sample(t5, pairs, sampling, size):
 @torch.no_grad()
 def respond(t5, pairs, sampling, size=128):
     """A response to every context of pairs: lists of ids without padding, </s> included."""
-    found = {}  # row -> response
+    found = {}  # row -> response; the rows come in another order
     for rows, responses, _ in sample(t5, pairs, sampling, size):
         found.update(zip(rows, responses))
     return [found[row] for row in range(len(pairs))]

@@ -4,11 +4,12 @@
     sampling         one token at a time, with a cache; top-k, top-p, minimum length
     training         learning rates, the optimizer, a trainer that keeps its best weights
     checkpoints      this program's files, official T5 folders; skip it at first reading
-    only for speed   dropout from bytes; skip it, too
+    only for speed   a faster dropout; skip it, too
 
+The presets `toy` and `real` that comments speak of are in emprl.py.
 Sources: T5, Raffel et al. 2020 (arXiv 1910.10683); v1.1 (gated GELU, untied head), Shazeer
-2020 (arXiv 2002.05202). Shapes: B batch, S source length, T response length, D model width,
-H heads, V vocabulary. Ids in, ids out: this file knows nothing of text.
+2020 (arXiv 2002.05202). Shapes: B batch, S source (or key) length, T response (or query)
+length, D model width, H heads, V vocabulary. Ids in, ids out: this file knows nothing of text.
 """
 
 import copy
@@ -28,15 +29,16 @@ import torch.nn.functional as F
 PAD_ID = 0  # fills up the rows of a batch, and starts the decoder
 EOS_ID = 1  # </s>: ends an utterance, and a response
 UNK_ID = 2  # a piece that the tokenizer does not know; never sampled
-# Added to attention scores that are to be hidden; put in place of logits that are excluded
-# (ppo.py). After a softmax nothing is left of either.
+# Added to attention scores to hide them; in ppo.py it replaces excluded logits, where the
+# gradient of -inf would be NaN. After a softmax nothing is left of either.
 HIDDEN = -1e9
 
 
 def option(default, help, low=0, high=1e9, choices=None):
     """A dataclass field that users may set, with its sentence of help and its legal values.
 
-    Two numbers after the help are low and high, the legal range, both included.
+    Two numbers after the help are low and high, the legal range, both included. A plain bool
+    field is a switch, which users may set, too.
     """
     metadata = {"help": help, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=metadata)
@@ -62,10 +64,10 @@ class T5Config:
     num_heads: int = option(4, "H: attention heads", 1, 1024)
     dropout_rate: float = option(0.1, "share of activations dropped in training", 0, 0.99)
 
-    # An official checkpoint brings its own, a new T5 needs no others.
+    # A new T5 keeps these defaults; an official checkpoint sets its own.
     vocab_size: int = constant(2048, 1, 10**6)  # V: pieces and sentinels
     relative_attention_num_buckets: int = constant(32, 4, 1000)
-    # larger distances share a bucket
+    # from here on all distances share the last bucket
     relative_attention_max_distance: int = constant(128, 1, 10**6)
     layer_norm_epsilon: float = constant(1e-6, 1e-12, 1)
     initializer_factor: float = constant(1.0, 0, 100)
@@ -111,10 +113,10 @@ def relative_position_bucket(
     """
     if bidirectional:
         num_buckets = num_buckets // 2
-        first = (relative_position > 0).long() * num_buckets
+        offset = (relative_position > 0).long() * num_buckets
         distance = relative_position.abs()
     else:
-        first = torch.zeros_like(relative_position)
+        offset = torch.zeros_like(relative_position)
         distance = (-relative_position).clamp(min=0)
 
     max_exact = num_buckets // 2
@@ -122,7 +124,7 @@ def relative_position_bucket(
     log_ratio = log_distance / math.log(max_distance / max_exact)
     far = max_exact + (log_ratio * (num_buckets - max_exact)).long()
     far = far.clamp(max=num_buckets - 1)
-    return first + torch.where(distance < max_exact, distance, far)
+    return offset + torch.where(distance < max_exact, distance, far)
 
 
 class Attention(nn.Module):
@@ -154,7 +156,8 @@ class Attention(nn.Module):
     def weights(self, x, keys, bias):
         """softmax(q(x) k^T + bias): how much each position of x attends to each of memory.
 
-        x (B, T, D), keys (B, H, S, d_kv), bias (B or 1, H or 1, T or 1, S). (B, H, T, S).
+        x (B, T, D), keys (B, H, S, d_kv), bias (B or 1, H or 1, T or 1, S).
+        Returns (B, H, T, S).
         """
         queries = self.split(self.q(x))  # (B, H, T, d_kv)
         scores = queries @ keys.transpose(-1, -2) + bias  # (B, H, T, S)
@@ -262,8 +265,8 @@ class Stack(nn.Module):
     def forward(self, x, self_bias, memory=None, memory_bias=None, caches=None):
         """x (B, T, D) -> (B, T, D). See Block; caches: one for each block.
 
-        self_bias is position_bias, as the caller needs it: the encoder adds padding_bias, and
-        sampling takes the row of the newest token.
+        self_bias comes from position_bias: the encoder adds padding_bias to it, and sampling
+        takes only the newest token's row.
         """
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
@@ -321,7 +324,7 @@ class T5(T5Encoder):
         self.decoder = Stack(config, is_decoder=True)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.initialise()
+        self.initialise()  # once more: now there are a decoder and a head
 
     def decode(self, inputs, memory, source):
         """Decoder inputs (B, T), the encoder's states (B, S, D) -> the decoder's (B, T, D).
@@ -454,13 +457,13 @@ class BlockCache:
 
 @torch.no_grad()
 def generate(model, source, sampling, banned=(PAD_ID, UNK_ID)):
-    """Sample a response for each row of source (B, S), by torch's global generator.
+    """Sample a response for each row of source (B, S), with torch's global random generator.
 
     model: a T5 in eval mode. banned: ids that are never sampled.
     Returns a Generation, as long as the longest response.
     """
-    # In pieces that fit into the processor's own cache (not the caches below): with the preset
-    # `toy` sampling is 1.33x faster.
+    # 32 rows at a time, which fit into the processor's cache: with the preset `toy` sampling
+    # is 1.33x faster.
     memory = torch.cat([model.encode(part) for part in source.split(32)])  # (B, S, D)
     memory_bias = padding_bias(source)
     self_bias = model.decoder.position_bias(sampling.max_length)  # (1, H, T, T)
@@ -491,7 +494,7 @@ def generate(model, source, sampling, banned=(PAD_ID, UNK_ID)):
             break
     sampled = Generation(*(torch.stack(column, 1) for column in zip(*steps)))
 
-    # Rows that ended early went on until the last one did: that part is dropped.
+    # Rows that ended early went on until the last one did: there all is set to 0.
     is_eos = (sampled.ids == EOS_ID).long()
     after_eos = is_eos.cumsum(1) - is_eos > 0  # (B, T)
     for tensor in (sampled.ids, sampled.log_probs, sampled.states, sampled.support):
@@ -507,25 +510,26 @@ MAX_GRAD_NORM = 1.0
 class Optimizer:
     """AdamW with one learning rate per tensor; if asked, Muon takes the layers' matrices.
 
-    unscaled: a tensor with one of these words in its name has a rate that is never relative
-              (see set_lr). Such tensors start near 0, but what they add is around 1: to an
-              attention score, or to an estimated value (PPO's value head).
-    muon:     Muon makes all singular values of a matrix's step equal; from scratch, it gets as
-              far in half the steps (Jordan et al. 2024).
+    unscaled: tensors with one of these words in their names always get the plain rate (see
+              set_lr). They start near 0, where a relative step is too small for what they add:
+              numbers around 1, to attention scores or to values (PPO's value head).
+    muon:     Muon makes all singular values of a matrix's step equal. From scratch it needs
+              about half of AdamW's steps (its authors' figure, Jordan et al. 2024).
     """
 
     def __init__(self, model, unscaled=("relative_bias",), muon=False):
         adam, matrices = [], []
         for name, parameter in model.named_parameters():
             relative = not any(word in name for word in unscaled)
-            inside = relative and parameter.dim() == 2 and not is_embedding(name)
+            is_layer_matrix = relative and parameter.dim() == 2 and not is_embedding(name)
             group = {"params": [parameter], "relative": relative}
-            if muon and inside:
+            if muon and is_layer_matrix:
                 matrices.append(group)
             else:
                 adam.append(group)
 
-        # fused makes AdamW's own step 1.9x faster, and a whole training step 1.03x.
+        # The rates come from set_lr. fused makes AdamW's own step 1.9x faster, and a whole
+        # training step 1.03x.
         self.parts = [torch.optim.AdamW(adam, lr=0.0, weight_decay=0.0, fused=True)]
         if matrices:
             part = torch.optim.Muon(
@@ -572,7 +576,7 @@ class Optimizer:
 
 
 def is_embedding(name):
-    """The embedding and the head: one row a token, no map between states."""
+    """The embedding or the head: a row for each token, no map between states; so no Muon."""
     return "shared" in name or "lm_head" in name
 
 
@@ -603,7 +607,7 @@ class Trainer:
     A step depends on its number, the state and torch's generator only.
     """
 
-    shown = ("loss", "valid")  # of a record, on emprl.py's line of progress
+    shown = ("loss", "valid")  # what emprl.py's line of progress shows of a record
 
     def __init__(self, model, loss_sum, rows_at, validate, config):
         self.model = model
@@ -704,7 +708,7 @@ def reading(path):
         yield
     except PermissionError:  # nothing is wrong with the file
         raise
-    except CheckpointError as error:  # says what to do
+    except CheckpointError as error:  # its message says what to do
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # a damaged file leads to errors of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
@@ -744,7 +748,7 @@ def load_state(path):
 
 
 def check_archive(path):
-    """Raises an error for a zip file that torch did not write, or that has been damaged."""
+    """Raises an error for a zip file that is compressed (torch's are not) or damaged."""
     with zipfile.ZipFile(path) as archive:
         # The sizes first: torch compresses nothing; a harmful file may unpack to terabytes.
         unpacked = sum(part.file_size for part in archive.infolist())
@@ -849,7 +853,7 @@ def read_config(path):
     if "num_decoder_layers" not in raw:  # older files give one number of layers
         config.num_decoder_layers = config.num_layers
     if config.feed_forward_proj == "gelu" and raw.get("is_gated_act") is True:
-        config.feed_forward_proj = "gated-gelu"  # flan-t5's of 2022 calls it by half its name
+        config.feed_forward_proj = "gated-gelu"  # flan-t5 of 2022 writes gelu for it
     check_config(config)
     return config, raw
 
@@ -862,12 +866,17 @@ def check_config(config):
         if choices:
             legal = value in choices
         else:
+            # no isinstance: True is no number here, and an int may stand for a float
             legal = type(value) in (int, f.type) and low <= value <= high
         if not legal:
             wanted = choices or f"from {low} to {high}"
             raise ValueError(f"{f.name} is {repr(value)[:40]}, not {wanted}")
+    # otherwise relative_position_bucket would take the logarithm of 1 or less
     if config.relative_attention_num_buckets >= 2 * config.relative_attention_max_distance:
-        raise ValueError("relative_attention_max_distance is not above half of num_buckets")
+        raise ValueError(
+            "relative_attention_max_distance is not above half of "
+            "relative_attention_num_buckets"
+        )
 
 
 # The parts of our names that are called otherwise in official files. {ff} is the number of the
@@ -901,23 +910,26 @@ def merge_embeddings(state, config, raw):
     """Changes state and config: afterwards state has the embedding once, a head if needed.
 
     Official files have the embedding up to four times: shared, encoder's, decoder's, and head.
-    tied is config.tie_word_embeddings, before and after; scaled: are logits scaled by D^-1/2?
+    tied: config.tie_word_embeddings, in the file and as it is set here. scaled: logits are
+    multiplied by D^-1/2.
 
                      tied    scaled   head in the file       tied now   head now
     v1.0             true    yes      the embedding          True       none
-    v1.1, mT5        false   no       another                False      the file's
+    v1.1, mT5        false   no       its own                False      the file's
     mT5              true    no       the embedding          False      the embedding
-    Transformers 5   true    no       another                False      the file's
-    Transformers 5   true    yes      another                False      the file's * D^-1/2
+    Transformers 5   true    no       its own                False      the file's
+    Transformers 5   true    yes      its own                False      the file's * D^-1/2
 
     A tied head may be left out of the file: it is the embedding. Transformers 5 always says
     tied; whether logits are scaled is its scale_decoder_outputs.
     """
     state.pop(LEFTOVER, None)
     for name in COPIES:
-        copied = state.get(name)
-        if copied is not None and torch.equal(copied, state.setdefault(EMBEDDING, copied)):
-            del state[name]
+        if name in state:
+            copied = state[name]
+            state.setdefault(EMBEDDING, copied)
+            if torch.equal(copied, state[EMBEDDING]):
+                del state[name]
     if EMBEDDING not in state:
         return  # check_shapes will name it
 
@@ -954,7 +966,7 @@ def check_tensors(state):
 
 
 def check_shapes(state, wanted):
-    """Raises CheckpointError unless both, {name: tensor}, have the same names and shapes."""
+    """Raises CheckpointError unless the two {name: tensor} agree in names and shapes."""
     found = {f"{name[:80]} {tuple(x.shape)}" for name, x in state.items()}
     needed = {f"{name} {tuple(x.shape)}" for name, x in wanted.items()}
     wrong = [f"{tensor} is missing" for tensor in needed - found]
@@ -964,15 +976,15 @@ def check_shapes(state, wanted):
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(
             f"tensors of another configuration: {'; '.join(wrong[:3])}{more}; "
-            "put the config.json beside it that belongs to it"
+            "put its own config.json beside it"
         )
 
 
 def from_pretrained(folder, vocab_size=0):
     """A T5 from an official folder: config.json, and model.safetensors or pytorch_model.bin.
 
-    vocab_size: how many embeddings its tokenizer needs. Every tensor of the file is used, or
-    known to be a copy, or named in the error. Raises CheckpointError.
+    vocab_size: how many embeddings its tokenizer needs. A tensor of the file that is neither
+    used nor known to be a copy is an error. Raises CheckpointError.
     """
     path = official_file(folder, "config.json")
     with reading(path):
@@ -1015,12 +1027,13 @@ def save_pretrained(model, folder):
 class Dropout(nn.Dropout):
     """nn.Dropout, but on a CPU with one random byte per element, where torch draws a float.
 
-    There p is rounded to a multiple of 1/256. The mean stays exact: what is kept is scaled by
-    the rounded p. With nn.Dropout a training step of the preset `real` takes 1.2 times as long.
+    There p is rounded to a multiple of 1/256. The mean stays exact: what is kept is divided by
+    its exact share, keep / 256. With nn.Dropout a training step of the preset `real` takes 1.2
+    times as long.
     """
 
     def forward(self, x):
-        keep = 256 - round(256 * self.p)  # so many of the 256 values of a byte are kept
+        keep = 256 - round(256 * self.p)  # how many of a byte's 256 values mean "keep"
         if not self.training or keep == 256 or x.device.type != "cpu":
             return super().forward(x)
 

@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import random
 import re
 import socket
@@ -19,6 +20,7 @@ import tarfile
 import threading
 import time
 import tracemalloc
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -685,7 +687,13 @@ def test_a_huge_file_is_refused_by_its_size(name, tmp_path):
             "a Git LFS pointer.*lfs pull",
         ),
         (b"\n<!DOCTYPE html>\n<html>", "a web page.*fetch the raw file"),
+        (b"BZh91AY&SY", r"packed file \(bz2\); unpack"),
+        (b"\xfd7zXZ\0\0", r"packed file \(xz\); unpack"),
+        (b"\x28\xb5\x2f\xfd\x04\x00", r"packed file \(zst\); unpack"),
+        (b"PAR1\x15\x04", "a parquet file; save the table as csv"),
+        (pickle.dumps(["a"]), "a pickle, .*; save the table as csv"),
     ],
+    ids=["git lfs", "html", "bz2", "xz", "zst", "parquet", "pickle"],
 )
 def test_what_is_saved_in_the_place_of_a_file_is_named(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
@@ -751,7 +759,9 @@ def test_a_text_without_a_visible_character_is_no_text(tmp_path):
             path.write_text(
                 json.dumps({"context": [context], "response": response}), encoding="utf-8"
             )
-            with pytest.raises(DataError, match=":1: empty response or utterance"):
+            with pytest.raises(
+                DataError, match=":1: empty (response|utterance in the context);"
+            ):
                 data.read_dialogues(path)
 
 
@@ -763,6 +773,17 @@ def test_byte_order_mark_and_windows_lines(tmp_path):
         b"\xef\xbb\xbf" + "\r\n".join([ED_HEADER, *ed_rows("c:1", "a", "b")]).encode()
     )
     assert listener_pairs(path)[0][0].response == "b"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_may_end_as_on_any_system(end, tmp_path):
+    table = ["context,response", "Hello.,Hm?", '"Bye, now.",Good']
+    (tmp_path / "x.csv").write_bytes(end.join([*table, ""]).encode())
+    read = data.read_dialogues(tmp_path / "x.csv")
+    assert [texts_of(d) for d in read] == [["Hello.", "Hm?"], ["Bye, now.", "Good"]]
+    assert [d.id for d in read] == ["2/2", "3/3"]
+    (tmp_path / "x.jsonl").write_bytes(end.join([GOOD, GOOD, ""]).encode())
+    assert len(data.read_dialogues(tmp_path / "x.jsonl")) == 2
 
 
 # ---- yours
@@ -871,16 +892,55 @@ TABLES = {
     "an index without a name": (
         ",context,response\n0,a,b\n",
         1,
-        "column 1 has no name.*index=False",
+        "not a header: column 1 has no name.*index=False",
     ),
-    "a blank column": ("context,response, \na,b,\n", 1, "column 3 has no name"),
-    "a column twice": ("context,response,response\na,b,c\n", 1, "two columns 'response'"),
+    "a blank column": ("context,response, \na,b,\n", 1, "not a header: column 3 has no name"),
+    "a column twice": (
+        "context,response,response\na,b,c\n",
+        1,
+        "not a header: two columns 'response'",
+    ),
     "a surplus column": (
         "context,response,split\na,b,c\n",
         1,
-        "a column 'split'; take it out",
+        "not a header: a column 'split'; take it out",
     ),
-    "one column missing": ("context,answer\na,b\n", 1, "no column response"),
+    "one column missing": (
+        "context,answer\na,b\n",
+        1,
+        "not a header: no column response",
+    ),
+    "no header": ("I failed.,Oh no.,1,1,2\n", 1, "not a header: no column context"),
+    "no header, a blank field": (
+        "I failed.,Oh no.,,1\n",
+        1,
+        "not a header: no column context",
+    ),
+    "a spreadsheet's hint": (
+        "sep=,\ncontext,response\na,b\n",
+        1,
+        "a hint .*take this line out",
+    ),
+    "records in JSON": (
+        '{"context": ["a", "b"], "response": "c"}\n',
+        1,
+        "records in JSON.*call the file .jsonl",
+    ),
+    "a list as text": (
+        "context,response\n\"['I failed.', 'Oh no.']\",b\n",
+        2,
+        'context is a list as text; write its utterances with " </s> " between',
+    ),
+    "a list in JSON as text": (
+        'context,response\n"[""I failed.""]",b\n',
+        2,
+        "context is a list as text",
+    ),
+    "a separator too many": (
+        "context,response\na </s> ,b\n",
+        2,
+        "empty utterance .*</s> that",
+    ),
     "tabs": ("context\tresponse\na\tb\n", 1, "columns separated by tabs; save it with commas"),
     "semicolons": (
         "context;response\na;b\n",
@@ -1058,14 +1118,47 @@ def test_own_equal_records_join_conversations_with_different_ids(tmp_path):
     assert "of 25 conversations" in corpus.notes[0] and "75 records equal" in corpus.notes[1]
 
 
+def lines_of_conversations(path, *rows):
+    """For each row of a csv with ids: the line where its conversation begins."""
+    path.write_text("\n".join(["id,context,response", *rows]), encoding="utf-8")
+    return [int(dialogue.id.partition("/")[0]) for dialogue in data.read_dialogues(path)]
+
+
 def test_own_ids_in_a_csv(tmp_path):
-    (tmp_path / "x.csv").write_text(
-        "id,context,response\n7,Hello.,One.\n8,Hello.,Two.\n"
-        "7,Hello </s> One. </s> Go on.,Three.\n,Hello.,Four.\n",
-        encoding="utf-8",
-    )
-    speakers = [d.id.rpartition("/")[0] for d in data.read_dialogues(tmp_path / "x.csv")]
-    assert speakers[0] == speakers[2] and len(set(speakers)) == 3
+    rows = ["7,Hi.,A", "8,Hi.,B", "7,Hi. </s> A </s> Go on.,C", ",Bye.,D", ",bye.,E"]
+    assert lines_of_conversations(tmp_path / "x.csv", *rows) == [2, 3, 2, 5, 5]
+
+
+def test_own_ids_are_one_however_they_are_written(tmp_path):
+    rows = ["C1,a,b", '"c1 ",c,d', "1,e,f", "1.0,g,h", "\uff43\uff11,i,j", "10,k,l"]
+    assert lines_of_conversations(tmp_path / "x.csv", *rows) == [2, 2, 4, 4, 2, 7]
+    records = [
+        {"context": str(n), "response": "a", "id": name}
+        for n, name in enumerate([3, 3.0, "3", "3 ", 30])
+    ]
+    read = data.read_dialogues(write_own(tmp_path / "x.jsonl", records))
+    assert [d.id.partition("/")[0] for d in read] == ["1", "1", "1", "1", "5"]
+
+
+def test_own_record_without_id_is_of_the_conversation_that_begins_like_it(tmp_path):
+    """It may be of either when two begin alike, so these are kept together, too."""
+    rows = ["7,Hi.,A", "8,Oh.,B", "9,Oh.,C", ",Hi. </s> A </s> So?,D", "7,Yes?,E"]
+    assert lines_of_conversations(tmp_path / "x.csv", *rows) == [2, 3, 4, 2, 2]
+    both = lines_of_conversations(tmp_path / "x.csv", *rows, ",Oh. </s> B </s> So?,F")
+    assert both == [2, 3, 3, 2, 2, 3]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize(
+    "text", ["Caf\u00e9.", "\uff27\uff4f.", "A \ufb01ne day.", "Stra\u00dfe."]
+)
+def test_own_texts_are_equal_however_they_are_written(text, form, tmp_path):
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    other = unicodedata.normalize(form, text.upper())
+    rows = [f"1,{text},One.", "2,Two.,Two.", f"3,{plain},One.", f"4,{other},ONE."]
+    assert lines_of_conversations(tmp_path / "x.csv", *rows) == [2, 3, 2, 2]
+    rows = [f",{text},One.", ",Two.,Two.", f",{other},Three."]
+    assert lines_of_conversations(tmp_path / "x.csv", *rows) == [2, 3, 2]
 
 
 @pytest.mark.parametrize("count", range(20, 90))
@@ -1099,7 +1192,7 @@ def test_own_dialogue_without_levels_is_named_by_its_line(tmp_path):
 def listener_pairs(path):
     """The listener's responses of a file, and the note."""
     dialogues, note = data.read_empathetic_dialogues(path)
-    return data.listened(dialogues), note
+    return data.listeners(dialogues), note
 
 
 ED_HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags"
@@ -1149,12 +1242,47 @@ def test_ed_bad_rows_cut_their_conversation(tmp_path):
         *ed_rows("c:5", "a", "b"),
         *ed_rows("c:1", "x", "y"),
     ]  # and it comes back: two rows
-    good = many_ed_rows(520)[20:]
+    good = many_ed_rows(2020)[20:]
     dialogues, note = read_ed(tmp_path, *rows, *good)
     assert [d.id for d in dialogues if d.id[0] == "c"] == ["c:1/2", "c:3/2", "c:5/2"]
-    assert "; 10 rows skipped" in note and note.endswith("as in line 5")
-    with pytest.raises(DataError, match=":5: 10 of 498 rows are not as they were published"):
-        read_ed(tmp_path, *rows, *good[:-20])  # more than 2 %
+    assert note.endswith(
+        "; 10 rows skipped, the first in line 5: fields too many, empty, missing or out of place"
+    )
+    with pytest.raises(DataError, match=":5: fields too many.* first of 10 rows of 1998 "):
+        read_ed(tmp_path, *rows, *good[:-20])  # more than 0.5 %
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        (lambda rows: rows[::-1], "2: utterance 4 where 1 should be"),
+        (lambda rows: sorted(rows * 2), "3: utterance 1 where 2 should be"),
+        (
+            lambda rows: random.Random(0).sample(rows, len(rows)),
+            "2: utterance . where 1 should",
+        ),
+        (lambda rows: rows[1::2], "2: utterance 2 where 1 should be"),
+    ],
+    ids=["reversed", "doubled", "shuffled", "listener only"],
+)
+def test_ed_out_of_order_is_told_so(change, found, tmp_path):
+    with pytest.raises(DataError, match=f"ed.csv:{found}.* missing, doubled or out of order"):
+        read_ed(tmp_path, *change(many_ed_rows(400)))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        ED_HEADER.replace(",", "\t"),
+        ED_HEADER.replace(",", ";"),
+        f",{ED_HEADER}",
+        '"' + ED_HEADER.replace(",", '","') + '"',
+    ],
+)
+def test_ed_with_another_header_is_to_be_fetched_again(header, tmp_path):
+    (tmp_path / "ed.csv").write_text(f"{header}\n{ed_rows('c', 'a')[0]}\n", encoding="utf-8")
+    with pytest.raises(DataError, match="ed.csv:1: not the header .*; fetch the file again"):
+        data.read_empathetic_dialogues(tmp_path / "ed.csv")
 
 
 def many_ed_rows(count):
@@ -1192,15 +1320,20 @@ def test_ed_rewritten_by_a_table_program_is_refused(change, tmp_path):
     assert len(read_ed(tmp_path, *map(",".join, rows))[0]) == 200
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(REWRITTEN[change](rows))
-    with pytest.raises(DataError, match=r"ed.csv:\d+: \d+ of 400 rows .*; fetch it again"):
+    with pytest.raises(DataError, match=r"ed.csv:[235]: (quotes|fields|utterance) .*; fetch "):
         read_ed(tmp_path, *text.getvalue().splitlines())
 
 
-def test_ed_read_and_written_by_csv_is_refused(tmp_path):
-    """A reader with quoting swallows rows: a quote that begins a text opens a field."""
+@pytest.mark.parametrize("read", [csv.reader, lambda rows: [row.split(",") for row in rows]])
+def test_ed_with_few_quotes_rewritten_is_refused(read, tmp_path):
+    """One text in a hundred has quotes, as in the original: the others are written as before."""
+    rows = [row.replace('"', "") for row in many_ed_rows(2000)]
+    for at in range(70, 2000, 100):
+        rows[at] = many_ed_rows(2000)[at]
+    assert len(read_ed(tmp_path, *rows)[0]) == 1000
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(csv.reader(many_ed_rows(400)))
-    with pytest.raises(DataError, match="fetch it again"):
+    csv.writer(text, lineterminator="\n").writerows(read(rows))
+    with pytest.raises(DataError, match="ed.csv:72: quotes doubled.*; fetch it again"):
         read_ed(tmp_path, *text.getvalue().splitlines())
 
 
@@ -1226,11 +1359,12 @@ def test_ed_real_rewritten_is_refused(tmp_path):
             .read_text(encoding="utf-8")
             .splitlines()
         )
-        rows = [with_commas(line.split(",")) for line in lines]
-        with open(tmp_path / f"{part}.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
-        with pytest.raises(DataError, match="rows are not as they were published"):
-            data.read_empathetic_dialogues(tmp_path / f"{part}.csv")
+        rows = [line.split(",") for line in lines]
+        for rewritten in (rows, map(with_commas, rows)):
+            with open(tmp_path / f"{part}.csv", "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(rewritten)
+            with pytest.raises(DataError, match=r"csv:\d+: quotes doubled"):
+                data.read_empathetic_dialogues(tmp_path / f"{part}.csv")
 
 
 @real
@@ -1304,6 +1438,13 @@ def test_epitome_join_cleaning_and_duplicates(tmp_path):
         (lambda m, i, f: [*f[:4], "", ""] if (m, i) == (2, 0) else f, 2, 2, "level ''"),
         (lambda m, i, f: ["other", *f[1:]] if (m, i) == (2, 1) else f, 2, 3, "pair other/r1"),
         (lambda m, i, f: f[:3] if (m, i) == (0, 1) else f, 0, 3, "not 6 fields"),
+        (lambda m, i, f: ["", *f[1:]], 0, 2, "sp_id or rp_id is empty; fetch"),
+        (
+            lambda m, i, f: [f[0], " ", *f[2:]] if i == 3 else f,
+            0,
+            5,
+            "sp_id or rp_id is empty",
+        ),
     ],
 )
 def test_epitome_errors_name_file_and_line(change, file, line, problem, tmp_path):
@@ -1320,8 +1461,64 @@ def test_epitome_files_of_different_length(tmp_path):
     write_epitome(tmp_path, [(f"s{i}", "r", "a", "b", (0, 1, 2)) for i in range(4)])
     path = tmp_path / data.EPITOME_FILES[1]
     path.write_bytes(b"\r\n".join(path.read_bytes().split(b"\r\n")[:-2]) + b"\r\n")
-    with pytest.raises(DataError, match="different length"):
+    wrong = f"{data.EPITOME_FILES[0]}: 4 rows, but 3 in .*{data.EPITOME_FILES[1]}; fetch both"
+    with pytest.raises(DataError, match=wrong):
         data.read_epitome(tmp_path)
+
+
+@pytest.mark.parametrize("copied, of", itertools.permutations(range(3), 2))
+def test_epitome_one_file_under_two_names(copied, of, tmp_path):
+    write_epitome(tmp_path, [(f"s{i}", "r", "a", "b", (0, 1, 2)) for i in range(4)])
+    names = data.EPITOME_FILES
+    (tmp_path / names[copied]).write_bytes((tmp_path / names[of]).read_bytes())
+    first, second = sorted((copied, of))
+    with pytest.raises(
+        DataError, match=f"{names[first]}:1: the same .*{names[second]}; fetch"
+    ):
+        data.read_epitome(tmp_path)
+
+
+def write_published(folder, posts):
+    """A folder as `download` leaves it, with few dialogues."""
+    (folder / "empatheticdialogues").mkdir()
+    for part in ("train", "valid", "test"):
+        text = "\n".join([ED_HEADER, *many_ed_rows(40)]) + "\n"
+        (folder / "empatheticdialogues" / f"{part}.csv").write_text(text, encoding="utf-8")
+    write_epitome(folder / "epitome", posts)
+
+
+def test_real_corpus_needs_pairs_for_every_part(tmp_path, capsys):
+    """Told before any training: else MLE has been trained when the classifiers find nothing."""
+    posts = [(f"s{i}", "r", f"a {i}", "b", (0, 1, 2)) for i in range(40)]
+    write_published(tmp_path, posts)
+    assert all(data.real_corpus(tmp_path).labelled.values())
+    write_epitome(tmp_path / "epitome", posts[:5])
+    with pytest.raises(DataError, match="epitome: 5 pairs are too few; .*emprl.py download"):
+        data.real_corpus(tmp_path)
+    run = ["run", "--preset", "real", "--data", str(tmp_path), "--run", str(tmp_path / "run")]
+    assert emprl.main(run) == 2
+    assert "5 pairs are too few" in capsys.readouterr().err
+    assert not list(tmp_path.glob("run/**/*.pt"))
+
+
+@pytest.mark.parametrize(
+    "file, content, problem",
+    [
+        ("epitome/explorations-reddit.csv", b"caf\xe9\n", ":1: not text in UTF-8"),
+        ("epitome/explorations-reddit.csv", b"sp_id,level\na,1\n", ":1: .*no column rp_id"),
+        ("epitome/explorations-reddit.csv", b"\n", ":1: empty file"),
+        ("empatheticdialogues/valid.csv", b"\x1f\x8b\x08", ":1: a packed file"),
+        ("empatheticdialogues/valid.csv", f"{ED_HEADER}\na,1".encode(), ":2: .*cut short"),
+    ],
+)
+def test_a_published_file_is_fetched_again_whatever_is_wrong(file, content, problem, tmp_path):
+    posts = [(f"s{i}", "r", f"a {i}", "b", (0, 1, 2)) for i in range(40)]
+    write_published(tmp_path, posts)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(DataError, match=f"{file}{problem}") as error:
+        data.real_corpus(tmp_path)
+    what_to_do = str(error.value).rpartition("; ")[2]
+    assert what_to_do == f"`python emprl.py download {tmp_path}` fetches what was published"
 
 
 def conversations_of(dialogues):
@@ -1634,14 +1831,14 @@ def test_download_has_an_end(length, tmp_path, monkeypatch):
     with serving(Endless) as (_, url):
         with pytest.raises(DataError, match="SHA-256 differs.*with a browser"):
             data.download(tmp_path, [(url, "other.csv", "0" * 64, [])], str)
-    assert os.listdir(tmp_path) == [] and Endless.sent < data.LARGEST + 20_000_000
+    assert os.listdir(tmp_path) == [] and Endless.sent < data.MAX_DOWNLOAD + 20_000_000
 
 
 @real
 def test_the_limits_leave_room_for_the_published_files():
     sizes = [28_022_709]  # the archive's
     sizes += [path.stat().st_size for path in (REAL / "epitome").iterdir()]
-    assert max(sizes) < data.LARGEST / 1.5
+    assert max(sizes) < data.MAX_DOWNLOAD / 1.5
 
 
 @pytest.mark.parametrize(
@@ -1678,6 +1875,9 @@ def test_download_names_the_remedy_that_helps(error, remedy, tmp_path, monkeypat
     assert err.count("\n") == 1 and re.search(remedy, err)
     archive_path = str(tmp_path / "new" / "empatheticdialogues.tar.gz")
     assert ("browser" in err) == (archive_path in err), "it says where to put the file"
+    by_hand_first = err.index("fetch it with a browser") < err.index("the same command again")
+    lasts = re.search("certificate|403|404", str(error)) is not None
+    assert by_hand_first == lasts, "to run it again helps when the fault passes"
 
 
 def test_download_tells_a_full_disk_from_the_network(server, tmp_path, monkeypatch):

@@ -145,7 +145,8 @@ def test_the_last_screen_says_what_it_must(finished):
         r"EmpRL over MLE: .*% \(95 % interval .*% to .*%\), by the oracle", screen
     )
     level = "(none|weak|strong)"
-    levels = re.findall(rf"^(\w+) +\[ER {level}, IP {level}, EX {level}\]$", screen, re.M)
+    in_words = f"emotional reaction {level}, interpretation {level}, exploration {level}"
+    levels = re.findall(rf"^(\w+) +\[{in_words}\]$", screen, re.M)
     assert [found[0] for found in levels] == ["human", "MLE", "EmpRL"]
     assert "report.md" in screen
     assert "chat --run" in screen
@@ -200,12 +201,15 @@ def figures_of(own, judge, oracle=None, perplexity=4.0):
     if oracle:
         gains["oracle_emp_f1"] = gain(*oracle)
     system = {"emp_f1": 0.5, "judge_emp_f1": 0.5, "oracle_emp_f1": 0.5}
+    for key in list(system):
+        system |= {f"{key}_{m}": 0.5 for m in emprl.MECHANISMS}
     system |= {"perplexity": perplexity, "unique": 0.9}
+    systems = ("mle", "mle_greedy", "best_of_n", "emprl")
     return {
         "gain": gains,
-        "floors": {"majority": system},
+        "floors": {"majority": dict(system)},
         "human": {"unique": 1.0},
-        **dict.fromkeys(("mle", "best_of_n", "emprl"), system),
+        **{name: dict(system) for name in systems},
     }
 
 
@@ -215,14 +219,19 @@ UP, DOWN, UNSURE, NONE = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.1), (0.0, 0.0)
 @pytest.mark.parametrize(
     "own, judge, oracle, says",
     [
-        (UP, UP, UP, ["better than MLE's", "+20.0%", "both see a gain"]),
+        (UP, UP, UP, ["better than MLE's", "+20.0%", "no sign that the reward was gamed"]),
         (UNSURE, UNSURE, UNSURE, ["no better than MLE's", "+0.0%", "has not surely risen"]),
         (DOWN, DOWN, DOWN, ["worse than MLE's", "-20.0%", "has not surely risen"]),
         (UP, UNSURE, UNSURE, ["no better than MLE's", "may have been gamed"]),
         (UP, DOWN, DOWN, ["worse than MLE's", "may have been gamed"]),
         (NONE, NONE, NONE, ["no better than MLE's", "+0.0%", "has not surely risen"]),
         (UP, UNSURE, None, ["no better than MLE's", "by the judge", "may have been gamed"]),
-        (UP, UP, None, ["better than MLE's", "by the judge", "both see a gain"]),
+        (
+            UP,
+            UP,
+            None,
+            ["better than MLE's", "by the judge", "no sign that the reward was gamed"],
+        ),
     ],
 )
 def test_the_answer_is_three_sentences_and_honest(own, judge, oracle, says):
@@ -232,6 +241,19 @@ def test_the_answer_is_three_sentences_and_honest(own, judge, oracle, says):
     for said in says:
         assert said in text
     assert ("no better" in text) == ("no better than MLE's" in says), text
+
+
+def test_the_answer_names_what_is_as_good_without_ppo():
+    figures = figures_of(UP, UP)
+    figures["emprl"] |= {"judge_emp_f1": 0.6, "judge_emp_f1_er": 0.4, "judge_emp_f1_ex": 0.4}
+    figures["best_of_n"]["judge_emp_f1"] = 0.7
+    text = emprl.answer(figures, "judge")
+    assert "above always the commonest levels (0.500)" in text
+    assert "not above the best of several replies of MLE (0.700)" in text
+    assert ", above MLE decoded greedily (0.500)" in text
+    assert "in emotional reaction and exploration it is below the commonest level" in text
+    figures["emprl"] |= {"judge_emp_f1_er": 0.5, "judge_emp_f1_ex": 0.6}
+    assert "is below" not in emprl.answer(figures, "judge")
 
 
 @pytest.mark.parametrize("truth", ["oracle", "judge"])
@@ -245,11 +267,11 @@ def test_the_last_screen_of_any_outcome_fits(improved, worse, truth):
         screen = emprl.last_screen(metrics, test)
         assert fits(screen), screen
         assert "\x1b" not in screen
-        assert f"In {improved / N:.0%} of the contexts" in screen
+        assert f"In {improved / N:.0%} of contexts" in screen
         assert f"in {worse / N:.0%} less close" in screen
-        assert ("As here" in screen) == (improved > 0)
+        assert ("One of the" in screen) == (improved > 0)
         assert ("oracle" in screen) == (truth == "oracle")
-        assert ("IP strong" in screen) == (improved > 0), "MLE's reply, EmpRL's is better"
+        assert ("interpretation strong" in screen) == (improved > 0), "EmpRL's reply is better"
 
 
 @pytest.mark.parametrize(
@@ -587,7 +609,7 @@ def test_chat_replies_with_both_models_and_their_levels(finished, capsys, monkey
     out = capsys.readouterr().out
     assert out.splitlines()[0] == emprl.OPENING[0]
     for name in ("mle", "emprl"):
-        assert len(re.findall(rf"^{name} .*\[ER \w+, IP \w+, EX \w+\]$", out, re.M)) == 2
+        assert len(re.findall(rf"^{name} .*\[emotional reaction \w+, .*\]$", out, re.M)) == 2
 
 
 def test_help_names_every_command(capsys):

@@ -340,7 +340,7 @@ def test_ngrams_by_hand():
     torch.nn.init.normal_(m.bias)
 
     def hashes(ids, side):
-        return {*m.grams(torch.tensor([ids]), side)[0].tolist()} - {0}
+        return {*m.rows(torch.tensor([ids]), side)[0].tolist()} - {0}
 
     seven, eight = hashes([7], 1), hashes([8], 1)
     pair = hashes([7, 8], 1) - seven - eight

@@ -965,19 +965,6 @@ def test_first_gradient_is_reinforce():
     check("gradient of it", gradients[name], t5.decoder.final_norm.weight.grad)
 
 
-def test_ratio_guard(monkeypatch):
-    monkeypatch.setattr(
-        ppo, "MAX_RATIO", 0.5
-    )  # the mean ratio is 1 at first: never learnt from
-    t = trainer()
-    before = all_weights(t.policy)
-    record = run(t, [0])[0]
-    assert record["optimizer_steps"] == 0 and torch.equal(all_weights(t.policy), before)
-    assert not has_gradient(t.policy), "a refused gradient was kept"
-    monkeypatch.setattr(ppo, "MAX_RATIO", 1.5)
-    assert run(trainer(), [0])[0]["optimizer_steps"] == 6
-
-
 def test_kl_early_stop(monkeypatch):
     monkeypatch.setattr(ppo, "MAX_UPDATE_KL", -1.0)
     t = trainer()

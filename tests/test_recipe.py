@@ -701,7 +701,7 @@ def test_the_interval_is_of_95_percent():
 )
 def test_conflicting_levels_are_settled_by_majority(rows, settled, tmp_path):
     for m, name in enumerate(data.EPITOME_FILES):
-        lines = [f"s1,r1,a post,a response,{levels[m]}," for levels in rows]
+        lines = [f"s1,r1,a post,a response,{levels[m]},{name}" for levels in rows]
         header = "sp_id,rp_id,seeker_post,response_post,level,rationales"
         (tmp_path / name).write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
     dialogues, _ = data.read_epitome(tmp_path)

@@ -1,4 +1,4 @@
-"""The pictures of train.ipynb, and what it needs to show sources, tokens and alt texts.
+"""The pictures of train.ipynb, and what it needs to show sources, texts, tokens and alt texts.
 
 Nothing is computed here that belongs to the method: each function draws what it is given. Colours
 are those of emprl.py's own plots: blue for MLE, orange-red for EmpRL, pink for the identifiers'
@@ -22,7 +22,9 @@ MLE, BEST_OF_N, EMPRL, HUMAN = (
     emprl.COLOURS[who] for who in ("mle", "best_of_n", "emprl", "human")
 )
 PINK = "#CC79A7"  # the identifiers, as in emprl.draw_learnt_vs_truth
+PURPLE = "#542788"
 WIDTH = 7.8  # inches; at 100 dots an inch the width of a page on GitHub
+COLUMNS = 95  # of a line of text on that page
 
 
 def use_style():
@@ -30,6 +32,7 @@ def use_style():
     plt.rcParams["figure.figsize"] = (WIDTH, 3.0)
     plt.rcParams["figure.dpi"] = 100
     plt.rcParams["figure.constrained_layout.use"] = True
+    plt.rcParams["figure.constrained_layout.w_pad"] = 0.08  # a label keeps off its neighbour
     plt.rcParams["font.size"] = 10
 
 
@@ -58,6 +61,11 @@ def show_source(function, docstring=True):
         text = ast.parse(source).body[0].body[0]
         del lines[text.lineno - 1 : text.end_lineno]
     print("\n".join(lines))
+
+
+def show_text(line, indent=""):
+    """Print a long line, broken between words to fit the page; the indent is for what goes on."""
+    print(textwrap.fill(line, COLUMNS, subsequent_indent=indent, break_on_hyphens=False))
 
 
 def pieces(tokenizer, ids):
@@ -126,11 +134,11 @@ def draw_frontier(path, ends):
     )
     axis.plot(*zip(*ends.values()), "s-", color=EMPRL, label="KL penalty, at its end")
     for beta, place in ends.items():
-        offset = {"xytext": (6, -12), "textcoords": "offset points"}
-        axis.annotate(f"beta {beta}", place, fontsize=9, color=EMPRL, **offset)
-    axis.margins(0.08)
-    axis.set(xlabel="KL to the start (nats a reply)", ylabel='reward: how many "you"')
-    axis.legend()
+        left = {"xytext": (-7, -3), "textcoords": "offset points", "ha": "right"}
+        axis.annotate(f"beta {beta}", place, fontsize=9, color=EMPRL, **left)
+    axis.margins(x=0.13, y=0.1)
+    axis.set(xlabel="KL to the start (nats per response)", ylabel='reward: how many "you"')
+    axis.legend(loc="lower right")
     return figure
 
 
@@ -221,7 +229,7 @@ def draw_loss(log):
     figure, axis = plt.subplots()
     emprl.curve(axis, log, "loss", color="0.7", lw=0.8, label="training")
     emprl.curve(axis, log, "valid", color="black", marker="o", label="validation")
-    axis.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
+    axis.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
     axis.yaxis.set_major_locator(FixedLocator([0.2, 0.3, 0.5, 1, 2, 4, 8]))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
@@ -236,7 +244,8 @@ def draw_attention(weights, context, reply):
     axis.set_xticks(range(len(context)), hyphenated(context), rotation=90)
     axis.set_yticks(range(len(reply)), hyphenated(reply))
     axis.set(xlabel="context", ylabel="the token that is written")
-    bar = figure.colorbar(image, label="attention weight", aspect=40)
+    label = "attention weight (black line: the 0.3 of the list below)"
+    bar = figure.colorbar(image, label=label, aspect=40)
     bar.ax.axhline(0.3, color="black")
     return figure
 
@@ -300,8 +309,8 @@ def draw_clipping(eps=0.2):
         axis.axvline(1, color="0.6", lw=0.8)
         axis.set_title(f"advantage {advantage:+.0f}", fontsize=10)
         axis.set_xlabel("ratio p / p_old")
-        axis.legend(fontsize=9)
-    axes[0].set_ylabel("objective (is raised)")
+    axes[0].set_ylabel("objective (to be maximised)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 
@@ -312,7 +321,8 @@ def draw_passes(share, kl):
     axes[0].bar(passes, share, color=EMPRL)
     axes[0].set(xlabel="pass over the same rollout", ylabel="share of tokens clipped")
     axes[1].bar(passes, kl, color=EMPRL)
-    axes[1].set(xlabel="pass over the same rollout", ylabel="KL of the update (nats a token)")
+    label = "KL of the update\n(nats per token)"
+    axes[1].set(xlabel="pass over the same rollout", ylabel=label)
     for axis in axes:
         axis.set_xticks(passes)
     return figure
@@ -388,14 +398,14 @@ def draw_ratios(ratio, advantages):
     logs = ratio.log2().clamp(-1, 1)
     good = advantages > 0
     figure, axis = plt.subplots()
-    groups = (logs[good], "above", MLE, "-"), (logs[~good], "below", EMPRL, "--")
+    groups = (logs[good], "above", PURPLE, "-"), (logs[~good], "below", "black", "--")
     for group, side, colour, line in groups:
         share = torch.histc(group, bins=21, min=-1, max=1) / max(len(group), 1)
         edges = torch.linspace(-1, 1, 22).tolist()
         label = f"advantage {side} 0"
         axis.stairs(share.tolist(), edges, color=colour, ls=line, lw=1.8, label=label)
     axis.axvline(0, color="0.8", zorder=0)
-    axis.set(xlabel="log2 of the ratio after the update (beyond 1: in the last bin)")
+    axis.set(xlabel="log2 of the ratio after the update (beyond ±1: outermost bins)")
     axis.set(ylabel="share of these tokens", yscale="log")
     axis.legend()
     return figure

@@ -93,7 +93,7 @@ WRONG = {
         ("[0.025, 0.975]", "[0.05, 0.95]"),
         (
             '"low": low, "high": high',
-            '"low": 2 * as_it_is.item() - high, "high": 2 * as_it_is.item() - low',
+            '"low": 2 * observed.item() - high, "high": 2 * observed.item() - low',
         ),
         (
             "low, high = torch.cat(gains).quantile(bounds).tolist()",

@@ -105,11 +105,14 @@ def call(monkeypatch, capsys):
     """call(script, word, ...) -> exit code and output, as `python -m` of it, in this process."""
 
     def start(script, *words):
+        capsys.readouterr()
         monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            script.main()
+        try:
+            code = script.main() or 0
+        except SystemExit as ended:
+            code = ended.code
         told = capsys.readouterr()
-        return ended.value.code, told.out + told.err
+        return code, told.out + told.err
 
     return start
 

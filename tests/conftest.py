@@ -1,6 +1,7 @@
 """What all tests share: one thread, and a comparison that says what was expected and what came."""
 
 import contextlib
+import functools
 import os
 import shutil
 import sys
@@ -59,10 +60,20 @@ def shortened(x, digits):
     return int(number) if number.is_integer() and abs(number) < 1e6 else number
 
 
+@pytest.fixture(scope="session", autouse=True)
+def speed_is_measured_once():
+    """Every run says how fast the machine is; measuring it is a tenth of a small run."""
+    import emprl  # here: a student's file is put into the modules before
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emprl, "gflops", functools.cache(emprl.gflops))
+        yield
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The folder of a finished smoke run; nobody writes into it. What it printed lies beside it."""
-    import emprl  # here: a student's file is put into the modules before
+    import emprl
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     with open(folder.with_suffix(".txt"), "w", encoding="utf-8") as file:
@@ -105,11 +116,14 @@ def call(monkeypatch, capsys):
     """call(script, word, ...) -> exit code and output, as `python -m` of it, in this process."""
 
     def start(script, *words):
+        capsys.readouterr()
         monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            script.main()
+        try:
+            code = script.main() or 0
+        except SystemExit as ended:
+            code = ended.code
         told = capsys.readouterr()
-        return ended.value.code, told.out + told.err
+        return code, told.out + told.err
 
     return start
 

@@ -1,6 +1,7 @@
 """The course: right solutions pass, wrong ones are told what and why, bugs can be planted."""
 
 import ast
+import functools
 import importlib
 import inspect
 import itertools
@@ -19,7 +20,7 @@ import torch
 import emprl
 import t5_small
 from tests.coursework import grade as grader
-from tests.coursework import measure_bugs, mutants, plant, specify, student
+from tests.coursework import measure_bugs, mutants, plant, specify, student, train
 from tests.coursework.units import MINUTES_A_POINT, TEST_FILES, UNITS, all_graded, graders
 from tests.coursework.wrong import WRONG
 from tests.tools import read_json
@@ -28,10 +29,10 @@ TESTS = Path(__file__).parent
 COURSE = TESTS / "coursework"
 
 
-def run_module(*words):
-    """python -m ... from the project's folder, on one thread: (exit code, all output)."""
+def in_a_process(line):
+    """A command from the project's folder, on one thread: (exit code, all output)."""
     done = subprocess.run(
-        [sys.executable, "-m", *map(str, words)],
+        list(map(str, line)),
         cwd=plant.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -41,11 +42,17 @@ def run_module(*words):
     return done.returncode, done.stdout
 
 
-def grade(path, text, *words):
-    """The exit code and the output of grading a file with this text ("": no file)."""
-    if text:
-        path.write_text(text, encoding="utf-8")
-    return run_module("tests.coursework.grade", path, *words)
+@pytest.fixture
+def grade(call):
+    """grade(path, text, word, ...) -> the exit code and the output of grading a file with this
+    text ("": no file)."""
+
+    def start(path, text, *words):
+        if text:
+            path.write_text(text, encoding="utf-8")
+        return call(grader, path, *words)
+
+    return start
 
 
 def parameters(test):
@@ -101,13 +108,20 @@ def test_wrong_solutions_are_caught(name, as_in_the_grader):
         assert test, f"{wrong!r} instead of {right!r} is not caught"
 
 
+@functools.cache
+def mutants_of(name):
+    return mutants.mutants_of(all_graded()[name])
+
+
 @pytest.mark.parametrize("name", all_graded())
 def test_mutants_are_caught(name, as_in_the_grader, thorough):
-    """A fifth of them, all with --thorough; but for those that are known to be no mistake."""
+    """All with --thorough, else a fifth of them, and of the trainer, whose tests train, fewer.
+    But for those that are known to be no mistake."""
     graded = all_graded()[name]
-    found = mutants.mutants_of(graded)
+    found = mutants_of(name)
     assert len(found) >= 5
-    for mutant in found if thorough else found[::5]:
+    few = found[::15] if name == "PPOTrainer" else found[::5]
+    for mutant in found if thorough else few:
         test, _ = mutants.caught_by(graded, mutant.source)
         assert test or mutant.key in mutants.HARMLESS, f"not caught: {mutant.key}"
     mutants.still_right(graded)
@@ -115,7 +129,7 @@ def test_mutants_are_caught(name, as_in_the_grader, thorough):
 
 def test_there_are_many_mutants_of_every_kind():
     """And what is called harmless is still made."""
-    found = list(itertools.chain(*map(mutants.mutants_of, all_graded().values())))
+    found = list(itertools.chain(*map(mutants_of, all_graded())))
     assert len(found) >= 150
     kinds = Counter(mutant.kind for mutant in found)
     named = re.findall(r"^    (\w[\w ]*?)  +\S", mutants.__doc__, re.MULTILINE)
@@ -212,9 +226,9 @@ def test_the_example_of_attention_tells_a_wrong_scale():
 
 
 @pytest.mark.parametrize("where", ["mine.py", "no_such_folder/mine.py"])
-def test_a_students_work_is_not_written_over(where, tmp_path):
+def test_a_students_work_is_not_written_over(where, tmp_path, call):
     (tmp_path / "mine.py").write_text("work\n", encoding="utf-8")
-    code, output = run_module("tests.coursework.specify", tmp_path / where)
+    code, output = call(specify, tmp_path / where)
     assert code == 2
     assert output.count("\n") == 1
     assert (tmp_path / "mine.py").read_text(encoding="utf-8") == "work\n"
@@ -249,7 +263,7 @@ def mean_pool(x, mask):
 """
 
 
-def test_a_solution_is_graded_by_unit(tmp_path):
+def test_a_solution_is_graded_by_unit(tmp_path, grade):
     """Right, wrong, imported, of another shape, one value for two, broken, not written yet."""
     code, output = grade(tmp_path / "mine.py", SOLUTION)
     assert code == 1
@@ -285,7 +299,7 @@ def test_a_solution_is_graded_by_unit(tmp_path):
         ("import torch\ntorch.isclose = max\ndef gae(): pass\n", "mine.py:2: a change of"),
     ],
 )
-def test_a_file_that_can_not_be_graded_is_one_line(text, words, tmp_path):
+def test_a_file_that_can_not_be_graded_is_one_line(text, words, tmp_path, grade):
     results = tmp_path / "results.json"
     code, output = grade(tmp_path / "mine.py", text, "--results", results)
     assert code == 2
@@ -295,7 +309,7 @@ def test_a_file_that_can_not_be_graded_is_one_line(text, words, tmp_path):
     assert content["score"] == 0 and words in content["output"]
 
 
-def test_an_empty_specification_earns_nothing(tmp_path):
+def test_an_empty_specification_earns_nothing(tmp_path, grade):
     specify.write(tmp_path / "source.py")
     text = (tmp_path / "source.py").read_text(encoding="utf-8")
     code, output = grade(tmp_path / "mine.py", text)
@@ -320,7 +334,7 @@ def right_solutions():
     return "\n\n".join(parts)
 
 
-def test_right_solutions_get_all_points_and_are_recognised(tmp_path):
+def test_right_solutions_get_all_points_and_are_recognised(tmp_path, grade):
     """Also in the two files for programs that grade."""
     results, junit = tmp_path / "results.json", tmp_path / "report.xml"
     wanted = ["--results", results, "--junitxml", junit]
@@ -344,14 +358,15 @@ def test_pytest_hands_a_file_over_to_the_grader(tmp_path):
     (tmp_path / "mine.py").write_text(SOLUTION, encoding="utf-8")
     junit = tmp_path / "report.xml"
     words = ["--impl", tmp_path / "mine.py", "--junitxml", junit]
-    code, output = run_module("pytest", "-q", "-p", "no:cacheprovider", "tests", *words)
+    pytest_on_tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    code, output = in_a_process([*pytest_on_tests, *words])
     assert code == 1
     assert "all units together                    3 of 180 points" in output
     failures = [case.get("name") for case in ElementTree.parse(junit).iter("testcase")]
     assert failures == list(all_graded())
 
 
-def test_only_some_units(tmp_path):
+def test_only_some_units(tmp_path, grade):
     code, output = grade(tmp_path / "mine.py", SOLUTION, "--units", "4")
     assert code == 1
     assert "all units together                    3 of 36 points" in output
@@ -362,7 +377,7 @@ def test_only_some_units(tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--results", "--junitxml"])
-def test_a_path_that_can_not_be_written_is_one_line(option, tmp_path):
+def test_a_path_that_can_not_be_written_is_one_line(option, tmp_path, grade):
     text = "def kl_estimate(a, b, kind='k1'):\n    return a\n"
     path = tmp_path / "no_such_folder" / "file"
     code, output = grade(tmp_path / "mine.py", text, "--units", "4", option, path)
@@ -579,7 +594,7 @@ def adapt_kl_coef(kl_coef, kl, target, batch_size, horizon):
 """
 
 
-def test_memory_and_output_have_limits_and_messages_are_harmless(tmp_path):
+def test_memory_and_output_have_limits_and_messages_are_harmless(tmp_path, grade):
     junit = tmp_path / "report.xml"
     code, output = grade(tmp_path / "mine.py", LAVISH, "--units", "4,5", "--junitxml", junit)
     assert code == 1
@@ -609,8 +624,9 @@ def test_training_uses_the_students_functions_and_says_so(finished, tmp_path):
     """With the project's own code in the student's file the figures are the project's."""
     (tmp_path / "mine.py").write_text(that_tell(right_solutions()), encoding="utf-8")
     run = tmp_path / "run"
-    words = ["--preset", "smoke", "--run", run]
-    code, output = run_module("tests.coursework.train", tmp_path / "mine.py", *words)
+    words = [tmp_path / "mine.py", "--preset", "smoke", "--run", run]
+    line = plant.without_pictures("tests.coursework.train", words)
+    code, output = in_a_process(line)
     assert code == 0, output[-2000:]
     said = f"with the functions of mine.py: {', '.join(all_graded())}"
     assert output.splitlines()[0] == said
@@ -631,9 +647,12 @@ def test_training_uses_the_students_functions_and_says_so(finished, tmp_path):
     "text, words",
     [("import os\ndef gae(): pass\n", []), (SOLUTION, ["--no-such-option"]), ("x = 1\n", [])],
 )
-def test_training_refuses_in_one_line(text, words, tmp_path):
+def test_training_refuses_in_one_line(text, words, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(text, encoding="utf-8")
-    code, output = run_module("tests.coursework.train", tmp_path / "mine.py", *words)
+    monkeypatch.setattr(student, "put_in", lambda *_: None)  # into this process
+    code = train.main([str(tmp_path / "mine.py"), *words])
+    told = capsys.readouterr()
+    output = told.out + told.err
     assert code == 2
     assert output.count("\n") == 1, output
 
@@ -676,8 +695,8 @@ def test_the_tests_that_the_teacher_names_catch_the_bug(number, monkeypatch):
         monkeypatch.undo()
 
 
-def test_a_planted_copy_has_one_change_and_nothing_that_tells(tmp_path):
-    code, output = run_module("tests.coursework.plant", 5, tmp_path / "copy")
+def test_a_planted_copy_has_one_change_and_nothing_that_tells(tmp_path, call):
+    code, output = call(plant, 5, tmp_path / "copy")
     assert code == 0
     assert "start with: cd " in output
     changed = []
@@ -727,7 +746,7 @@ def test_planting_over_a_folder_is_refused_in_one_line(call, tmp_path):
 @pytest.mark.parametrize("bug", [5, 8])
 def test_the_teachers_curves_can_be_measured(bug, finished):
     """The printed command in a copy, from a finished run; bug 8 trains everything anew."""
-    found = measure_bugs.train_with(bug, finished, ["ppo.steps=2"])
+    found = measure_bugs.train_with(bug, finished, ["ppo.steps=2", "eval.contexts=8"])
     assert len(found["ppo"]) == 2
     for record in found["ppo"]:
         assert set(record) == set(measure_bugs.PANELS)

@@ -18,6 +18,9 @@ from tests.coursework import specify
 from tests.tools import words
 
 ROOT = Path(__file__).resolve().parent.parent
+FEW_STEPS = """
+pretrain.steps=1 mle.steps=2 identifiers.steps=2 context.steps=2 ppo.steps=1
+""".split()
 
 
 # ---- the device
@@ -140,8 +143,7 @@ def test_without_muon_only_what_asks_for_it_ends_in_one_line(
     line = refusal(words(tmp_path / "run", "mle.muon=on"))
     assert "has no Muon" in line and "mle.muon=off" in line
     assert not (tmp_path / "run").exists(), "nothing was written"
-    small = ["mle.steps=2", "pretrain.steps=1", "ppo.steps=1", "eval.contexts=4"]
-    assert emprl.main(words(tmp_path / "other", *small)) == 0
+    assert emprl.main(words(tmp_path / "other", *FEW_STEPS, "eval.contexts=4")) == 0
 
 
 # ---- the encoding of text files
@@ -208,7 +210,7 @@ def test_a_run_where_text_is_ascii(tmp_path):
 
     run = str(tmp_path / "run")
     commands = [
-        words(run, "mle.steps=2", "identifiers.steps=2", "ppo.steps=1", "eval.contexts=8"),
+        words(run, *FEW_STEPS, "eval.contexts=8"),
         ["evaluate", "--run", run, "--data", str(mine)],
         ["chat", "--run", run],
     ]

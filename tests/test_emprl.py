@@ -487,7 +487,9 @@ def test_settings_with_an_effect_stay(finished, tmp_path, monkeypatch):
 
 
 def test_config_json_says_which_t5_was_used(finished, tmp_path, no_pictures):
-    config = emprl.make_config("smoke", t5_dir=official(tmp_path / "t5", finished))
+    few = ["mle.steps=1", "identifiers.steps=1", "context.steps=1", "ppo.steps=1"]
+    t5 = official(tmp_path / "t5", finished)
+    config = emprl.make_config("smoke", t5_dir=t5, settings=[*few, "eval.contexts=4"])
     config.t5.d_model = 999  # of what --t5 replaces
     emprl.run_all(emprl.Run(tmp_path / "run", config))
     used = read_json(finished / "mle" / "config.json")
@@ -669,6 +671,7 @@ def test_a_network_for_each_mechanism_from_the_corpus_to_the_pictures(tmp_path, 
         "--set",
         *settings.split(),
         "eval.best_of=1",
+        "eval.contexts=8",
     ]
     assert emprl.main(words) == 0
     out = capsys.readouterr().out

@@ -29,6 +29,7 @@ def test_without_a_validation_the_last_weights_stay(tmp_path, no_pictures):
     """Pre-training has nothing to validate by: how often it would makes no difference."""
     for every in (2, 6):
         settings = [f"mle.eval_every={every}", "mle.steps=0", "ppo.steps=0"]
+        settings += ["identifiers.steps=1", "context.steps=1", "eval.contexts=4"]
         smoke(tmp_path / str(every), "pretrain.steps=6", *settings)
     often, once = tmp_path / "2", tmp_path / "6"
     assert weights(often, "mle") == weights(once, "mle")

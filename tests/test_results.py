@@ -130,11 +130,11 @@ def test_the_default_folder_too(tmp_path, capsys, monkeypatch, no_pictures):
     """Without --run; and the folder that is proposed is not there yet."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "smoke-seed0-2").mkdir(parents=True)
-    assert emprl.main(["--preset", "smoke"]) == 0
-    err = refused(["--preset", "smoke", "--set", "ppo.lr=1"], tmp_path, capsys)
-    assert err.endswith(
-        "python emprl.py --preset smoke --set ppo.lr=1 --run runs/smoke-seed0-3\n"
-    )
+    few = ["--preset", "smoke", "--set", "eval.contexts=4", *NO_STEPS]
+    assert emprl.main(few) == 0
+    err = refused([*few, "t5.num_heads=1"], tmp_path, capsys)
+    again = " ".join([*few, "t5.num_heads=1", "--run", "runs/smoke-seed0-3"])
+    assert err.endswith(f"python emprl.py {again}\n")
 
 
 @pytest.mark.parametrize("stage, step", [("pretrain", 2), ("judge", 3), ("ppo", 2)])
@@ -151,12 +151,18 @@ def test_a_run_that_was_stopped_goes_on_by_its_own_command_only(
     assert same_result(here, finished)
 
 
+@pytest.fixture(scope="module")
+def stopped_in_judge(tmp_path_factory):
+    """A run that was stopped there; nobody writes into it."""
+    return interrupted(tmp_path_factory.mktemp("stopped") / "run", "judge", 3)
+
+
 @pytest.mark.parametrize("setting", ["ppo.lr=1e-3", "ppo.valid_contexts=9", "eval.best_of=2"])
 def test_settings_of_stages_that_are_not_there_may_change(
-    setting, finished, tmp_path, no_pictures
+    setting, stopped_in_judge, finished, tmp_path, no_pictures
 ):
     """After Ctrl-C in the judge's training those of PPO are still free."""
-    here = interrupted(tmp_path / "run", "judge", 3)
+    here = shutil.copytree(stopped_in_judge, tmp_path / "run")
     assert emprl.main(words(here, setting)) == 0
     section, _, name = setting.partition("=")[0].partition(".")
     said = read_json(here / "config.json")[section][name]
@@ -244,7 +250,8 @@ def test_a_stage_is_saved_at_its_end_and_now_and_then(tmp_path, monkeypatch, no_
     saved.clear()
     monkeypatch.setattr(emprl.Run, "save_every", -1.0)
     monkeypatch.setattr(t5_small.Trainer, "step", skipped)
-    emprl.run_all(emprl.Run(tmp_path / "b", emprl.make_config("smoke", settings=NO_PPO)))
+    few = [*NO_PPO, "eval.contexts=4"]
+    emprl.run_all(emprl.Run(tmp_path / "b", emprl.make_config("smoke", settings=few)))
     assert saved[:3] == ["pretrain 1", "pretrain 3", "pretrain 4"]
 
 
@@ -503,13 +510,14 @@ def test_a_resumed_run_keeps_its_first_environment_and_says_that_the_code_is_ano
 ):
     here = tmp_path / "run"
     monkeypatch.setattr(sys, "argv", ["emprl.py", "first"])
-    interrupted(here, "mle", 3)
+    few = ("identifiers.steps=1", "context.steps=1", "ppo.steps=1", "eval.contexts=4")
+    interrupted(here, "mle", 3, *few)
     monkeypatch.setattr(sys, "argv", ["emprl.py", "second"])
-    assert emprl.main(words(here)) == 0
+    assert emprl.main(words(here, *few)) == 0
     assert "warning: other code" not in capsys.readouterr().out
     monkeypatch.setattr(emprl, "code_version", lambda: {"commit": "abc", "changed": None})
     monkeypatch.setattr(t5_small.Trainer, "step", lambda *_: pytest.fail("trained again"))
-    assert emprl.main(words(here)) == 0, "other code is no reason to refuse"
+    assert emprl.main(words(here, *few)) == 0, "other code is no reason to refuse"
     assert "warning: other code" in capsys.readouterr().out
     starts = read_json(here / "environment.json")
     commands = [one["command"] for one in starts]

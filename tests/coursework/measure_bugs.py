@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from tests.coursework.command import make_parser
-from tests.coursework.plant import BUGS, SETTINGS, plant
+from tests.coursework.plant import BUGS, SETTINGS, plant, without_pictures
 
 HERE = Path(__file__).resolve().parent
 PANELS = ("reward", "kl", "length", "value_loss", "explained_variance")
@@ -41,11 +41,9 @@ def train_with(bug, run, settings=SETTINGS):
         checkpoints.mkdir(parents=True)
         for stage in KEPT.get(bug, ALL_KEPT):
             shutil.copy(Path(run) / "checkpoints" / f"{stage}.pt", checkpoints)
-        command = [sys.executable, "emprl.py", "--run", "run"]
-        command += ["--preset", config["preset"], "--seed", str(config["seed"])]
-        subprocess.run(
-            [*command, "--set", *settings], cwd=copy, stdout=subprocess.DEVNULL, check=True
-        )
+        words = ["--run", "run", "--preset", config["preset"], "--seed", config["seed"]]
+        command = without_pictures("emprl", [*words, "--set", *settings])
+        subprocess.run(command, cwd=copy, stdout=subprocess.DEVNULL, check=True)
         return figures_of(copy / "run")
 
 

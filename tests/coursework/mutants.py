@@ -347,19 +347,20 @@ def mutants_of(graded):
     module = importlib.import_module(graded.module)
     source = textwrap.dedent(inspect.getsource(getattr(module, graded.name)))
     tree = ast.parse(source)
+    right = ast.unparse(tree)
     found = {}
     for function in functions_of(tree, graded):
         for kind, old, new in changes_in(graded, function):
             mutant = ast.fix_missing_locations(replaced(tree, old, new))
             text = ast.unparse(mutant)
-            lines = changed_line(ast.unparse(tree), text)
+            lines = changed_line(right, text)
             found.setdefault(text, Mutant(graded.name, kind, *lines, text))
         for name, statement in ignoring(function):
             body = [statement, *function.body]
             mutant = replaced(tree, function, changed(function, body=body))
             text = ast.unparse(ast.fix_missing_locations(mutant))
             found[text] = Mutant(graded.name, "ignored", name, ast.unparse(statement), text)
-    found.pop(ast.unparse(tree), None)
+    found.pop(right, None)
     return list(found.values())
 
 

@@ -119,6 +119,20 @@ def plant(number, copy):
         (copy / name).write_text(text, encoding="utf-8")
 
 
+WITHOUT_PICTURES = """
+import sys
+import emprl
+import {module}
+emprl.draw_plots = lambda *_: {{}}
+sys.exit({module}.main(sys.argv[1:]))
+"""
+
+
+def without_pictures(module, words):
+    """The line that starts `python -m module words`, without pictures that nobody looks at."""
+    return [sys.executable, "-c", WITHOUT_PICTURES.format(module=module), *map(str, words)]
+
+
 def training_command():
     """What a student starts in a copy."""
     return command_line(["python", "emprl.py", "--set", *SETTINGS])

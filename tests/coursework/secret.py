@@ -27,7 +27,13 @@ from emprl import command_line
 from tests.coursework.command import make_parser
 from tests.coursework.grade import grade
 from tests.coursework.kinds import KINDS, PLACES, all_changes, apply, functions
-from tests.coursework.plant import MODULES, ROOT, copy_program, training_command
+from tests.coursework.plant import (
+    MODULES,
+    ROOT,
+    copy_program,
+    training_command,
+    without_pictures,
+)
 from tests.coursework.restyle import draw, restyled
 from tests.coursework.student import Refused
 from tests.coursework.units import all_graded
@@ -92,14 +98,19 @@ def short_run(modules):
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         write_copy(copy, modules)
-        command = [sys.executable, "emprl.py", "--preset", "smoke", "--run", "run"]
-        try:
-            done = subprocess.run(command, cwd=copy, capture_output=True, timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            return {}
-        if done.returncode != 0:
+        if not ends_well("emprl", copy, ["--preset", "smoke", "--run", "run"]):
             return {}
         return figures_of(copy / "run")
+
+
+def ends_well(module, folder, words):
+    """Does a module's command come to its end without an error, and in time?"""
+    command = without_pictures(module, words)
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
 
 
 def figures_of(run):
@@ -212,13 +223,8 @@ def graded_functions(tree, right):
 def trains(file):
     """Does a short training with the functions of a file come to its end?"""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tests.coursework.train", str(file)]
-        command += ["--preset", "smoke", "--run", str(Path(folder) / "run")]
-        try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            return False
-        return done.returncode == 0
+        words = [str(file), "--preset", "smoke", "--run", str(Path(folder) / "run")]
+        return ends_well("tests.coursework.train", ROOT, words)
 
 
 def bug_in_solution(path, key):

@@ -6,6 +6,7 @@ python -m tests.coursework.mark FOLDER MARKS.csv
 
 import ast
 import builtins
+import functools
 import importlib
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from tests.coursework.wrong import WRONG
 MODULES = ("t5_small", "data", "identifiers", "ppo")
 
 
+@functools.cache
 def empty():
     """The exercise as specify.py writes it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -29,12 +31,17 @@ def empty():
 
 def projects_body(name, method=""):
     """The statements of a function of the project, or of a method."""
-    module = importlib.import_module(all_graded()[name].module)
-    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
-    node = definitions(tree.body)[name]
+    node = of_the_project(all_graded()[name].module)[name]
     if method:
         node = definitions(node.body)[method]
     return node.body
+
+
+@functools.cache
+def of_the_project(module):
+    """name -> node, of a module's functions and classes."""
+    file = Path(importlib.import_module(module).__file__)
+    return definitions(ast.parse(file.read_text(encoding="utf-8")).body)
 
 
 def definitions(body):

@@ -17,7 +17,7 @@ pytest_plugins = [
 
 # The tests' models are too small for more, which on a busy machine is far slower.
 torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start: figures depend on it
 
 
 def check(what, got, expected, tol=1e-5):

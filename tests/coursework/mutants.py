@@ -68,7 +68,7 @@ FINITE = "matters for NaN logits only, which a diverged model gives"
 MEMORY = "how much is drawn at once: test_paired_bootstrap_in_pieces, which grades nothing"
 # (function, the changed line): why it is no mistake.
 HARMLESS = {
-    ("relative_position_bucket", "first = (relative_position > 0) * num_buckets"): NUMBERS,
+    ("relative_position_bucket", "offset = (relative_position > 0) * num_buckets"): NUMBERS,
     (
         "relative_position_bucket",
         "log_distance = torch.log(distance.clamp(min=2) / max_exact)",
@@ -79,7 +79,7 @@ HARMLESS = {
     ): "distance 0 has a bucket of its own",
     (
         "relative_position_bucket",
-        "return first + torch.where(distance <= max_exact, distance, far)",
+        "return offset + torch.where(distance <= max_exact, distance, far)",
     ): "at n/2 both formulas give n/2",
     ("filter_logits", "kth = logits.topk(top_k).values[:, -1:]"): ANY_LAST,
     ("filter_logits", "ordered, order = logits.sort(descending=True)"): ANY_LAST,

@@ -1264,14 +1264,17 @@ def in_columns(cells):
 
 
 def example_lines(test):
-    """A context where EmpRL meets more levels than MLE, if there is one; of short replies."""
+    """A context where EmpRL meets more levels than MLE, if any; its replies just fit a line."""
     change = changes(test)
     closer, further = change.count(1) / len(change), change.count(-1) / len(change)
     share = f"In {closer:.0%} of contexts EmpRL is closer than MLE, in {further:.0%}"
     longest = []  # of the replies to each context
     for i in range(len(change)):
         longest.append(max(len(text) for text, _ in replies_to(test, i).values()))
-    i = min(range(len(change)), key=lambda i: (-change[i], longest[i]))
+    i = min(
+        range(len(change)),
+        key=lambda i: (-change[i], longest[i] > WIDTH, abs(longest[i] - WIDTH)),
+    )
     lines = [
         f"{share} less close." + (f" One of the {closer:.0%}:" if closer else ""),
         f"context  {shorten(' / '.join(test.pairs.dialogues[i].context))}",
@@ -1292,10 +1295,13 @@ def replies_to(test, i):
     return found
 
 
-def shorten(text, width=71):
+WIDTH = 71  # characters of a text on a line of the last screen
+
+
+def shorten(text):
     """One line of a terminal: the end is kept, since the newest turn is there."""
     text = printable(text)
-    return text if len(text) <= width else "..." + text[-width + 3 :]
+    return text if len(text) <= WIDTH else "..." + text[-WIDTH + 3 :]
 
 
 def changes(test):

@@ -549,9 +549,8 @@ def find_targets(run, mle, identifiers, pairs):
     return Targets(
         human=levels["train"],
         train=aims,
-        test=targets_from_contexts(
-            config, test_probs, share
-        ),  # never the human's: best of n must not see them
+        # never the human's: best of n must not see them
+        test=targets_from_contexts(config, test_probs, share),
         probs=test_probs,
         share=share,
     )
@@ -771,16 +770,20 @@ class Run:
 
 def signs_of_trouble(name, trainer, log):
     """What a trainer warns of. Raises DataError if the last ten steps have learnt nothing."""
-    usable = [i for i, record in enumerate(log) if record.get("skipped") != 1]  # 1: all of it
-    skipped = len(log) - 1 - usable[-1] if usable else len(log)
+    skipped = 0  # steps at the end that measured nothing
+    for record in reversed(log):
+        if record.get("skipped") != 1:  # 1: all of it
+            break
+        skipped += 1
     if skipped == min(10, trainer.config.steps):
         raise DataError(
             f"{name}, step {len(log)}: {skipped} steps in a row had no finite loss and "
             f"gradient; {remedy(name)}. What was saved before is in the run's folder"
         )
-    if skipped:  # the last step measured nothing
+    if skipped:
         return []
-    return trainer.warnings(log[-1], log[usable[0]])
+    first = next(record for record in log if record.get("skipped") != 1)
+    return trainer.warnings(log[-1], first)
 
 
 class Progress:

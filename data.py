@@ -14,13 +14,14 @@ What stands here, in this order:
 At first reading, 1 to 3 and the beginning of 7 are enough. Most of 5 and 6 is there to tell
 what is wrong with a file. Add to 8 what you like; its rules stand at its head.
 
-Three models learn from these data:
+These learn from the data:
 
     policy        writes responses: a T5 that learns to answer as people do, and then, by
                   reinforcement learning, to earn a higher reward
     identifiers   classifiers that tell how empathetic a response is (its levels, below); the
                   closer the levels are to those of the human response, the higher the reward
     judge         a second classifier, only for evaluation: it never gives reward
+    context classifier   how likely each level is, given only the context of the policy's pairs
 
     part of a Corpus                          what it is for
     dialogues["pretrain"]                     the policy's pre-training; if missing, "train"
@@ -48,7 +49,7 @@ import stat
 import tarfile
 import unicodedata
 from array import array
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from typing import NamedTuple
@@ -92,14 +93,14 @@ class Dialogue:
 
 @dataclass
 class Corpus:
-    """What `embedded_corpus`, `real_corpus` and `own_corpus` return."""
+    """What `generated_corpus`, `real_corpus` and `own_corpus` return."""
 
     # part -> dialogues; the table at the head of this file tells what each part is for
     dialogues: dict[str, list[Dialogue]]
     labelled: dict[str, list[Dialogue]]  # their levels are known
     # What was read, what was skipped, and why.
     notes: list[str]
-    # The generated world only: id -> P(level | context), (3, 3).
+    # The generated world only: id -> P(level | context), probs[mechanism][level].
     level_probs: dict[str, tuple] = field(default_factory=dict)
 
 
@@ -209,7 +210,7 @@ def slices(rows, size):
 
 
 class IdRows:
-    """Lists of ids in one array: 4 bytes per id, where a list of Python ints takes up to 36."""
+    """Lists of ids in one array: 4 bytes per id; a list of Python ints takes up to 36."""
 
     def __init__(self, rows):
         self.ids = array("i")
@@ -239,8 +240,8 @@ class Pairs:
             tokenizer.encode_response(d.response, max_target) for d in dialogues
         )
         # Unknown levels become 0. Nothing reads them: levels are asked for only of labelled
-        # parts, where all are known.
-        self.levels = torch.tensor([d.levels or (0, 0, 0) for d in dialogues])  # (N, M)
+        # parts, where all are known. (N pairs, M mechanisms)
+        self.levels = torch.tensor([d.levels or (0, 0, 0) for d in dialogues])
 
     def __len__(self):
         return len(self.contexts)
@@ -254,7 +255,7 @@ class Pairs:
 
         A list of long pairs is shorter, which bounds the memory: the number of pairs times the
         ids of the longest one is at most `max_ids`, unless it is a single pair. Contexts and
-        responses are padded separately, which may take twice as many.
+        responses are padded separately, to at most 2 max_ids ids together.
         """
         lengths = self.lengths()
         order = sorted(range(len(self)), key=lambda row: lengths[row])
@@ -391,7 +392,7 @@ def real_corpus(folder, seed=0):
     try:
         return _published_corpus(folder, seed)
     except DataError as error:
-        problem = str(error).rsplit("; ", 1)[0]  # without its advice: to mend a file by hand
+        problem = str(error).rsplit("; ", 1)[0]  # without its advice, which is for own files
         raise DataError(
             f"{problem}; `python emprl.py download {folder}` fetches what was published"
         ) from None
@@ -470,7 +471,7 @@ _ED_ROW = re.compile(
     (?P<utterance> [^,]*),
     [0-9|_]*,                  # self-evaluation
     [^,]*                      # tags
-    ( , | ,[^,]*\|[^,]* )?     # a ninth field: candidates, joined by "|"
+    ( , | ,[^,]*\|[^,]* )?     # a ninth field: other replies, joined by "|"
     """,
     re.VERBOSE,
 )
@@ -514,8 +515,8 @@ def read_empathetic_dialogues(path):
                 "fetch it again"
             )
 
-        # A bad row adds nothing to its history. So the numbers of the rows after it do not fit
-        # either: a bad row ends its conversation.
+        # A bad row adds nothing to its history. So, unless it only repeated another, the
+        # numbers of the rows after it do not fit either: it ends its conversation.
         row = _ED_ROW.fullmatch(line)
         utterance = row and clean(row["utterance"].replace("_comma_", ","))
         if not utterance:
@@ -573,7 +574,7 @@ def read_epitome(folder):
         texts.setdefault(pair_id, (_post(first["seeker_post"]), _post(first["response_post"])))
         for mechanism, path, (line, row) in zip(MECHANISMS, paths, rows):
             where = f"{path}:{line}"
-            if "" in _pair_id(row).split("/"):
+            if not row["sp_id"].strip() or not row["rp_id"].strip():
                 raise DataError(f"{where}: sp_id or rp_id is empty; fetch the file again")
             if _pair_id(row) != pair_id:
                 raise DataError(
@@ -603,7 +604,10 @@ def read_epitome(folder):
 
 
 def _epitome_rows(paths):
-    """[(line, row)] of each file: equal in number, not in content."""
+    """The rows of each file as [(line, row)].
+
+    Raises DataError if two files differ in their number of rows, or are the same file.
+    """
     files = [list(_csv_rows(path, EPITOME_COLUMNS)) for path in paths]
     for (path, rows), (other, other_rows) in itertools.combinations(zip(paths, files), 2):
         if len(rows) != len(other_rows):
@@ -632,8 +636,9 @@ FIELDS = (*REQUIRED, "emotion", *MECHANISMS, "id")
 def own_corpus(path, seed=0):
     """A corpus of one file of yours, which has to serve policy, identifiers and judge.
 
-    Identifiers and judge never share a conversation. The policy trains on both of their parts.
-    The test conversations are new to all three. Every dialogue needs levels.
+    Identifiers and judge never share a conversation. The policy trains on what both learn from
+    and on the judge's validation part. The test conversations are new to all three. Every
+    dialogue needs levels.
     """
     dialogues = read_dialogues(path)
     for dialogue in dialogues:
@@ -675,29 +680,34 @@ def read_dialogues(path):
     .csv    columns context,response[,emotion,er,ip,ex,id]
 
     " </s> " separates the utterances of a context that is one text. Records with the same id
-    are one conversation; without an id, a record joins all that have its first utterance. This
-    id is used for nothing else: that of a Dialogue is made of line numbers. Raises DataError.
+    are one conversation, and so are records with the same texts. A record without an id joins
+    all that have its first utterance. The id of a Dialogue is not this one: it is made of line
+    numbers. Raises DataError.
     """
     if str(path).lower().endswith(".csv"):
         records = _csv_rows(path, REQUIRED, FIELDS)
     else:
         records = _json_rows(path)
     dialogues = {}  # line -> its Dialogue
-    keys = {}  # line -> its texts, and its id or first utterance
+    keys = {}  # line -> what it shares with other records of its conversation
+    begins_without_id = set()  # the first utterances of records without an id
     for line, record in records:
         where = f"{path}:{line}"
         dialogues[line] = _dialogue(record, where)
         texts = _texts_key(dialogues[line])
-        keys[line] = [texts, _id_key(record, where) or texts[:1]]
+        id_key = _id_key(record, where)
+        keys[line] = [texts, id_key] if id_key else [texts]
+        if not id_key:
+            begins_without_id.add(texts[:1])
     if not dialogues:
         raise DataError(f"{path}:2: no dialogues; write at least one")
 
-    # If a record without an id begins like this one, both have the first utterance as a key.
-    all_keys = set().union(*keys.values())
+    # A record with an id joins the records without one that begin like it. Otherwise its first
+    # utterance is no key: two ids that begin alike stay two conversations.
     for own_keys in keys.values():
-        texts = own_keys[0]
-        if texts[:1] in all_keys:
-            own_keys.append(texts[:1])
+        first_utterance = own_keys[0][:1]
+        if first_utterance in begins_without_id:
+            own_keys.append(first_utterance)
 
     begins = _beginnings(keys)
     return [replace(d, id=f"{begins[line]}/{line}") for line, d in dialogues.items()]
@@ -748,7 +758,8 @@ def _clean_field(value, name, where):
 def _level(value, where):
     """0, 1 or 2, also as text, with blanks, or as a spreadsheet writes it: 1.0."""
     written = None
-    if not isinstance(value, list):  # a list or a record: str() may recurse too deep
+    # A nested record is a list here, too (see _json_rows). str() of it may recurse too deep.
+    if not isinstance(value, list):
         written = re.fullmatch(r"([012])(\.0*)?", str(value).strip())
     if not written:
         raise DataError(f"{where}: level {_shown(value)!r}; levels are 0, 1 or 2")
@@ -763,13 +774,13 @@ def _shown(value):
 
 
 def _id_key(record, where):
-    """What records with the same id share; "" without an id."""
-    name = record.get("id", "")
-    if type(name) not in (str, int, float) or name != name:  # NaN differs from itself
+    """The record's id in a normal form, in which equal ids are equal; "" if it has none."""
+    value = record.get("id", "")
+    if type(value) not in (str, int, float) or value != value:  # NaN differs from itself
         raise DataError(
-            f"{where}: not a record: id is {_shown(name)}; write a text or a number"
+            f"{where}: not a record: id is {_shown(value)}; write a text or a number"
         )
-    return clean(_normal(str(name))).removesuffix(".0")  # a spreadsheet's 1.0 is 1
+    return clean(_normal(str(value))).removesuffix(".0")  # a spreadsheet's 1.0 is 1
 
 
 def _beginnings(keys):
@@ -825,6 +836,7 @@ def _json_rows(path):
         try:
             pairs = json.loads(line, object_pairs_hook=list)  # a dict hides a repeated name
         except (ValueError, RecursionError) as error:
+            # no msg: nested too deep, or a number too long (then without Python's advice)
             problem = getattr(error, "msg", str(error).partition(";")[0])
             raise DataError(
                 f"{where}: not a record in JSON: {problem}; write one {{..}} a line, whole"
@@ -860,11 +872,11 @@ def _csv_rows(path, required, allowed=None):
         _check_names(header, where, "column", required, allowed or header)
         begin = reader.line_num + 1
         for row in reader:
-            if row and len(row) != len(header):
-                raise csv.Error(
-                    f"not {len(header)} fields, as in the first line, but {len(row)}"
-                )
             if row:
+                if len(row) != len(header):
+                    raise csv.Error(
+                        f"not {len(header)} fields, as in the first line, but {len(row)}"
+                    )
                 yield begin, dict(zip(header, row))
             begin = reader.line_num + 1
     except csv.Error as error:
@@ -894,7 +906,7 @@ def _check_names(names, where, kind, required, allowed):
 
 
 MAX_FILE = 500_000_000  # bytes; thirty times the largest file of EmpatheticDialogues
-NOT_THE_FILE = {  # how, in lower case, a file begins that was saved in place of another
+NOT_THE_FILE = {  # first bytes, in lower case -> what the file is instead; what to do
     b"version https://git-lfs": "a Git LFS pointer, not the file; `git lfs pull` fetches it",
     b"<!doctype html": "a web page, not the file itself; fetch the raw file",
     b"<html": "a web page, not the file itself; fetch the raw file",
@@ -964,8 +976,9 @@ def _read_file(path):
     raise DataError(f"{path}: a pipe or a device; give the path of an ordinary file")
 
 
-# What no one sees and no model should learn: control characters, marks of the direction of
-# writing, zero-width spaces, U+FFFD, lone surrogates.
+# What is invisible or broken, and no model should learn: control characters (but those that
+# are white space: split() in `clean` takes them), marks of the direction of writing,
+# zero-width spaces, U+FFFD, lone surrogates.
 _INVISIBLE = (
     "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
     "\u2060-\u206f\ufeff\ufff9-\ufffb\ufffd\ud800-\udfff]"
@@ -1099,8 +1112,8 @@ def _fetch_rest(url, partial, progress):
             while have <= MAX_DOWNLOAD and (block := answer.read(1 << 20)):
                 file.write(block)
                 have += len(block)
-                percent = 100 * have // max(size, 1)
-                progress(f"{os.path.basename(partial)} {percent:3d} % of {size:,} bytes")
+                of_all = f" of {size:,}" if size else ""
+                progress(f"{os.path.basename(partial)}: {have:,}{of_all} bytes")
     if have < size <= MAX_DOWNLOAD:  # if larger, its SHA-256 will differ
         raise ConnectionError(f"cut off at {have} of {size} bytes")
 
@@ -1132,10 +1145,10 @@ def _unpack(archive, folder, names):
 
 # One dialogue of it, from the beginning:
 #
-# scene     a situation, "I saw my old school in CITY > school in CITY", and its filling with
-#           CITY = Cairo: the opener, which begins the context, and the topic, which is what a
-#           listener calls it ("the school in Cairo");
-#           the emotion "nostalgic", of valence pos and family inward; mild; 2 turns
+# situation I saw my old school in CITY > school in CITY: an opener, which begins the context;
+#           the topic, which is what a listener calls it; a slot, to be filled
+# scene     the situation with CITY = Cairo; the emotion "nostalgic", of valence pos and family
+#           inward; mild; 2 turns
 # context   I saw my old school in Cairo. I feel somewhat nostalgic inside.
 #           Is that so?
 #           I have told my friends at work. It is just a small thing.
@@ -1154,8 +1167,17 @@ class Emotion(NamedTuple):
     situations: list[list[tuple[str, str]]]  # each a list of (opener, topic)
 
 
-# What a context is about. turns: how often the speaker speaks, 1, 2 or 3.
-Scene = namedtuple("Scene", "emotion situation opener topic severe turns")
+class Scene(NamedTuple):
+    """What a context is about."""
+
+    emotion: Emotion
+    situation: list[
+        tuple[str, str]
+    ]  # every (opener, topic) of it, of which this scene has one
+    opener: str
+    topic: str
+    severe: bool  # the feeling is strong, also if it is joy; otherwise it is mild
+    turns: int  # how often the speaker speaks, 1 to 3
 
 
 def modal_levels(valence, family, severe, turns):
@@ -1172,8 +1194,8 @@ def modal_levels(valence, family, severe, turns):
     return er, ip, ex
 
 
-def embedded_corpus(seed=0, num_train=12000, num_valid=300, num_test=600, num_labelled=8000):
-    """Dialogues of the generated world ("embedded" in this file: no download is needed).
+def generated_corpus(seed=0, num_train=12000, num_valid=300, num_test=600, num_labelled=8000):
+    """Dialogues of the generated world.
 
     No context occurs twice; the same seed gives the same corpus. Given the context, each
     mechanism independently has its modal level with probability 0.76 and the other two with
@@ -1181,11 +1203,13 @@ def embedded_corpus(seed=0, num_train=12000, num_valid=300, num_test=600, num_la
     identifier has to compare response and context.
     """
     note = (
-        f"embedded corpus, seed {seed}: {num_train} / {num_valid} / {num_test} dialogues, "
+        f"generated world, seed {seed}: {num_train} / {num_valid} / {num_test} dialogues, "
         f"{num_labelled} labelled for the identifiers, as many for the judge"
     )
     corpus = Corpus({}, {}, [note])
-    sizes = [  # the training parts last: their sizes, through `seen`, change no other part
+    # A context in `seen` is not drawn again. The training parts come last, so that their sizes
+    # change no test and no validation part.
+    sizes = [
         ("test", num_test),
         ("valid", num_valid),
         ("labelled/test", 600),
@@ -1235,7 +1259,8 @@ def draw_dialogue(rng, dialogue_id, seen, p_mismatch):
         emotion, topic = draw_other_topic(rng, scene)
     response = draw_response(rng, emotion, topic, levels)
     if is_mismatched:
-        # Off topic, level 2 counts as 1; of the other valence, as 0. By chance it may fit.
+        # The drawn levels no longer hold, so the oracle reads those of the response: off topic
+        # a phrase of level 2 counts as 1, a phrase of the other valence as 0.
         levels = oracle_levels(context, response)
 
     # A dialogue's emotion is what its speaker feels, whatever the response is about.
@@ -1268,7 +1293,7 @@ def draw_other_topic(rng, scene):
 
 
 def draw_context(rng, scene):
-    """1, 3 or 5 utterances: the speaker's turns, with short replies without content in between.
+    """1, 3 or 5 utterances: the speaker's turns, and short replies without content between.
 
     The first turn begins with the opener, one of them names the feeling, the last one tells
     how severe it is.
@@ -1334,13 +1359,13 @@ def oracle_levels(context, response):
     """
     opener = ""
     if context:
-        opener = _plain(re.split("[.?!]", context[0])[0])
+        opener = _plain(re.split("[.?!]", context[0])[0])  # its first sentence
     text = _NEGATED.sub("", _plain(response))
     text = f" {text} "
 
     # The topic becomes "@", so that one pattern finds a phrase about it in every context:
     # "i am truly sorry about the @ ."
-    unknown = "", ("neg", "pos")
+    unknown = "", ("neg", "pos")  # no topic, so no level 2; phrases of both valences count
     topic, valences = world().openers.get(opener, unknown)
     if topic:
         text = text.replace(f" {topic} ", " @ ")
@@ -1364,7 +1389,7 @@ def _phrases(valences):
     anything, or one of level 1.
     """
     its_topic = "(?:(?:the|your|this|that|a) )?@"
-    any_topic = r"[\w@]+(?: [\w@]+){0,9}?"  # up to ten words
+    any_topic = r"[\w@]+(?: [\w@]+){0,9}?"  # up to ten words: an article, and a topic of nine
     phrases = []
     for name in MECHANISMS:
         on_topic = _pattern(f"{name} 2", valences, its_topic)
@@ -1400,7 +1425,7 @@ class World:
         self.sentences = read_sections(WORLD_SENTENCES)  # "er 1 neg" -> sentences
         self.emotions = []
         self.feelings = defaultdict(list)  # valence -> words for what is felt
-        self.openers = {}  # plain opener -> its plain topic, and (its valence,)
+        self.openers = {}  # plain opener -> its plain topic, and a tuple of its one valence
         slots = read_sections(WORLD_SLOTS)
         for heading, lines in read_sections(WORLD_SITUATIONS).items():
             kind, names = heading.split(": ")
@@ -1445,7 +1470,7 @@ def _fillings(situation, slots):
 #     opener > topic
 # Similar emotions share their situations. Names in capitals are slots, which are filled with
 # the values below. The topic is what a listener calls the opener's content (after "the"): a
-# response can name it only by copying from the context.
+# response can name it only by copying the slot's word from the context.
 #
 # Add situations, values and sentences as you like; the corpus and all figures change with
 # them. What the oracle needs:

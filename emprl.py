@@ -26,9 +26,9 @@ if __name__ == "__main__":  # the imports below take a second, which Ctrl-C may 
 
     signal.signal(signal.SIGINT, stop)
 
-# Let idle threads of torch sleep after 500 spins. By default they spin for milliseconds; beside
-# one busy program that makes a run five times slower. libgomp (Linux) reads this when torch is
-# loaded; on macOS and Windows OpenMP reads KMP_BLOCKTIME.
+# Let idle threads of torch sleep after 500 spins. By default they spin for milliseconds;
+# beside one busy program that makes a run five times slower. libgomp (Linux) reads this when
+# torch is loaded; on macOS and Windows OpenMP reads KMP_BLOCKTIME, which is not set here.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
@@ -112,12 +112,12 @@ from t5_small import (
 
 @dataclass
 class DataConfig:
-    num_train: int = option(12000, "embedded world: dialogues", 1, 10**7)
-    num_valid: int = option(300, "embedded world: dialogues to validate on", 1, 10**7)
-    num_test: int = option(600, "embedded world: dialogues to test on", 1, 10**7)
+    num_train: int = option(12000, "generated world: dialogues", 1, 10**7)
+    num_valid: int = option(300, "generated world: dialogues to validate on", 1, 10**7)
+    num_test: int = option(600, "generated world: dialogues to test on", 1, 10**7)
     num_labelled: int = option(
         8000,
-        "embedded world: labelled pairs for the identifiers, as many for the judge",
+        "generated world: labelled pairs for the identifiers, as many for the judge",
         1,
         10**7,
     )
@@ -169,7 +169,9 @@ class Config:
 
     preset: str = "toy"
     seed: int = 0
-    data_path: str = ""  # "": the embedded world; a folder: the real corpora; a file: your own
+    data_path: str = (
+        ""  # "": the generated world; a folder: the real corpora; a file: your own
+    )
     t5_dir: str = ""  # the folder of an official T5; "": a new one
     data: DataConfig = field(default_factory=DataConfig)
     t5: T5Config = field(default_factory=T5Config)
@@ -185,7 +187,7 @@ class Config:
 
 
 def toy():
-    """The embedded world, 0.7 M parameters: minutes on a laptop."""
+    """The generated world, 0.7 M parameters: minutes on a laptop."""
     return Config(
         preset="toy",
         # 2 decoder layers: copying the topic of a context into the reply takes two steps
@@ -227,7 +229,7 @@ def smoke():
 
 
 def real():
-    """EmpatheticDialogues and EPITOME, from scratch: 2 M parameters, 20 minutes on a laptop."""
+    """EmpatheticDialogues and EPITOME, from scratch: 2 M parameters, 20 minutes on a CPU."""
     return Config(
         preset="real",
         data=DataConfig(
@@ -249,7 +251,8 @@ def real():
         # chosen by reading: at temperature 1 few replies of so small a model are sentences
         exploring=Sampling(temperature=0.7, top_k=40, min_length=8, max_length=40),
         replying=Sampling(temperature=0.7, top_k=40, min_length=8, max_length=40),
-        # one step is noisy: small steps, averaged; the human responses keep the language
+        # One step is noisy: small steps (lr), and a running mean of the weights (average). The
+        # likelihood of the human responses in the loss (ptx_coef) keeps the language.
         ppo=PPOConfig(
             steps=60, batch_size=256, lr=2e-3, kl_coef=0.1, ptx_coef=0.5, average=0.99
         ),
@@ -318,7 +321,7 @@ def run_all(run, ppo_trainer=PPOTrainer):
     config = run.config
 
     # 0. Dialogues to learn replies from, labelled pairs to learn levels from, one tokenizer, a
-    #    new T5. Responses are cut where they are learnt from, and whole where they are measured.
+    #    new T5. Responses are cut where they are learnt from, whole where they are measured.
     corpus = load_corpus(config)
     run.tokenizer = make_tokenizer(config, corpus)
     t5 = initial_t5(run)
@@ -330,15 +333,16 @@ def run_all(run, ppo_trainer=PPOTrainer):
     )
 
     # 1. The initial policy: the T5 learns to reply as people did (maximum likelihood, MLE).
+    #    Both stages train t5 in place; from then on it is called mle.
     #    `made_of`: settings that shape the result, besides the trainer's own. A checkpoint
     #    that was made with other settings is refused.
     trainer = pretrainer(t5, pairs["pretrain"], run.tokenizer, config)
     run.train("pretrain", trainer, made_of=[config.data, config.t5, config.pretrain])
     mle = run.train("mle", mle_trainer(t5, pairs["train"], pairs["valid"], config))
 
-    # 2. Classifiers of empathy levels. The identifiers (one for each mechanism, in one model)
-    #    give the reward. The judge, trained on other data, never does: a gain that the judge
-    #    sees as well is less likely to be an artefact of the reward.
+    # 2. Classifiers of empathy levels, all three mechanisms in one. The identifiers give the
+    #    reward. The judge, trained on other data, never does: a gain that the judge sees as
+    #    well is less likely to be an artefact of the reward.
     classifiers = {
         "identifiers": train_classifier(
             run, "identifiers", mle, labelled["train"], labelled["valid"]
@@ -378,12 +382,13 @@ def run_all(run, ppo_trainer=PPOTrainer):
 def load_corpus(config):
     """The corpus that config.data_path says: a generated world, the real corpora, or your own.
 
-    Two parts are added to its dialogues: "pretrain", which pre-training reads, and "probe", a
-    few of "valid" for the validation inside PPO. "test" is cut to eval.contexts.
+    Two parts are added to its dialogues: "pretrain", which pre-training reads, if the corpus
+    has none of its own; and "probe", a few of "valid" for the validation inside PPO. "test" is
+    cut to eval.contexts.
     """
     sizes = config.data
     if not config.data_path:
-        corpus = data.embedded_corpus(
+        corpus = data.generated_corpus(
             config.seed, sizes.num_train, sizes.num_valid, sizes.num_test, sizes.num_labelled
         )
     elif os.path.isdir(config.data_path):
@@ -451,6 +456,7 @@ def pretrainer(t5, pairs, tokenizer, config):
         return t5.loss_sum(*pairs.batch(rows))
 
     loss_sum = corrupted_loss if config.pretrain.task == "spans" else turn_loss
+    # rows_at(i): the rows of step i's batch, of about the same length
     rows_at = batches(pairs.lengths(), settings.batch_size, config.seed)
     return Trainer(t5, loss_sum, rows_at, None, settings)
 
@@ -487,12 +493,11 @@ def total_loss(t5, pairs, size=64, max_ids=2**15):
 def train_classifier(run, name, mle, train, valid):
     """A classifier of levels, trained on labelled pairs and frozen.
 
-    It is kept on the CPU: three encoders of a large T5 are too much for a small GPU.
+    It is returned on the CPU: three encoders of a large T5 are too much for a small GPU.
     """
     config = classifier_settings(run.config, name)
-    start = mle  # the T5 whose encoder a network copies
-    if config.start == "t5":
-        start = initial_t5(run)
+    # the T5 whose encoder a network copies
+    start = initial_t5(run) if config.start == "t5" else mle
     run.seed(name)
     classifier = make_classifier(start, config)
     del start  # frees its memory before training
@@ -506,7 +511,7 @@ def train_classifier(run, name, mle, train, valid):
 
 
 def classifier_settings(config, name):
-    """The identifiers', and the judge has the same; the context classifier's differ a little."""
+    """The identifiers', which the judge shares; the context classifier's differ a little."""
     if name != "context":
         return config.identifiers
     own = asdict(config.context)
@@ -516,7 +521,10 @@ def classifier_settings(config, name):
 
 @dataclass
 class Targets:
-    """The levels that replies should have: levels (N, M), or probabilities of them (N, M, L)."""
+    """The levels that replies should have: levels (N, M), or probabilities of them (N, M, L).
+
+    N contexts, M = 3 mechanisms, L = 3 levels.
+    """
 
     human: torch.Tensor  # (N, M) levels of the human responses of the training pairs
     train: torch.Tensor  # (N, M) or (N, M, L): what PPO aims for, in the training contexts
@@ -557,7 +565,7 @@ def find_targets(run, mle, identifiers, pairs):
 
 
 def without_response(pairs, levels):
-    """The same contexts with empty responses, so that a classifier can use the context only."""
+    """The same contexts with empty responses: a classifier can use the context only."""
     return pairs.with_responses([[EOS_ID]] * len(pairs), levels)
 
 
@@ -567,7 +575,8 @@ class PromptBatches:
     def __init__(self, pairs, targets, batch_size, seed):
         self.pairs = pairs
         self.targets = targets
-        self.rows_at = batches([0] * len(pairs), batch_size, seed)  # long and short ones mixed
+        # Batches are of like length; as if all had the same, so that long and short ones mix.
+        self.rows_at = batches([0] * len(pairs), batch_size, seed)
 
     def __call__(self, i):
         rows = self.rows_at(i)
@@ -579,8 +588,9 @@ class PromptBatches:
 
 
 class Run:
-    """A folder with config.json, environment.json, metrics.jsonl and checkpoints/, and the loop
-    that all training shares. What is there is checked against what it should be made of."""
+    """A folder with config.json, environment.json, metrics.jsonl and checkpoints/, and the
+    loop that all training shares. What is there is checked against what it should be made of.
+    """
 
     save_every = 30.0  # seconds between checkpoints
 
@@ -676,7 +686,9 @@ class Run:
                 self.seed(name, i)
                 log.append({"stage": name, "step": i, **trainer.step(i)})
                 self.progress.show(name, trainer, log, signs_of_trouble(name, trainer, log))
-                is_sound = not log[-1].get("skipped")  # nothing is saved while it diverges
+                is_sound = not log[-1].get(
+                    "skipped"
+                )  # now and then, but not while it diverges
                 due = is_sound and time.time() - saved > self.save_every
                 if due or pressed.is_set():
                     save(trainer=trainer.state_dict())
@@ -703,7 +715,7 @@ class Run:
         return f"take another folder: {other}"
 
     def delete_results(self):
-        """A stage is trained: the figures that are there are of other weights."""
+        """Before a stage is trained: the figures and replies there are of other weights."""
         evaluations = f"evaluate-*-{'[0-9a-f]' * 12}.json*"
         results = "metrics.json report.md samples.md responses.jsonl plots/*.png".split()
         for pattern in (*results, evaluations):
@@ -769,18 +781,21 @@ class Run:
 
 
 def signs_of_trouble(name, trainer, log):
-    """What a trainer warns of. Raises DataError if the last ten steps have learnt nothing."""
-    skipped = 0  # steps at the end that measured nothing
+    """What a trainer warns of. Raises DataError if the last ten steps have learnt nothing.
+
+    record["skipped"]: the share of a step whose gradient was not finite and was dropped.
+    """
+    lost = 0  # steps at the end that were dropped as a whole
     for record in reversed(log):
-        if record.get("skipped") != 1:  # 1: all of it
+        if record.get("skipped") != 1:
             break
-        skipped += 1
-    if skipped == min(10, trainer.config.steps):
+        lost += 1
+    if lost == min(10, trainer.config.steps):
         raise DataError(
-            f"{name}, step {len(log)}: {skipped} steps in a row had no finite loss and "
+            f"{name}, step {len(log)}: {lost} steps in a row had no finite loss and "
             f"gradient; {remedy(name)}. What was saved before is in the run's folder"
         )
-    if skipped:
+    if lost:
         return []
     first = next(record for record in log if record.get("skipped") != 1)
     return trainer.warnings(log[-1], first)
@@ -827,8 +842,8 @@ def minutes(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-# (toy, real): seconds on two cores of 160 GFLOP/s together, per step; of n-grams, which have one
-# step, and of `evaluate` in all. A run rescales them by how fast it turns out to be.
+# (toy, real): seconds that a step takes on two cores of 160 GFLOP/s together. N-grams have one
+# step, and `evaluate` counts as one. Progress rescales them by the speed so far.
 SECONDS = {
     "pretrain": (0.04, 0.55),
     "mle": (0.04, 0.5),
@@ -979,7 +994,7 @@ def gflops(threads, size=1024):
 
 
 def to_json(content, indent=None):
-    """JSON that every program reads: it knows no infinity, so "inf", "-inf", "nan" are texts."""
+    """JSON that every program reads: it has no infinity, so "inf", "-inf", "nan" are texts."""
     plain = json.loads(json.dumps(content), parse_constant=lambda word: str(float(word)))
     return json.dumps(plain, indent=indent, allow_nan=False)
 
@@ -1014,7 +1029,7 @@ class Replies:
 class Evaluator:
     """Measures replies to the contexts of `pairs`, whose human responses are whole.
 
-    classifiers: {"identifiers", "judge"}; in the embedded world the oracle is asked, too.
+    classifiers: {"identifiers", "judge"}; in the generated world the oracle is asked, too.
     mle: the policy before PPO, from which the KL is measured.
     """
 
@@ -1023,6 +1038,7 @@ class Evaluator:
         self.pairs = pairs
         self.classifiers = classifiers
         self.mle = mle
+        # The command evaluate takes levels away: the oracle does not know other dialogues.
         has_oracle = not run.config.data_path and pairs.dialogues[0].levels is not None
         self.truth = "oracle" if has_oracle else "judge"  # whose levels are shown
         self.human = self.levels(pairs.responses)  # classifier -> (N, M)
@@ -1057,7 +1073,7 @@ class Evaluator:
         return {**self.compare(levels), **text_figures(texts, self.replies["human"].texts)}
 
     def policy(self, system, t5, sampling):
-        """The figures of a policy that samples, its KL in nats per response, its perplexities."""
+        """The figures of a policy's replies, its KL in nats per response, its perplexities."""
         self.run.seed(f"evaluate {system}")
         size = self.run.config.eval.batch_size
         responses, kl = respond_and_compare(t5, self.mle, self.pairs, sampling, size)
@@ -1068,7 +1084,7 @@ class Evaluator:
     def perplexities(self, t5):
         """Of the human responses, per token and per word, their ends included.
 
-        Responses that are longer are cut to max_scored, for both figures.
+        Responses of more than max_scored tokens are cut to it, for both figures.
         """
         config = self.run.config
         loss, tokens = total_loss(t5, self.pairs, config.eval.batch_size, max_ids=2**13)
@@ -1114,17 +1130,16 @@ class Evaluator:
         return metrics
 
     def best_of_n(self, reward, targets):
-        """The rival of RL that trains nothing: the best of n samples of MLE by expected reward."""
-        config = self.run.config.eval
+        """The rival that trains nothing: the best of n samples of MLE by expected reward."""
+        config, sampling = self.run.config.eval, self.run.config.replying
+        n = config.best_of
         self.run.seed("evaluate mle")  # so that the first of them are MLE's own replies
         tries = []
-        for k in range(config.best_of):
-            say(f"evaluate    replies of mle, {k + 1} of best of {config.best_of}")
-            sampling = self.run.config.replying
+        for k in range(n):
+            say(f"evaluate    replies of mle, {k + 1} of best of {n}")
             responses = respond(self.mle, self.pairs, sampling, config.batch_size)
             tries.append(self.pairs.with_responses(responses))
         figures = self.measure("best_of_n", reward.best_of(tries, targets).responses)
-        n = config.best_of
         figures["kl"] = math.log(n) - (n - 1) / n  # at most this (Beirami et al. 2024)
         return {**figures, **self.perplexities(self.mle)}
 
@@ -1134,6 +1149,7 @@ class Evaluator:
         majority: always the commonest levels of train. random_copy: responses of train.
         """
         count = len(self.pairs)
+        # the same levels, whoever judges (self.human names them all)
         majority = levels.mode(0).values.expand(count, -1)
         generator = torch.Generator().manual_seed(0)
         rows = torch.randint(len(train), (count,), generator=generator).tolist()
@@ -1148,7 +1164,8 @@ class Evaluator:
 
         In the generated world P(level | context) is known (level_probs: id -> P); everywhere
         the context classifier estimates it. "context_balanced" divides P by the square root of
-        the level's share, so that rare levels are chosen more often. No strict bounds of F1.
+        the level's share, so that rare levels are chosen more often. These are estimates, not
+        strict bounds of F1.
         """
         ceilings = {}
         if level_probs:
@@ -1267,13 +1284,15 @@ def in_columns(cells):
 
 
 def example_lines(test):
-    """A context where EmpRL meets more levels than MLE, if any; its replies just fit a line."""
+    """A context where EmpRL meets more levels than MLE, if any.
+
+    Of these the one whose longest reply best fills a line.
+    """
     change = changes(test)
     closer, further = change.count(1) / len(change), change.count(-1) / len(change)
     share = f"In {closer:.0%} of contexts EmpRL is closer than MLE, in {further:.0%}"
-    longest = []  # of the replies to each context
-    for i in range(len(change)):
-        longest.append(max(len(text) for text, _ in replies_to(test, i).values()))
+    texts = zip(*[test.replies[system].texts for system in ("human", *SYSTEMS)])
+    longest = [max(map(len, replies)) for replies in texts]
     i = min(
         range(len(change)),
         key=lambda i: (-change[i], longest[i] > WIDTH, abs(longest[i] - WIDTH)),
@@ -1460,7 +1479,7 @@ def level_table(metrics, test):
 
 
 def mechanism_table(metrics, test):
-    floor, ceiling = bounds(metrics).items()
+    floor, ceiling = bounds(metrics).items()  # (name, figures) each
     systems = [(name, metrics[system]) for system, name in SYSTEMS.items()]
     rows = {f"{PREFIX[test.truth]}emp_f1_{m}": name for m, name in MECHANISM_NAMES.items()}
     return table(f"F1, by the {test.truth}", dict([floor, *systems, ceiling]), rows)
@@ -1495,10 +1514,11 @@ def classifier_table(metrics):
 
 
 def samples_page(test, count=12):
-    """Contexts where EmpRL did better, as well and worse than MLE, in their true proportion."""
+    """Contexts where EmpRL did better, as well or worse than MLE, in their true proportion."""
     change = changes(test)
     order = sorted(range(len(change)), key=lambda i: -change[i])
     count = min(count, len(order))
+    # the middle of each of `count` equal slices
     evenly = [order[(2 * k + 1) * len(order) // (2 * count)] for k in range(count)]
     lines = [
         "# Samples",
@@ -1576,8 +1596,8 @@ def draw_emp_f1(figure, metrics, test):
     for k, (system, name) in enumerate(SYSTEMS.items()):
         heights = np.array([metrics[system][key] for key in keys])
         ends = interval(test.replies[system].levels[test.truth], test.human[test.truth])
-        bar = {"color": COLOURS[system], "label": name, "yerr": abs(ends - heights)}
-        axis.bar(places + 0.26 * k, heights, 0.24, **bar)
+        style = {"color": COLOURS[system], "label": name}
+        axis.bar(places + 0.26 * k, heights, 0.24, yerr=abs(ends - heights), **style)
     for (name, figures), style in zip(bounds(metrics).items(), (":", "--")):
         heights = [figures[key] for key in keys]
         axis.hlines(heights, places - 0.15, places + 0.67, "black", style, label=name)
@@ -1668,8 +1688,10 @@ def draw_learnt_vs_truth(figure, metrics, test):
 def draw_losses(figure, metrics, test):
     """MLE and the classifiers. Above the training loss, below what chooses the weights."""
     logs = test.run.logs
-    stages = ("mle", "identifiers", "judge")
-    stages = [stage for stage in stages if len(logs.get(stage, [])) > 1]  # n-grams: one step
+    names = ("mle", "identifiers", "judge")
+    stages = [stage for stage in logs if stage.startswith(names)]
+    # n-grams have one step; of a network for each mechanism those of the judge find no room
+    stages = [stage for stage in stages if len(logs[stage]) > 1][:4]
     if not stages:
         return
     figure.set_size_inches(7.8, 4.2)
@@ -1779,11 +1801,9 @@ def make_config(preset="toy", seed=0, data_path="", t5_dir="", settings=()):
             )
     if config.ppo.minibatch_size > config.ppo.batch_size:
         raise DataError("ppo.minibatch_size is above ppo.batch_size; change it by --set")
-    if config.data_path and not os.path.isdir(config.data_path):
-        if not os.path.isfile(config.data_path):  # nor a pipe or a device
-            raise DataError(
-                f"--data {data_path}: no ordinary file or folder; give another path"
-            )
+    is_there = os.path.isdir(config.data_path) or os.path.isfile(config.data_path)
+    if config.data_path and not is_there:  # a pipe or a device is neither
+        raise DataError(f"--data {data_path}: no ordinary file or folder; give another path")
     if preset in ("real", "paper") and not os.path.isdir(config.data_path):
         raise DataError(
             f"--preset {preset} needs --data DIR, the folder that "
@@ -1808,21 +1828,21 @@ def refuse_without_effect(config, settings):
     if config.mle.epochs:
         unused["mle.epochs sets them"] = ("mle.steps",)
     if config.identifiers.kind == "ngrams":
-        names = "steps batch_size micro_batch lr warmup eval_every shared".split()
-        of_networks = [f"identifiers.{name}" for name in names]
+        of_networks = "steps batch_size micro_batch lr warmup eval_every shared".split()
+        of_networks = tuple(f"identifiers.{name}" for name in of_networks)
         unused["n-grams have none"] = (*of_networks, "context.steps", "context.lr")
     else:
         of_ngrams = ("identifiers.penalty", "identifiers.size", "context.penalty")
         unused["only n-grams have it"] = of_ngrams
-    names = [setting.partition("=")[0] for setting in settings]
-    unused["it is set twice"] = tuple(f"{x}=" for x in names if names.count(x) > 1)
+    given = [setting.partition("=")[0] for setting in settings]
+    unused["it is set twice"] = tuple(f"{x}=" for x in given if given.count(x) > 1)
     for setting in settings:
-        for why, names in unused.items():
-            if setting.startswith(names):
+        for why, beginnings in unused.items():
+            if setting.startswith(beginnings):
                 raise DataError(f"--set {setting}: has no effect here ({why}); leave it out")
 
 
-def print_options():
+def print_options(arguments):
     """Every option with default, range and meaning, and the presets where it differs."""
     presets = {name: settings_of(make()) for name, make in PRESETS.items()}
     section = ""
@@ -2088,7 +2108,7 @@ def start_run(arguments):
         arguments.preset, arguments.seed, arguments.data, arguments.t5, arguments.set
     )
     refuse_without_effect(config, arguments.set)
-    if config.t5_dir:  # before anything is trained or written
+    if config.t5_dir:  # raises if one is missing, before anything is trained or written
         official_file(config.t5_dir, "config.json")
         official_file(config.t5_dir, "spiece.model")
         weights_file(config.t5_dir)
@@ -2128,28 +2148,31 @@ def make_parser():
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, do, help):
-        """A new command. Returns its add_argument."""
         added = commands.add_parser(name, help=help)
         added.set_defaults(do=do)
-        return added.add_argument
+        return added
 
     run = command("run", start_run, "train and evaluate (what is done by default)")
-    run("--preset", default="toy", choices=PRESETS)
-    run("--data", type=a_path, help="folder of the real corpora, or your own file")
-    run("--t5", type=a_path, help="folder of an official T5 checkpoint")
-    run("--run", type=a_path, help="where results go: runs/PRESET-seedN")
-    run("--seed", type=int, default=0)
+    add = run.add_argument
+    add("--preset", default="toy", choices=PRESETS)
+    add("--data", type=a_path, help="folder of the real corpora, or your own file")
+    add("--t5", type=a_path, help="folder of an official T5 checkpoint")
+    add("--run", type=a_path, help="where results go: runs/PRESET-seedN")
+    add("--seed", type=int, default=0)
     settings = {"nargs": "+", "action": "extend", "default": [], "metavar": "NAME=VALUE"}
-    run("--set", **settings, help="see options")
+    add("--set", **settings, help="see options")
     measure = command("evaluate", evaluate, "measure a finished run on other dialogues")
-    measure("--data", type=a_path, required=True, help="your dialogues, .jsonl or .csv")
+    measure.add_argument(
+        "--data", type=a_path, required=True, help="dialogues, .jsonl or .csv"
+    )
     talk = command("chat", chat, "talk to a finished run")
-    for argument in (measure, talk):
-        argument("--run", type=a_path, required=True, help="folder of a finished run")
-    for argument in (run, measure, talk):
-        argument("--device", default="", choices=("cpu", "cuda"))
-    command("download", download, "fetch the two public corpora")("folder", type=a_path)
-    command("options", lambda arguments: print_options(), "print every setting of --set")
+    for added in (measure, talk):
+        added.add_argument("--run", type=a_path, required=True, help="a finished run's folder")
+    for added in (run, measure, talk):
+        added.add_argument("--device", default="", choices=("cpu", "cuda"))
+    fetch = command("download", download, "fetch the two public corpora")
+    fetch.add_argument("folder", type=a_path)
+    command("options", print_options, "print every setting of --set")
     return parser
 
 
@@ -2174,7 +2197,7 @@ def main(words=None):
         if message:
             print(f"emprl.py: {printable(message)}", file=sys.stderr)
             return 2
-        # Unforeseen, perhaps a bug in a changed copy: whoever fixes it needs the whole traceback.
+        # Unforeseen, perhaps a bug in a changed copy: whoever fixes it needs the traceback.
         traceback.print_exc()
         print(
             "emprl.py: a fault in the program, see above; what was finished is saved, "
@@ -2187,7 +2210,7 @@ def main(words=None):
 
 
 def on_ctrl_c(handler):
-    """From now on Ctrl-C calls the handler. Returns the one before; only in the main thread."""
+    """From now on Ctrl-C calls the handler (main thread only). Returns the one before."""
     if handler is not None and threading.current_thread() is threading.main_thread():
         return signal.signal(signal.SIGINT, handler)
     return None

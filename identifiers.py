@@ -17,10 +17,12 @@ Emp-F1 compares the levels of replies with those of the human responses: the wei
 the levels of each mechanism, averaged over the three.
 
 The classifier that gives the reward is called the *identifiers*, as in the paper. The *judge*
-is another, for evaluation only. The *context classifier* gets empty responses (only </s>): it
-predicts P(level | context). All learn from `Pairs` (data.py), which have
+is another, for evaluation only. The *context classifier* is of the same class, but trained
+with empty responses (only </s>): it predicts P(level | context). All learn from `Pairs`
+(data.py):
 
-    batch(rows)                padded ids of some pairs: contexts (B, S), responses (B, T)
+    batch(rows)                padded ids of the pairs with these indices, such as [7, 2]:
+                               contexts (B, S), responses (B, T)
     chunks(size)               all rows, by length, in lists of at most `size`
     levels                     (N, M), those of the responses
     with_responses(responses, levels)   the same contexts with these
@@ -31,7 +33,6 @@ Sources: EmpRL (arXiv 2408.02976), and EPITOME for the bi-encoder (Sharma et al.
 2009.08441).
 """
 
-import copy
 import math
 import re
 from collections import Counter
@@ -57,11 +58,11 @@ from t5_small import (
 
 @dataclass
 class ClassifierConfig(TrainConfig):
-    """TrainConfig's settings with other values, and what kind of classifier is trained."""
+    """TrainConfig with other defaults, and what kind of classifier is trained."""
 
     steps: int = option(150, "optimizer steps of the network")
     batch_size: int = option(64, "labelled pairs a step", 1, 10**6)
-    lr: float = option(2e-2, "learning rate (see mle.lr)", high=10)
+    lr: float = option(2e-2, "learning rate, relative to each tensor's RMS", high=10)
     eval_every: int = option(50, "steps between validations; the best weights are kept", low=1)
     kind: str = option("network", "the type of classifier", choices=("network", "ngrams"))
     shared: bool = option(True, "one network with an output for each mechanism; off: three")
@@ -70,9 +71,8 @@ class ClassifierConfig(TrainConfig):
     )
     penalty: float = option(2e-4, "n-grams: weight of the squared norm", high=1)
     size: int = option(65536, "n-grams: rows of the weight table", 1, 10**8)
-    start: str = (
-        "mle"  # the T5 whose encoder a network starts from: after MLE, or "t5", before
-    )
+    # The T5 whose encoder a network starts from: after MLE, or "t5", before (see emprl.py).
+    start: str = "mle"
     keep: str = "macro_f1"  # the validation score that selects weights: "macro_f1" or "loss"
 
 
@@ -100,7 +100,8 @@ class BiEncoder(nn.Module):
         self.context_encoder = T5Encoder(config)
         self.response_encoder = T5Encoder(config)
         self.attention = Attention(replace(config, num_heads=1, d_kv=width))
-        # T5's formula for q, (d_model d_kv)^(-1/2), in which d_kv = d_model here.
+        # T5 does not divide scores by sqrt(d_kv): q starts smaller, with std (d_model
+        # d_kv)^(-1/2). In this attention d_kv = d_model.
         nn.init.normal_(self.attention.q.weight, std=1 / width)
         self.dropout = Dropout(config.dropout_rate)
         self.head = nn.Sequential(
@@ -123,18 +124,11 @@ class BiEncoder(nn.Module):
 class NetworkClassifier(nn.Module):
     """One bi-encoder with an output for each mechanism (shared), or a bi-encoder for each."""
 
-    def __init__(self, t5, config):
-        """Every encoder starts as a copy of t5's, a trained T5."""
+    def __init__(self, bi_encoders, columns):
+        """columns: the numbers of the mechanisms that it predicts."""
         super().__init__()
-        self.columns = list(range(len(MECHANISMS)))  # the mechanisms that it predicts
-        if config.shared:
-            encoders = [BiEncoder(t5.config, len(MECHANISMS))]
-        else:
-            encoders = [BiEncoder(t5.config, 1) for _ in MECHANISMS]
-        for encoder in encoders:  # strict=False: t5's decoder has no place here
-            encoder.context_encoder.load_state_dict(t5.state_dict(), strict=False)
-            encoder.response_encoder.load_state_dict(t5.state_dict(), strict=False)
-        self.encoders = nn.ModuleList(encoders)
+        self.encoders = nn.ModuleList(bi_encoders)
+        self.columns = columns
 
     def forward(self, context, response):
         """(B, S) and (B, T) ids, right-padded with 0 -> (B, M, L) log-probabilities."""
@@ -149,23 +143,19 @@ class NetworkClassifier(nn.Module):
         """
         if len(self.encoders) == 1:
             return {name: self}
-        return {f"{name}-{m}": self.part(i) for i, m in enumerate(MECHANISMS)}
-
-    def part(self, i):
-        """The classifier of one mechanism, number i, with the same weights: (B, 1, L)."""
-        # A shallow copy: the same weights, but its own dict of modules, with only this one.
-        part = copy.copy(self)
-        part._modules = {"encoders": nn.ModuleList([self.encoders[i]])}
-        part.columns = [i]
-        return part
+        parts = {}
+        for i, mechanism in enumerate(MECHANISMS):
+            parts[f"{name}-{mechanism}"] = NetworkClassifier([self.encoders[i]], [i])
+        return parts
 
     def trainer(self, train, valid, rows_at, config):
-        """What trains it on labelled pairs. rows_at: step -> rows of train."""
+        """A Trainer of it on labelled pairs. rows_at: step -> rows of train."""
+        # The same pairs, with the levels of its own mechanisms only.
         train = train.with_responses(train.responses, train.levels[:, self.columns])
         valid = valid.with_responses(valid.responses, valid.levels[:, self.columns])
         weights = class_weights(train.levels, config.class_weight).to(train.device)
 
-        def loss_sum(rows):
+        def loss_sum(rows):  # -> (sum of losses, number of pairs)
             log_probs = self(*train.batch(rows))
             levels = train.levels[rows].to(log_probs.device)
             return classification_loss(log_probs, levels, weights), len(rows)
@@ -177,10 +167,21 @@ class NetworkClassifier(nn.Module):
 
 
 def make_classifier(t5, config):
-    """The classifier that config.kind names; n-grams stand last in this file."""
+    """The classifier that config.kind names; n-grams stand last in this file.
+
+    Every encoder of a network starts as a copy of t5's, a trained T5.
+    """
     if config.kind == "ngrams":
         return NGramClassifier(config)
-    return NetworkClassifier(t5, config)
+    columns = list(range(len(MECHANISMS)))
+    if config.shared:
+        bi_encoders = [BiEncoder(t5.config, len(MECHANISMS))]
+    else:
+        bi_encoders = [BiEncoder(t5.config, 1) for _ in MECHANISMS]
+    for bi_encoder in bi_encoders:  # strict=False: t5's decoder has no place here
+        bi_encoder.context_encoder.load_state_dict(t5.state_dict(), strict=False)
+        bi_encoder.response_encoder.load_state_dict(t5.state_dict(), strict=False)
+    return NetworkClassifier(bi_encoders, columns)
 
 
 # ---- its training ---------------------------------------------------------------------------
@@ -228,7 +229,8 @@ def predict(classifier, pairs, size=128):
         rows += chunk
         found.append(classifier(*pairs.batch(chunk)).cpu())
     classifier.to(home)
-    return torch.cat(found)[torch.tensor(rows).argsort()]  # in the order of pairs
+    # Result j is that of pair rows[j]; argsort gives the inverse order, that of the pairs.
+    return torch.cat(found)[torch.tensor(rows).argsort()]
 
 
 def predict_levels(classifier, pairs):
@@ -252,7 +254,7 @@ class RewardConfig:
     target: str = option(
         "expected",
         "the levels to aim for: their probabilities given the context, only the likeliest, or "
-        "those of the one human response (the original)",
+        "those of the one human response (the paper's)",
         choices=("expected", "likeliest", "human"),
     )
     balance: float = option(0.0, "above 0: rare levels count for more", high=2)
@@ -261,13 +263,17 @@ class RewardConfig:
 def empathy_reward(log_probs, target, difference="cross_entropy", mechanisms=MECHANISMS):
     """How close a response's levels are to those aimed for, in (0, 1].
 
+    p_m(l): the identifiers' probability that the generated response has level l (mechanism m).
+    d_m(l): how far the response is from level l.
+    P_m(l): the probability that the human response has level l, given the context.
+
     One mechanism, level l of the human response known:  r = exp(-d(l)); p(l) if d = -log p
     Several mechanisms, the paper's:                     r = exp(-sum_m d_m) = prod_m exp(-d_m)
     Level uncertain, l with probability P(l):            r = prod_m sum_l P_m(l) exp(-d_m(l))
 
     The last is the expectation of the line above over the human's levels, if these are
-    independent given the context (assumed). It is less noisy than one human's levels. By
-    cross-entropy the best response still has each mechanism's likeliest level.
+    independent given the context (assumed). It is less noisy than one human's levels. With
+    d = -log p the response that earns most has the likeliest level of each mechanism.
 
     log_probs:  (B, M, L), log p of the levels of the generated response, by the identifiers.
     target:     (B, M), the levels of the human response; or (B, M, L), their probabilities P.
@@ -309,8 +315,8 @@ def balanced(probs, share, exponent):
 def targets_from_contexts(config, probs, share):
     """The levels to aim for, predicted from the context alone: (N, M, L) from probs (N, M, L).
 
-    If config.target is "human", PPO aims for the human response's levels, and only best of n
-    aims for these: it must not see the human response.
+    With target "human" PPO aims for the levels of the human response instead. Best of n must
+    not see that response: it aims for the probabilities returned here, as with "expected".
     """
     probs = balanced(probs, share, config.balance)
     if config.target == "likeliest":
@@ -444,8 +450,9 @@ def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, see
     """The relative gain in Emp-F1 of one system over another, with a 95 % percentile interval.
 
     Every table of levels is (N, M), on the same N contexts. A resample draws N contexts with
-    replacement, the same for both systems. There are two golds for runs whose classifiers, and
-    so the humans' levels, differ; within a run they are the same table.
+    replacement, the same for both systems. Gold: the levels that a classifier gives to the
+    human responses. Systems of two runs, with different classifiers, have different golds;
+    those of one run have the same.
     Returns {"relative", "low", "high"} of (new - old) / max(old, 1e-9), in Emp-F1.
     Source: Efron & Tibshirani 1993, chapter 13.
     """
@@ -510,7 +517,7 @@ def distinct(responses, n):
 def bleu(responses, references):
     """Corpus BLEU-4 (Papineni et al. 2002) with one reference each; lists of words. 0 to 100.
 
-    Smoothed as sacrebleu's "exp": the k-th order without a match counts 1 / 2^k of a match.
+    Smoothed as sacrebleu's "exp": the k-th n without a match counts as 1 / 2^k of a match.
     """
     log_precision, halvings = 0.0, 0
     for n in range(1, 5):
@@ -570,7 +577,7 @@ class NGramClassifier(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def rows(self, ids, side):
-        """(B, T) ids -> (B, 2 T - 1) table rows of the grams; 0 for padding and repetitions.
+        """(B, T) ids -> (B, 2 T - 1) rows of the table for its grams; 0: padding, repetition.
 
         side: 0 context, 1 response.
         """
@@ -579,9 +586,10 @@ class NGramClassifier(nn.Module):
         bigrams = bigrams.masked_fill(ids[:, 1:] == PAD_ID, 0)
         grams = torch.cat([ids, bigrams], 1)
 
-        # The row of each. Both sides share the table; `side` shifts the rows by one. Without the
-        # factor, token i of the response would share its row with token i + 1 of the context.
-        # The product may wrap around in int64, but torch's % is never negative.
+        # The row of each, by hashing: a large factor (Knuth's) scatters the numbers over the
+        # table. Both sides share it; `side` shifts the rows by one. With factor 1, token i of
+        # the response would share its row with token i + 1 of the context. The product may
+        # wrap around in int64, but torch's % is never negative.
         rows = 1 + (grams * 2_654_435_761 + side) % self.size
         rows = torch.where(grams == 0, 0, rows)
 
@@ -627,7 +635,7 @@ class NGramTrainer:
     def step(self, i):
         """Minimise the weighted cross-entropy + penalty |w|^2 on all of train, by L-BFGS.
 
-        LBFGS's own tolerances end it, at the latest after 500 iterations.
+        LBFGS's own tolerances end it, or 500 of its iterations.
         """
         model, train = self.model, self.train
         optimizer = torch.optim.LBFGS(
@@ -649,7 +657,7 @@ class NGramTrainer:
             return loss
 
         optimizer.step(objective)
-        return {"loss": objective().item()}  # step() itself returns the first loss
+        return {"loss": objective().item()}  # optimizer.step returns the loss at its start
 
     def finish(self):
         """There are no best weights to go back to. The model is frozen."""

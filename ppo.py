@@ -34,26 +34,32 @@ import torch.nn as nn
 from t5_small import EOS_ID, HIDDEN, PAD_ID, Optimizer, autocast, generate, option
 
 GAMMA = 1.0  # no discount: responses are short, and the reward comes last
-MAX_UPDATE_KL = (
-    0.5  # nats per token; an update that goes further ends there (an emergency brake)
-)
+# In nats per token: an update that goes further ends there (an emergency brake).
+MAX_UPDATE_KL = 0.5
 
 
 @dataclass
 class PPOConfig:
-    """[In brackets: the value in the code of EmpRL's authors, and why ours differs.]"""
+    """In [brackets]: the value in the code of EmpRL's authors, and what we have against it.
+
+    option(default, help, low, high): low and high are the legal range.
+    """
 
     steps: int = option(64, "iterations of rollout and update")
-    batch_size: int = option(384, "responses per iteration [32: fewer are noisier]", 1, 10**6)
+    batch_size: int = option(
+        384, "responses per iteration [32: gradients are noisier]", 1, 10**6
+    )
     minibatch_size: int = option(
         64, "responses per optimizer step [8, accumulated 4 times]", 1
     )
     micro_batch: int = option(0, "responses per forward pass, to save memory; 0: all")
     ppo_epochs: int = option(
-        1, "passes over a rollout [4; here a new rollout is cheap]", 1, 1000
+        1, "passes over a rollout [4: a new rollout is cheap here]", 1, 1000
     )
 
-    lr: float = option(6e-3, "step size, relative to each tensor's RMS [1e-5, absolute]")
+    lr: float = option(
+        6e-3, "learning rate, times the RMS of each tensor's weights [1e-5, absolute]"
+    )
     rms_scaled: bool = True  # see t5_small.Optimizer.set_lr; off for a pretrained T5
     warmup: int = option(5, "iterations in which the learning rate rises [0]")
     average: float = option(
@@ -63,7 +69,9 @@ class PPOConfig:
         0.9999,
     )
 
-    lam: float = option(1.0, "GAE's lambda [0.95: discounts the last reward]", 0, 1)
+    lam: float = option(
+        1.0, "GAE's lambda [0.95: early tokens rely on V, which is poor]", 0, 1
+    )
     clip_range: float = option(
         0.2, "eps: the ratio gains nothing by moving further than this from 1"
     )
@@ -71,17 +79,17 @@ class PPOConfig:
         0.2, "eps of the value loss: how far a value may usefully move"
     )
     value_coef: float = option(0.1, "weight of the value loss")
-    ptx_coef: float = option(0.0, "weight of the human responses' MLE loss [none]")
+    ptx_coef: float = option(0.0, "weight of the human responses' MLE loss (PPO-ptx) [none]")
 
     whiten_advantages: bool = option(True, "advantages to mean 0 and variance 1")
-    whiten_rewards: bool = option(False, "token rewards to variance 1 [on: rescales the KL]")
-    scale_rewards: bool = option(True, "divide rewards by their running standard deviation")
-    centre_rewards: bool = option(
-        False, "subtract their running mean [on: V learns it anyway]"
+    whiten_rewards: bool = option(
+        False, "token rewards to variance 1 [on: rescales the KL too]"
     )
+    scale_rewards: bool = option(True, "divide rewards by their running standard deviation")
+    centre_rewards: bool = option(False, "subtract their running mean [on: V learns the mean]")
 
     kl_coef: float = option(0.3, "beta: strength of the KL penalty [0.2]")
-    adaptive_kl: bool = option(False, "beta follows the KL [on, but too slow to matter]")
+    adaptive_kl: bool = option(False, "beta follows the KL [on: too slow to matter]")
     kl_target: float = option(6.0, "nats per response; a larger KL raises beta", 1e-3)
     kl_horizon: float = option(
         1e3, "beta moves by at most 20 % in this many responses [1e4]", 1
@@ -94,7 +102,7 @@ class PPOConfig:
 
 
 def response_mask(ids, eos_id=EOS_ID):
-    """Which tokens belong to a response: up to the first </s>, or all if there is none.
+    """Which tokens belong to a response: up to and with the first </s>; all if there is none.
 
     ids: (B, T). Returns (B, T) bool.
     """
@@ -115,11 +123,13 @@ def token_log_probs(logits, ids, support=None, temperature=1.0):
     A rollout keeps its support. Policy, old policy and reference are all asked for the
     probability of a token among the same tokens, those it was sampled from: so the ratio is 1
     before the first step (up to rounding), and the KL compares policy and reference, both
-    renormalised over the tokens that the policy could sample. It does not see the others.
+    renormalised over the tokens that the policy could sample. What they give to other tokens
+    counts nowhere.
     """
     logits = logits.float() / temperature
     if support is not None:
-        logits = logits.masked_fill(~support, HIDDEN)  # -1e9: 0 * -inf would be nan below
+        # Not -inf: 0 * -inf would be NaN in the entropy.
+        logits = logits.masked_fill(~support, HIDDEN)
     log_probs = logits.log_softmax(-1)
     with torch.no_grad():
         entropy = -(logits.softmax(-1) * log_probs).sum(-1)
@@ -127,9 +137,9 @@ def token_log_probs(logits, ids, support=None, temperature=1.0):
 
 
 def kl_estimate(log_probs, ref_log_probs, kind="k1"):
-    """KL(policy || reference), estimated token by token from the policy's own samples.
+    """KL(p || p_ref) of policy and reference, estimated token by token from samples of p.
 
-    With d = log p - log p_ref:
+    The loss asks it for KL(p_old || p), too. With d = log p - log p_ref:
         k1 = d               unbiased, may be negative: the penalty, and `kl` in the log
         k3 = e^-d - 1 + d    unbiased, never negative, less noisy: `kl_k3` and `update_kl`
     Source: Schulman 2020, joschu.net/blog/kl-approx.html.
@@ -146,10 +156,10 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask, shift_mean=True):
-    """(x - mean) / sqrt(variance + 1e-8), both over the n masked entries of the whole batch.
+    """(x - mean) / sqrt(variance + 1e-8), over the n entries of the batch that mask keeps.
 
     The variance has n - 1 in its denominator (1 if n = 1). shift_mean=False adds the mean
-    back afterwards (as in trl).
+    back afterwards (as the library trl does).
     x, mask: (B, T). Returns (B, T), 0 where mask is false.
     """
     mean = masked_mean(x, mask)
@@ -404,15 +414,12 @@ class PPOTrainer:
     prompts:   iteration -> Prompts.
     sampling:  the Sampling of the rollouts.
     validate:  T5 -> dict of numbers for the log.
-    An iteration depends on its number, state_dict() and torch's generator only.
+    An iteration depends on its number, state_dict() and torch's generator only. The methods
+    that emprl.py calls are those of t5_small.Trainer.
     """
 
-    shown = (
-        "reward",
-        "kl",
-        "length",
-        "entropy",
-    )  # what the line of progress shows of a record
+    # What the line of progress shows of a record.
+    shown = ("reward", "kl", "length", "entropy")
 
     def __init__(self, reference, reward, prompts, sampling, config, validate):
         self.reference = reference
@@ -421,8 +428,9 @@ class PPOTrainer:
         self.sampling = sampling
         self.config = config
         self.validate = validate
-        self.policy = Policy(copy.deepcopy(reference)).requires_grad_()  # if it was frozen
+        self.policy = Policy(copy.deepcopy(reference)).requires_grad_()
         self.policy.eval()  # learns, but without dropout
+        # These weights start at 0 or near it, so their steps are not scaled by their RMS.
         self.optimizer = Optimizer(self.policy, unscaled=("relative_bias", "value_head"))
         self.moments = RunningMoments()
         self.kl_coef = config.kl_coef
@@ -503,7 +511,7 @@ class PPOTrainer:
         record = {
             "reward": batch.rewards.mean().item(),
             "kl_coef": self.kl_coef,
-            "kl": k1.sum(1).mean().item(),
+            "kl": k1.sum(1).mean().item(),  # padding adds 0
             "kl_k3": k3.sum(1).mean().item(),
         }
         record["length"] = mask.sum(1).float().mean().item()
@@ -526,6 +534,8 @@ class PPOTrainer:
                 stopped_early = 1.0
                 break
 
+            # Our Optimizer clips the gradient, takes the step unless the norm is infinite or
+            # NaN, and clears the gradient.
             norm = self.optimizer.step()
             log["grad_norm"].append(norm)
             log["skipped"].append(float(not math.isfinite(norm)))
@@ -543,7 +553,8 @@ class PPOTrainer:
         """Add the gradient of the loss on some rows to .grad; optimizer.step clears it.
 
         It is done a micro-batch at a time. With n_k of the minibatch's n tokens in part k,
-        mean = sum_k (n_k / n) mean_k. The human loss is a sum, divided by all human tokens.
+        mean = sum_k (n_k / n) mean_k. The human loss is a sum over a part, divided by the
+        human tokens of the minibatch.
         Returns what was measured on the way.
         """
         config = self.config
@@ -585,6 +596,8 @@ class PPOTrainer:
             self.sampling.temperature,
         )
         values = unpack(self.policy.values(states), mask)
+
+        # What the part holds is the old: its log_probs and values are of the rollout.
         policy_part, clip_share = policy_loss(
             log_probs, part.log_probs, part.advantages, mask, config.clip_range
         )
@@ -592,10 +605,9 @@ class PPOTrainer:
             values, part.values, part.returns, mask, config.value_clip_range
         )
 
-        # How far the update has gone by now.
+        # How far the update has gone by now. KL(p_old || p), since p_old drew the samples.
         new = log_probs.detach()
         ratio = torch.exp(new - part.log_probs)
-        # KL(p_old || p): p_old drew the samples.
         update_kl = kl_estimate(part.log_probs, new, "k3")
         measured = {
             "policy_loss": policy_part,
@@ -609,7 +621,7 @@ class PPOTrainer:
         return policy_part + config.value_coef * value_part, measured, ratio_error
 
     def finish(self):
-        """What Run.train calls at the end; self.model has the result already."""
+        """Nothing to do: self.model has the result already."""
 
     def warnings(self, record, first):
         return signs_of_collapse(record, first, self.sampling.max_length)
@@ -693,7 +705,7 @@ def sample(t5, pairs, sampling, size):
 @torch.no_grad()
 def respond(t5, pairs, sampling, size=128):
     """A response to every context of pairs: lists of ids without padding, </s> included."""
-    found = {}  # row -> response; the rows come in another order
+    found = {}  # row -> response; chunks() orders the rows by length
     for rows, responses, _ in sample(t5, pairs, sampling, size):
         found.update(zip(rows, responses))
     return [found[row] for row in range(len(pairs))]
@@ -703,7 +715,7 @@ def respond(t5, pairs, sampling, size=128):
 def respond_and_compare(t5, reference, pairs, sampling, size=128):
     """Responses as `respond` gives them, and KL(t5 || reference) in nats a response, by k1.
 
-    Both models are asked by teacher forcing, so that it is exactly 0 for the reference itself.
+    The log-probs of both are by teacher forcing: so the reference's own KL is exactly 0.
     """
     found, total = {}, 0.0
     for rows, responses, arguments in sample(t5, pairs, sampling, size):

@@ -1,6 +1,6 @@
 """T5 from scratch, in the order of a lecture.
 
-    the model        norm, position buckets, attention, feed-forward, block, stack, T5, the loss
+    the model        norm, position buckets, attention, feed-forward, block, stack, T5, loss
     sampling         one token at a time, with a cache; top-k, top-p, minimum length
     training         learning rates, the optimizer, a trainer that keeps its best weights
     checkpoints      this program's files, official T5 folders; skip it at first reading
@@ -29,16 +29,16 @@ import torch.nn.functional as F
 PAD_ID = 0  # fills up the rows of a batch, and starts the decoder
 EOS_ID = 1  # </s>: ends an utterance, and a response
 UNK_ID = 2  # a piece that the tokenizer does not know; never sampled
-# Added to attention scores to hide them; in ppo.py it replaces excluded logits, where the
-# gradient of -inf would be NaN. After a softmax nothing is left of either.
+# Stands for minus infinity: softmax makes 0 of it, and never NaN. It is added to the attention
+# scores of what must not be seen; ppo.py puts it in place of the logits of excluded tokens.
 HIDDEN = -1e9
 
 
 def option(default, help, low=0, high=1e9, choices=None):
     """A dataclass field that users may set, with its sentence of help and its legal values.
 
-    Two numbers after the help are low and high, the legal range, both included. A plain bool
-    field is a switch, which users may set, too.
+    option(2, "encoder blocks", 1, 1000) may be 1 to 1000, both included. A field that is a
+    plain bool needs no option(): it is a switch, which users may set, too.
     """
     metadata = {"help": help, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=metadata)
@@ -65,14 +65,14 @@ class T5Config:
     dropout_rate: float = option(0.1, "share of activations dropped in training", 0, 0.99)
 
     # A new T5 keeps these defaults; an official checkpoint sets its own.
-    vocab_size: int = constant(2048, 1, 10**6)  # V: pieces and sentinels
+    vocab_size: int = constant(2048, 1, 10**6)  # V: the tokenizer's pieces and <extra_id_...>
     relative_attention_num_buckets: int = constant(32, 4, 1000)
-    # from here on all distances share the last bucket
+    # at the latest from here on all distances share the last bucket
     relative_attention_max_distance: int = constant(128, 1, 10**6)
     layer_norm_epsilon: float = constant(1e-6, 1e-12, 1)
     initializer_factor: float = constant(1.0, 0, 100)
     feed_forward_proj: str = constant("relu", choices=("relu", "gated-gelu"))  # v1.0, v1.1
-    # v1.0: the head is the embedding, and logits are scaled by D^-1/2
+    # v1.0: the output layer (lm_head) is the embedding, and logits are scaled by D^-1/2
     tie_word_embeddings: bool = constant(True, choices=(True, False))
 
 
@@ -130,6 +130,8 @@ def relative_position_bucket(
 class Attention(nn.Module):
     """Multi-head attention: o(dropout(softmax(q(x) k^T + bias)) v).
 
+    bias: T5's position bias (self-attention only) plus HIDDEN for what must not be seen; Stack
+    and padding_bias make it. Another paper would add position embeddings to the input.
     T5 does not divide the scores by sqrt(d_kv); the initialisation of q takes care of that.
     """
 
@@ -150,7 +152,11 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, self.d_kv)).transpose(1, 2)
 
     def keys_values(self, memory):
-        """What is attended to, (B, S, D) -> keys and values, (B, H, S, d_kv) each."""
+        """memory (B, S, D) -> keys and values, (B, H, S, d_kv) each.
+
+        Memory is what is attended to: in self-attention x itself, in cross-attention the
+        encoder's states.
+        """
         return self.split(self.k(memory)), self.split(self.v(memory))
 
     def weights(self, x, keys, bias):
@@ -291,7 +297,7 @@ class T5Encoder(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """T5's initialisation: normal, with std 1 for embeddings and fan-in^-1/2 for matrices.
+        """T5's initialisation: normal; std 1 for embedding and head, fan-in^-1/2 for matrices.
 
         For q it is (d_model * d_kv)^-1/2, in place of attention's division by sqrt(d_kv). The
         position biases are an nn.Embedding too, but start with std d_model^-1/2.
@@ -341,7 +347,7 @@ class T5(T5Encoder):
         return self.lm_head(states)
 
     def response_states(self, source, response):
-        """The states that predict each token of response (B, T): (B, T, D) (teacher forcing).
+        """Teacher forcing: the states (B, T, D) that predict the tokens of response (B, T).
 
         The decoder reads the response shifted by one, so that token t is predicted from those
         before it. It starts from PAD_ID.
@@ -392,7 +398,7 @@ class Generation:
     ids: torch.Tensor  # (B, T)
     log_probs: torch.Tensor  # (B, T), under the distribution that was sampled from
     states: torch.Tensor  # (B, T, D), the decoder states that the tokens were sampled from
-    support: torch.Tensor  # (B, T, V) bool, the tokens that could have been sampled
+    support: torch.Tensor  # (B, T, V) bool, the tokens that the filter left
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
@@ -418,7 +424,7 @@ def draw(logits, sampling):
 
     logits: (B, V), -inf for what must not come. sampling: temperature, top_k, top_p, and
     greedy, which takes the likeliest token. Returns tokens (B,), their log-probs (B,), and the
-    support (B, V) bool: the tokens that could have been sampled.
+    support (B, V) bool: the tokens that the filter left.
     """
     logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
     log_probs = logits.log_softmax(-1)  # (B, V)
@@ -511,8 +517,9 @@ class Optimizer:
     """AdamW with one learning rate per tensor; if asked, Muon takes the layers' matrices.
 
     unscaled: tensors with one of these words in their names always get the plain rate (see
-              set_lr). They start near 0, where a relative step is too small for what they add:
-              numbers around 1, to attention scores or to values (PPO's value head).
+              set_lr). Each number of theirs is added as it is, to an attention score or (PPO's
+              value head) to a value, and has to grow to about 1. A step relative to its small
+              start would be too slow.
     muon:     Muon makes all singular values of a matrix's step equal. From scratch it needs
               about half of AdamW's steps (its authors' figure, Jordan et al. 2024).
     """
@@ -520,6 +527,7 @@ class Optimizer:
     def __init__(self, model, unscaled=("relative_bias",), muon=False):
         adam, matrices = [], []
         for name, parameter in model.named_parameters():
+            # Is the rate relative to the tensor's RMS? (relative_bias: relative positions.)
             relative = not any(word in name for word in unscaled)
             is_layer_matrix = relative and parameter.dim() == 2 and not is_embedding(name)
             group = {"params": [parameter], "relative": relative}
@@ -529,7 +537,8 @@ class Optimizer:
                 adam.append(group)
 
         # The rates come from set_lr. fused makes AdamW's own step 1.9x faster, and a whole
-        # training step 1.03x.
+        # training step 1.03x. match_rms_adamw: Muon's steps are about as large as AdamW's, so
+        # that one rate serves both.
         self.parts = [torch.optim.AdamW(adam, lr=0.0, weight_decay=0.0, fused=True)]
         if matrices:
             part = torch.optim.Muon(
@@ -545,11 +554,11 @@ class Optimizer:
         too small for the first or too large for the second; a relative one fits both
         (Adafactor's "relative step", Shazeer & Stern 2018, arXiv 1804.04235).
         """
-        groups = sum((part.param_groups for part in self.parts), [])
-        for group in groups:
-            group["lr"] = lr
-            if rms_scaled and group["relative"]:
-                group["lr"] = lr * max(rms(group["params"][0]), 1e-3)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+                if rms_scaled and group["relative"]:
+                    group["lr"] = lr * max(rms(group["params"][0]), 1e-3)
 
     def step(self):
         """Clip the gradient, step, clear it; a gradient that is not finite is dropped.
@@ -600,8 +609,9 @@ class TrainConfig:
 class Trainer:
     """Gradient descent on the mean of a loss, keeping the weights of the best validation.
 
-    rows:     indices of examples, such as [7, 2]; only loss_sum looks the examples up.
-    loss_sum: rows -> (sum of their losses, number of items that the mean is over).
+    Rows are indices of examples, such as [7, 2].
+    loss_sum: rows -> (sum of their losses, number of items that the mean is over). It looks
+              the examples up, and asks a model; see T5.loss_sum.
     rows_at:  step -> the rows of its batch.
     validate: () -> validation loss, lower is better. None: the last weights are kept.
     A step depends on its number, the state and torch's generator only.
@@ -646,7 +656,7 @@ class Trainer:
         # Now and then, and at the end: is this the best so far?
         last = i + 1 == config.steps
         if self.validate is not None and ((i + 1) % config.eval_every == 0 or last):
-            record["valid"] = self.keep_if_best()
+            record["valid"] = self.validate_and_keep_best()
         return record
 
     def learning_rate(self, i):
@@ -654,11 +664,11 @@ class Trainer:
         config = self.config
         rise = (i + 1) / max(config.warmup, 1)
         fall = (config.steps - i) / max(config.steps - config.warmup, 1)
-        return config.lr * min(rise, fall, 1)
+        return config.lr * min(rise, fall)
 
     @torch.no_grad()
-    def keep_if_best(self):
-        """Validates, keeps a copy of weights that are the best so far; returns the loss."""
+    def validate_and_keep_best(self):
+        """Returns the validation loss; of the best so far a copy of the weights is kept."""
         self.model.eval()
         loss = self.validate()
         if loss < self.best_loss:
@@ -673,7 +683,7 @@ class Trainer:
             self.model.load_state_dict(self.best_weights)
 
     def warnings(self, record, first):
-        """What in a record is worth a warning: nothing here; see ppo.PPOTrainer."""
+        """What in a record is worth a warning, beside the stage's first: nothing here."""
         return []
 
     def state_dict(self):
@@ -760,7 +770,7 @@ def check_archive(path):
 
 
 def check_storage(state):
-    """Raises ValueError for a tensor that says its numbers many times over.
+    """Raises ValueError for a tensor of more numbers than its storage has.
 
     A file of 100 kB may hold one row of zeros, expanded to gigabytes when somebody reads it.
     """
@@ -844,7 +854,7 @@ def read_config(path):
     raw = {name: value for name, value in raw.items() if value is not None}
     kind = raw.get("model_type", "t5")
     if kind not in ("t5", "mt5"):
-        raise ValueError(f"model_type {repr(kind)[:40]}: t5 or mt5")
+        raise ValueError(f"model_type is {repr(kind)[:40]}, not t5 or mt5")
     for name, wanted in IDS.items():
         if raw.get(name, wanted) != wanted:
             raise ValueError(f"{name} is {raw[name]}, not {wanted}")
@@ -910,10 +920,11 @@ def merge_embeddings(state, config, raw):
     """Changes state and config: afterwards state has the embedding once, a head if needed.
 
     Official files have the embedding up to four times: shared, encoder's, decoder's, and head.
-    tied: config.tie_word_embeddings, in the file and as it is set here. scaled: logits are
-    multiplied by D^-1/2.
+    Left, what the file has: tied, its tie_word_embeddings; scaled, whether its logits are
+    multiplied by D^-1/2. Right, what this function makes of it. "Transformers 5" is version 5
+    of Hugging Face's library.
 
-                     tied    scaled   head in the file       tied now   head now
+    written by       tied    scaled   head in the file       tied now   head now
     v1.0             true    yes      the embedding          True       none
     v1.1, mT5        false   no       its own                False      the file's
     mT5              true    no       the embedding          False      the embedding
@@ -990,7 +1001,10 @@ def from_pretrained(folder, vocab_size=0):
     with reading(path):
         config, raw = read_config(path)
         if config.vocab_size < vocab_size:
-            raise ValueError(f"vocab_size {config.vocab_size}, its tokenizer has {vocab_size}")
+            raise CheckpointError(
+                f"vocab_size {config.vocab_size}, but its tokenizer has {vocab_size} pieces; "
+                "take all files from one T5"
+            )
 
     path = weights_file(folder)
     state = load_safetensors(path) if path.suffix == ".safetensors" else load_state(path)
@@ -1025,11 +1039,11 @@ def save_pretrained(model, folder):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, but on a CPU with one random byte per element, where torch draws a float.
+    """nn.Dropout; on a CPU with one random byte per element, not torch's random float.
 
-    There p is rounded to a multiple of 1/256. The mean stays exact: what is kept is divided by
-    its exact share, keep / 256. With nn.Dropout a training step of the preset `real` takes 1.2
-    times as long.
+    On a CPU p is rounded to a multiple of 1/256. The mean stays exact: what is kept is divided
+    by its exact share, keep / 256. With nn.Dropout a training step of the preset `real` takes
+    1.2 times as long.
     """
 
     def forward(self, x):

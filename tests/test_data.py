@@ -1,4 +1,4 @@
-"""data.py: the embedded world and its oracle, tokenizer, batches, readers, download."""
+"""data.py: the generated world and its oracle, tokenizer, batches, readers, download."""
 
 import contextlib
 import csv
@@ -47,7 +47,7 @@ real = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def corpus():
-    return data.embedded_corpus(seed=3, num_train=3000, num_labelled=1500)
+    return data.generated_corpus(seed=3, num_train=3000, num_labelled=1500)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def everything(corpus):
     return joined([*corpus.dialogues.values(), *corpus.labelled.values()])
 
 
-# ---- the embedded world
+# ---- the generated world
 
 
 def test_32_emotions_with_six_situations_and_level_rule():
@@ -167,15 +167,15 @@ def test_no_context_occurs_twice(corpus):
 
 
 def test_deterministic_and_test_part_independent_of_training_size(corpus):
-    again = data.embedded_corpus(seed=3, num_train=3000, num_labelled=1500)
+    again = data.generated_corpus(seed=3, num_train=3000, num_labelled=1500)
     assert again == corpus
-    small = data.embedded_corpus(seed=3, num_train=10, num_labelled=10)
+    small = data.generated_corpus(seed=3, num_train=10, num_labelled=10)
     assert (
         small.dialogues["test"] == corpus.dialogues["test"]
         and small.labelled["valid"] == corpus.labelled["valid"]
     )
     assert (
-        data.embedded_corpus(seed=4, num_train=10, num_labelled=10).dialogues["test"]
+        data.generated_corpus(seed=4, num_train=10, num_labelled=10).dialogues["test"]
         != corpus.dialogues["test"]
     )
 
@@ -1661,7 +1661,7 @@ def test_download_then_nothing_to_do(server, tmp_path):
     assert (tmp_path / "new/sub/f.csv").read_bytes() == BODY and os.listdir(
         tmp_path / "new/sub"
     ) == ["f.csv"]
-    assert any("100 %" in line for line in lines)
+    assert any(f"{len(BODY):,} of {len(BODY):,} bytes" in line for line in lines)
     data.download(tmp_path / "new", sources, lines.append)
     assert server["log"] == [("/f", None)] and "already there" in lines[-1]
 

@@ -17,9 +17,9 @@ from tests.tools import read_json, read_lines, smoke, stages_of, weights
 
 
 def parts_of(config):
-    """The dialogues that a run of the embedded world has."""
+    """The dialogues that a run of the generated world has."""
     sizes = config.data
-    corpus = data.embedded_corpus(
+    corpus = data.generated_corpus(
         config.seed, sizes.num_train, sizes.num_valid, sizes.num_test, sizes.num_labelled
     )
     return corpus.dialogues
@@ -226,8 +226,8 @@ def all_see_the_same(monkeypatch):
 
 
 def without_oracle(monkeypatch):
-    """The embedded world, whose rule nobody knows."""
-    world = data.embedded_corpus
+    """The generated world, whose rule nobody knows."""
+    world = data.generated_corpus
 
     def unknown(*sizes):
         corpus = world(*sizes)
@@ -236,7 +236,7 @@ def without_oracle(monkeypatch):
             corpus.dialogues[part] = [replace(d, levels=None) for d in dialogues]
         return corpus
 
-    monkeypatch.setattr(data, "embedded_corpus", unknown)
+    monkeypatch.setattr(data, "generated_corpus", unknown)
 
 
 def heights(figure):

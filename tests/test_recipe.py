@@ -245,7 +245,7 @@ def test_each_stage_sees_its_own_part(stage, learns_from, looks_at, run):
 
 def test_texts_for_pretraining_are_learnt_from_nowhere_else(tmp_path, monkeypatch):
     """Of a corpus that has more of them than training pairs."""
-    embedded = data.embedded_corpus
+    embedded = data.generated_corpus
 
     def with_more(*sizes):
         corpus = embedded(*sizes)
@@ -253,7 +253,7 @@ def test_texts_for_pretraining_are_learnt_from_nowhere_else(tmp_path, monkeypatc
         corpus.dialogues["pretrain"] = [replace(d, id=f"pretrain/{d.id}") for d in more]
         return corpus
 
-    monkeypatch.setattr(data, "embedded_corpus", with_more)
+    monkeypatch.setattr(data, "generated_corpus", with_more)
     watched = Watched(tmp_path / "run", ("ppo.steps=1", "eval.contexts=4"))
     assert watched.parts("pretrain", True) == {"pretrain/train"}
     for stage in ("mle", "context", "ppo"):

@@ -279,14 +279,14 @@ NO_STEPS = [
 
 def test_other_test_data_is_other_data(copied, capsys, monkeypatch):
     """What is only tested on is in no stage, but in the figures."""
-    world = emprl.data.embedded_corpus
+    world = emprl.data.generated_corpus
 
     def another(*sizes):
         corpus = world(*sizes)
         corpus.dialogues["test"] = corpus.dialogues["test"][::-1]
         return corpus
 
-    monkeypatch.setattr(emprl.data, "embedded_corpus", another)
+    monkeypatch.setattr(emprl.data, "generated_corpus", another)
     assert "metrics.json" in refused(words(copied), copied, capsys)
 
 

@@ -1095,7 +1095,7 @@ def test_checkpoint_of_another_architecture(tmp_path):
 @pytest.mark.parametrize("kind", ["bart", "umt5", ["t5"]])
 def test_a_model_of_another_kind_is_told_so(kind, tmp_path):
     copy_of_fixture(tmp_path, model_type=kind)
-    assert f"model_type {kind!r}: t5 or mt5" in refusal(tmp_path)
+    assert f"model_type is {kind!r}, not t5 or mt5" in refusal(tmp_path)
 
 
 def test_a_web_page_instead_of_config_json_is_told_so(tmp_path):

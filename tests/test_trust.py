@@ -720,7 +720,7 @@ def test_the_test_part_influences_nothing_before_the_evaluation(
     finished, tmp_path, no_pictures, monkeypatch
 ):
     """Other test dialogues and test labels: every stage leaves the same weights and log."""
-    embedded = data.embedded_corpus
+    embedded = data.generated_corpus
 
     def other_test(*arguments):
         corpus, other = embedded(*arguments), embedded(99, 1, 1, 40, 1)
@@ -729,7 +729,7 @@ def test_the_test_part_influences_nothing_before_the_evaluation(
         corpus.level_probs |= other.level_probs
         return corpus
 
-    monkeypatch.setattr(data, "embedded_corpus", other_test)
+    monkeypatch.setattr(data, "generated_corpus", other_test)
     assert emprl.main(words(tmp_path)) == 0
     changed = differences(tmp_path, finished)
     assert changed == ["samples.md", "metrics.json"], "the test part is another one"
@@ -749,12 +749,12 @@ def test_no_option_names_the_test_part():
 
 
 def labelled_parts():
-    """Of the embedded world, and of real pairs of 80 speakers."""
+    """Of the generated world, and of real pairs of 80 speakers."""
     pairs = []
     for i in range(400):
         name = f"{i % 80}/{i}"
         pairs.append(data.Dialogue((f"speaker {i % 80}",), "b", "", (0, 0, 0), name))
-    return data.embedded_corpus(0, 5, 5, 5, 300).labelled, data.split_labelled(pairs, 0)
+    return data.generated_corpus(0, 5, 5, 5, 300).labelled, data.split_labelled(pairs, 0)
 
 
 @pytest.mark.parametrize("parts", labelled_parts(), ids=["embedded", "real"])

@@ -124,7 +124,7 @@ def weights(folder, stage):
 def records(count, seed=3):
     """Lines of a .jsonl of dialogues with levels."""
     lines = []
-    for dialogue in data.embedded_corpus(seed, count, 1, 1, 1).dialogues["train"]:
+    for dialogue in data.generated_corpus(seed, count, 1, 1, 1).dialogues["train"]:
         levels = dict(zip(MECHANISMS, dialogue.levels))
         record = {"context": list(dialogue.context), "response": dialogue.response, **levels}
         lines.append(json.dumps(record) + "\n")

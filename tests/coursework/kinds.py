@@ -41,7 +41,7 @@ PLACES = {
         PPOTrainer.accumulate_gradient""",
     "t5_small.py": """FeedForward.forward Stack.position_bias Stack.forward T5Encoder.encode
         T5.decode T5.logits T5.response_states T5.loss_sum generate Optimizer.set_lr
-        Optimizer.step Trainer.step Trainer.learning_rate Trainer.keep_if_best""",
+        Optimizer.step Trainer.step Trainer.learning_rate Trainer.validate_and_keep_best""",
     "identifiers.py": """BiEncoder.forward NetworkClassifier.forward classification_loss
         validation_loss EmpathyReward.of EmpathyReward.best_of confusions weighted_emp_f1""",
     "data.py": "Tokenizer.encode_context Tokenizer.encode_response Pairs.batch",

@@ -30,7 +30,7 @@ import emprl  # before torch: it says how torch's threads wait
 import torch
 
 import t5_small
-from identifiers import NetworkClassifier
+from identifiers import make_classifier
 from ppo import PPOConfig, PPOTrainer, Prompts
 from t5_small import (
     EOS_ID,
@@ -325,7 +325,7 @@ def parameter_count(make, *arguments):
 
 
 def classifier_of(config, identifiers):
-    return NetworkClassifier(T5(config), identifiers)
+    return make_classifier(T5(config), identifiers)
 
 
 def activation_bytes(t5, S, T=0):

@@ -26,11 +26,11 @@ if __name__ == "__main__":  # the imports below take a second, which Ctrl-C may 
 
     signal.signal(signal.SIGINT, stop)
 
-# Let idle threads of torch sleep after 500 spins. By default they spin for milliseconds;
+# Let idle threads of torch sleep after 1500 spins. By default they spin for milliseconds;
 # beside one busy program that makes a run five times slower. libgomp (Linux) reads this when
 # torch is loaded; on macOS and Windows OpenMP reads KMP_BLOCKTIME, which is not set here.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "500")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1500")
 
 import argparse
 import contextlib

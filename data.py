@@ -11,21 +11,22 @@ What stands here, in this order:
 7. The generated world: its rule, how dialogues are drawn, an oracle that reads their levels
 8. The words of that world
 
-At first reading, 1 to 3 and the beginning of 7 are enough. Most of 5 and 6 is there to tell
-what is wrong with a file. Add to 8 what you like; its rules stand at its head.
+At first reading, 1 to 3 and 7 up to generated_corpus are enough. Most of 5 and 6 is there to
+tell what is wrong with a file. Add to 8 what you like; its rules stand at its head.
 
 These learn from the data:
 
     policy        writes responses: a T5 that learns to answer as people do, and then, by
                   reinforcement learning, to earn a higher reward
     identifiers   classifiers that tell how empathetic a response is (its levels, below); the
-                  closer the levels are to those of the human response, the higher the reward
+                  closer they are to the levels aimed for, the higher the reward
     judge         a second classifier, only for evaluation: it never gives reward
-    context classifier   how likely each level is, given only the context of the policy's pairs
+    context       a third: from the context alone it predicts how likely each level of the
+    classifier    human response is, as the identifiers see it; toy and real aim for these
 
     part of a Corpus                          what it is for
     dialogues["pretrain"]                     the policy's pre-training; if missing, "train"
-    dialogues["train"], ["valid"]             the policy: to learn from, to validate
+    dialogues["train"], ["valid"]             policy, context classifier: to learn, to validate
     labelled["train"], ["valid"]              the identifiers: the same
     labelled["judge_train"], ["judge_valid"]  the judge: the same
     dialogues["test"], labelled["test"]       nobody learns from them: the published figures
@@ -255,7 +256,8 @@ class Pairs:
 
         A list of long pairs is shorter, which bounds the memory: the number of pairs times the
         ids of the longest one is at most `max_ids`, unless it is a single pair. Contexts and
-        responses are padded separately, to at most 2 max_ids ids together.
+        responses are padded separately, to at most 2 max_ids ids together (the longest context
+        and the longest response may be of different pairs).
         """
         lengths = self.lengths()
         order = sorted(range(len(self)), key=lambda row: lengths[row])
@@ -1145,8 +1147,8 @@ def _unpack(archive, folder, names):
 
 # One dialogue of it, from the beginning:
 #
-# situation I saw my old school in CITY > school in CITY: an opener, which begins the context;
-#           the topic, which is what a listener calls it; a slot, to be filled
+# situation I saw my old school in CITY > school in CITY. On the left the opener, which begins
+#           the context, on the right the topic, what a listener calls it. CITY is a slot.
 # scene     the situation with CITY = Cairo; the emotion "nostalgic", of valence pos and family
 #           inward; mild; 2 turns
 # context   I saw my old school in Cairo. I feel somewhat nostalgic inside.
@@ -1199,8 +1201,8 @@ def generated_corpus(seed=0, num_train=12000, num_valid=300, num_test=600, num_l
 
     No context occurs twice; the same seed gives the same corpus. Given the context, each
     mechanism independently has its modal level with probability 0.76 and the other two with
-    0.12 each. In the labelled parts 8 % of the responses are about another topic, so that an
-    identifier has to compare response and context.
+    0.12 each. In the labelled parts 8 % of the responses are drawn for another topic, so
+    that an identifier has to compare response and context.
     """
     note = (
         f"generated world, seed {seed}: {num_train} / {num_valid} / {num_test} dialogues, "

@@ -26,9 +26,10 @@ if __name__ == "__main__":  # the imports below take a second, which Ctrl-C may 
 
     signal.signal(signal.SIGINT, stop)
 
-# Let idle threads of torch sleep after 1500 spins. By default they spin for milliseconds;
-# beside one busy program that makes a run five times slower. libgomp (Linux) reads this when
-# torch is loaded; on macOS and Windows OpenMP reads KMP_BLOCKTIME, which is not set here.
+# A thread of torch that waits for the others first spins: it asks again and again, and keeps
+# its core busy. Here it sleeps after 1500 times. The default, 200 times as many, makes a run
+# five times slower beside one busy program. libgomp (Linux) reads this when torch is loaded;
+# on macOS and Windows OpenMP reads KMP_BLOCKTIME, which is not set here.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1500")
 
@@ -362,6 +363,7 @@ def run_all(run, ppo_trainer=PPOTrainer):
     validate = Evaluator(run, whole["probe"], classifiers, mle).validate
     trainer = ppo_trainer(mle, reward, prompts, config.exploring, config.ppo, validate)
     say("reward      0 to 1: how likely a reply has all levels that the reward asks for")
+    # `replying` is what the log's validations are sampled with.
     run.train("ppo", trainer, made_of=[config.reward, config.exploring, config.replying])
     save_pretrained(mle, run.folder / "mle")
     save_pretrained(trainer.model, run.folder / "emprl")
@@ -501,6 +503,7 @@ def train_classifier(run, name, mle, train, valid):
     run.seed(name)
     classifier = make_classifier(start, config)
     del start  # frees its memory before training
+    # The parts: {stage: module}, the classifier itself or a network for each mechanism.
     for stage, part in classifier.parts(name).items():
         part.to(run.device)
         seed = zlib.crc32(stage.encode()) + run.config.seed
@@ -526,7 +529,9 @@ class Targets:
     N contexts, M = 3 mechanisms, L = 3 levels.
     """
 
-    human: torch.Tensor  # (N, M) levels of the human responses of the training pairs
+    human: (
+        torch.Tensor
+    )  # (N, M) levels of the training pairs' human responses, by the identifiers
     train: torch.Tensor  # (N, M) or (N, M, L): what PPO aims for, in the training contexts
     test: torch.Tensor  # (N, M, L): what best of n aims for, in the test contexts
     probs: torch.Tensor  # (N, M, L): P(level | context) of the test contexts, for the ceiling
@@ -575,7 +580,8 @@ class PromptBatches:
     def __init__(self, pairs, targets, batch_size, seed):
         self.pairs = pairs
         self.targets = targets
-        # Batches are of like length; as if all had the same, so that long and short ones mix.
+        # `batches` groups rows of like length. Here every length is given as 0, so it mixes
+        # long and short contexts.
         self.rows_at = batches([0] * len(pairs), batch_size, seed)
 
     def __call__(self, i):
@@ -631,7 +637,7 @@ class Run:
         self.seconds["data"] = round(time.time() - self.clock, 1)
 
     def check_key(self, name, found, wanted):
-        """Raises DataError if a result is there (found: its key), and is of something else."""
+        """Raises DataError unless the key found is the one wanted, or None: no result yet."""
         if found not in (None, wanted):
             here = self.folder / name
             raise DataError(f"{here}: of other settings or other data; {self.elsewhere()}")
@@ -643,6 +649,7 @@ class Run:
     def train(self, name, trainer, made_of=()):
         """All steps of a trainer, resumed where they were cut. Returns the trained model.
 
+        trainer: has the interface of t5_small.Trainer, as ppo.PPOTrainer has.
         A stage is made of the data, of all earlier stages, of its trainer's settings and of
         those that `made_of` names. A checkpoint that is there must be made of the same, or it
         is refused.
@@ -686,9 +693,8 @@ class Run:
                 self.seed(name, i)
                 log.append({"stage": name, "step": i, **trainer.step(i)})
                 self.progress.show(name, trainer, log, signs_of_trouble(name, trainer, log))
-                is_sound = not log[-1].get(
-                    "skipped"
-                )  # now and then, but not while it diverges
+                # Save now and then, but not while training diverges.
+                is_sound = not log[-1].get("skipped")
                 due = is_sound and time.time() - saved > self.save_every
                 if due or pressed.is_set():
                     save(trainer=trainer.state_dict())
@@ -783,7 +789,8 @@ class Run:
 def signs_of_trouble(name, trainer, log):
     """What a trainer warns of. Raises DataError if the last ten steps have learnt nothing.
 
-    record["skipped"]: the share of a step whose gradient was not finite and was dropped.
+    record["skipped"]: the share of a step's gradients that were not finite, and were dropped
+    (PPO has one for each minibatch); 1: the whole step is lost.
     """
     lost = 0  # steps at the end that were dropped as a whole
     for record in reversed(log):
@@ -1038,7 +1045,8 @@ class Evaluator:
         self.pairs = pairs
         self.classifiers = classifiers
         self.mle = mle
-        # The command evaluate takes levels away: the oracle does not know other dialogues.
+        # `evaluate` may measure a run of the generated world on other dialogues, which the
+        # oracle does not know: it takes their levels away.
         has_oracle = not run.config.data_path and pairs.dialogues[0].levels is not None
         self.truth = "oracle" if has_oracle else "judge"  # whose levels are shown
         self.human = self.levels(pairs.responses)  # classifier -> (N, M)
@@ -1149,7 +1157,7 @@ class Evaluator:
         majority: always the commonest levels of train. random_copy: responses of train.
         """
         count = len(self.pairs)
-        # the same levels, whoever judges (self.human names them all)
+        # The same levels for every classifier; self.human has all their names.
         majority = levels.mode(0).values.expand(count, -1)
         generator = torch.Generator().manual_seed(0)
         rows = torch.randint(len(train), (count,), generator=generator).tolist()
@@ -1291,7 +1299,7 @@ def example_lines(test):
     change = changes(test)
     closer, further = change.count(1) / len(change), change.count(-1) / len(change)
     share = f"In {closer:.0%} of contexts EmpRL is closer than MLE, in {further:.0%}"
-    texts = zip(*[test.replies[system].texts for system in ("human", *SYSTEMS)])
+    texts = zip(*[test.replies[system].texts for system in ("human", "mle", "emprl")])
     longest = [max(map(len, replies)) for replies in texts]
     i = min(
         range(len(change)),
@@ -1664,7 +1672,7 @@ def draw_learnt_vs_truth(figure, metrics, test):
     log = test.run.logs["ppo"]
     key = PREFIX[test.truth] + "exact_match"
     validated = [record for record in log if f"valid_{key}" in record]
-    if not validated:
+    if not validated or "start" not in log[0]:  # the first iteration was not finite
         return
     iterations = [0, *(record["step"] + 1 for record in validated)]
     figure.set_size_inches(7.8, 3.6)
@@ -1686,11 +1694,12 @@ def draw_learnt_vs_truth(figure, metrics, test):
 
 
 def draw_losses(figure, metrics, test):
-    """MLE and the classifiers. Above the training loss, below what chooses the weights."""
+    """MLE, identifiers and judge. Above the training loss, below what chooses the weights."""
     logs = test.run.logs
     names = ("mle", "identifiers", "judge")
     stages = [stage for stage in logs if stage.startswith(names)]
-    # n-grams have one step; of a network for each mechanism those of the judge find no room
+    # Not n-grams, which have one step. At most four: if each mechanism has a network of its
+    # own, MLE and the identifiers' three, not the judge's.
     stages = [stage for stage in stages if len(logs[stage]) > 1][:4]
     if not stages:
         return
@@ -1718,7 +1727,7 @@ PICTURES = {
     draw_ppo: "PPO, iteration by iteration. Look at the reward and the KL first. A grey band is a "
     "healthy range; without one there is no fixed range. Explained variance is the share of the "
     "variance of the returns that the value head predicts.",
-    draw_losses: "Do MLE and the classifiers still learn? Above the training loss, below the "
+    draw_losses: "Do MLE, identifiers and judge still learn? Above the training loss, below the "
     "validation that chooses their weights: MLE's loss, the classifiers' negative macro-F1. Both "
     "should fall.",
 }

@@ -25,7 +25,7 @@ with empty responses (only </s>): it predicts P(level | context). All learn from
                                contexts (B, S), responses (B, T)
     chunks(size)               all rows, by length, in lists of at most `size`
     levels                     (N, M), those of the responses
-    with_responses(responses, levels)   the same contexts with these
+    with_responses(responses, levels=None)   the same contexts with these; None: unknown
 
 Shapes: B batch, N all pairs, S context length, T response length, D model width, M = 3
 mechanisms, L = 3 levels. PPO calls EmpathyReward; nothing here depends on how PPO learns.
@@ -71,7 +71,7 @@ class ClassifierConfig(TrainConfig):
     )
     penalty: float = option(2e-4, "n-grams: weight of the squared norm", high=1)
     size: int = option(65536, "n-grams: rows of the weight table", 1, 10**8)
-    # The T5 whose encoder a network starts from: after MLE, or "t5", before (see emprl.py).
+    # A network's encoders start as copies of the T5's after MLE ("mle") or before it ("t5").
     start: str = "mle"
     keep: str = "macro_f1"  # the validation score that selects weights: "macro_f1" or "loss"
 
@@ -100,8 +100,8 @@ class BiEncoder(nn.Module):
         self.context_encoder = T5Encoder(config)
         self.response_encoder = T5Encoder(config)
         self.attention = Attention(replace(config, num_heads=1, d_kv=width))
-        # T5 does not divide scores by sqrt(d_kv): q starts smaller, with std (d_model
-        # d_kv)^(-1/2). In this attention d_kv = d_model.
+        # T5Encoder.initialise does not reach this attention. T5 does not divide scores by
+        # sqrt(d_kv): q's std, (d_model d_kv)^(-1/2), makes up for it. Here d_kv = d_model.
         nn.init.normal_(self.attention.q.weight, std=1 / width)
         self.dropout = Dropout(config.dropout_rate)
         self.head = nn.Sequential(
@@ -160,7 +160,7 @@ class NetworkClassifier(nn.Module):
             levels = train.levels[rows].to(log_probs.device)
             return classification_loss(log_probs, levels, weights), len(rows)
 
-        def validate():
+        def validate():  # the Trainer calls eval() before
             return validation_loss(self, valid, config.keep)
 
         return Trainer(self, loss_sum, rows_at, validate, config)
@@ -276,7 +276,8 @@ def empathy_reward(log_probs, target, difference="cross_entropy", mechanisms=MEC
     d = -log p the response that earns most has the likeliest level of each mechanism.
 
     log_probs:  (B, M, L), log p of the levels of the generated response, by the identifiers.
-    target:     (B, M), the levels of the human response; or (B, M, L), their probabilities P.
+    target:     (B, M), the levels of the human response, by the identifiers; or (B, M, L),
+                their probabilities P.
     difference: d_m(l) is "cross_entropy", -log p_m(l), the paper's; or "ordinal",
                 E_p |level - l|, in which two levels off cost more than one.
     mechanisms: the names of those that count.
@@ -435,7 +436,7 @@ def ceiling(probs, gold, draws=50):
 
     probs: (N, M, L), P(level | context). gold: (N, M).
 
-    best:      always giving the likeliest level; not an upper bound of F1.
+    best:      always giving the likeliest level. That is best for accuracy; F1 can be higher.
     mle_ideal: sampling from P, as a perfect MLE model does; a mean over `draws` samples.
     """
     generator = torch.Generator().manual_seed(0)
@@ -563,9 +564,9 @@ class NGramClassifier(nn.Module):
     logits = b + sum over the sides of scale * sum_g w[row of g] / sqrt(number of grams)
 
     A gram g counts once however often it occurs: 7 8 7 8 has the grams 7, 8, (7, 8), (8, 7).
-    So repeating one gains nothing, and the root keeps logits from growing with the length.
+    So repeating one gains nothing, and the root slows the growth of logits with the length.
     Grams are hashed, fastText's way: w is a table of `size` rows, and grams that share a row
-    (a collision) share its weights.
+    (a collision) share its weights, and count once in a text.
     Better than a network where labels are few. Source: Joulin et al. 2017, arXiv 1607.01759.
     """
 
@@ -586,8 +587,8 @@ class NGramClassifier(nn.Module):
         bigrams = bigrams.masked_fill(ids[:, 1:] == PAD_ID, 0)
         grams = torch.cat([ids, bigrams], 1)
 
-        # The row of each, by hashing: a large factor (Knuth's) scatters the numbers over the
-        # table. Both sides share it; `side` shifts the rows by one. With factor 1, token i of
+        # The row of each, by hashing: a large factor (Knuth's) moves neighbouring numbers
+        # apart. Both sides share it; `side` shifts the rows by one. With factor 1, token i of
         # the response would share its row with token i + 1 of the context. The product may
         # wrap around in int64, but torch's % is never negative.
         rows = 1 + (grams * 2_654_435_761 + side) % self.size
@@ -635,7 +636,7 @@ class NGramTrainer:
     def step(self, i):
         """Minimise the weighted cross-entropy + penalty |w|^2 on all of train, by L-BFGS.
 
-        LBFGS's own tolerances end it, or 500 of its iterations.
+        LBFGS's own tolerances end it, or its limits: 500 iterations, 625 evaluations.
         """
         model, train = self.model, self.train
         optimizer = torch.optim.LBFGS(

@@ -1,6 +1,6 @@
 """PPO for a policy that writes responses: sample, reward, find the advantages, update.
 
-    settings              PPOConfig: every trick has a name and a switch
+    settings              PPOConfig: the tricks, each with a name
     the equations         mask, log-probs, KL, whitening, rewards, GAE, the two clipped losses
     policy and rollout    a T5 with a value head; responses and all that is known of them
     one iteration         PPOTrainer.step, numbered 1 to 7; update; the loss
@@ -120,11 +120,10 @@ def token_log_probs(logits, ids, support=None, temperature=1.0):
              length); None: all.
     Returns two (...) tensors.
 
-    A rollout keeps its support. Policy, old policy and reference are all asked for the
-    probability of a token among the same tokens, those it was sampled from: so the ratio is 1
-    before the first step (up to rounding), and the KL compares policy and reference, both
-    renormalised over the tokens that the policy could sample. What they give to other tokens
-    counts nowhere.
+    A rollout keeps the support of each of its tokens. Policy, old policy and reference are all
+    renormalised over that one set: so the ratio is 1 before the first step (up to rounding),
+    and the KL compares policy and reference on it. What they give to other tokens counts
+    nowhere.
     """
     logits = logits.float() / temperature
     if support is not None:
@@ -355,7 +354,7 @@ def response_log_probs(t5, source, ids, mask, support, temperature):
     """The log-probs that a model gives to responses sampled from `support` (teacher forcing).
 
     source (B, S), ids and mask (B, T), support (B, T, V); see token_log_probs. Padding is
-    dropped first: in a small model the logits cost most.
+    dropped before the logits, which cost most in a small model.
     Returns log-probs and entropies, (B, T) and 0 on padding, and the states that predict the
     tokens, (tokens, D).
     """
@@ -411,9 +410,9 @@ class PPOTrainer:
 
     reference: the T5 to start from and to stay close to; it is not changed.
     reward:    (source ids, response ids, targets) -> (B,).
-    prompts:   iteration -> Prompts.
+    prompts:   iteration -> Prompts, config.batch_size of them.
     sampling:  the Sampling of the rollouts.
-    validate:  T5 -> dict of numbers for the log.
+    validate:  T5 -> dict of numbers for the log, over config.valid_contexts contexts.
     An iteration depends on its number, state_dict() and torch's generator only. The methods
     that emprl.py calls are those of t5_small.Trainer.
     """
@@ -430,7 +429,7 @@ class PPOTrainer:
         self.validate = validate
         self.policy = Policy(copy.deepcopy(reference)).requires_grad_()
         self.policy.eval()  # learns, but without dropout
-        # These weights start at 0 or near it, so their steps are not scaled by their RMS.
+        # These weights start at 0 or near it: their rate is lr itself, not lr times their RMS.
         self.optimizer = Optimizer(self.policy, unscaled=("relative_bias", "value_head"))
         self.moments = RunningMoments()
         self.kl_coef = config.kl_coef
@@ -448,7 +447,7 @@ class PPOTrainer:
         if not batch.is_finite():  # nothing to learn from
             return {"reward": batch.rewards.mean().item(), "skipped": 1.0}
 
-        # 2. The responses' rewards, divided by the running standard deviation of all so far.
+        # 2. The responses' rewards, scaled (and centred) by the running moments of all so far.
         rewards = self.scaled(batch.rewards)
 
         # 3. A reward per token: the KL penalty at each, the response's reward at the last.
@@ -597,7 +596,7 @@ class PPOTrainer:
         )
         values = unpack(self.policy.values(states), mask)
 
-        # What the part holds is the old: its log_probs and values are of the rollout.
+        # log_probs and values are new; part.log_probs and part.values are the rollout's.
         policy_part, clip_share = policy_loss(
             log_probs, part.log_probs, part.advantages, mask, config.clip_range
         )
@@ -666,7 +665,7 @@ def signs_of_collapse(record, first, max_length):
     if "kl" not in record:  # a skipped iteration
         return []
     kl, entropy, length = record["kl"], record["entropy"], record["length"]
-    unique = record.get("valid_unique", 1.0)
+    unique = record.get("valid_unique", 1.0)  # a validation's, so not in every record
     signs = []
     if kl > 15:
         signs.append(f"KL {kl:.1f} nats, far from MLE: raise ppo.kl_coef or lower ppo.lr")

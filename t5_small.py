@@ -37,8 +37,8 @@ HIDDEN = -1e9
 def option(default, help, low=0, high=1e9, choices=None):
     """A dataclass field that users may set, with its sentence of help and its legal values.
 
-    option(2, "encoder blocks", 1, 1000) may be 1 to 1000, both included. A field that is a
-    plain bool needs no option(): it is a switch, which users may set, too.
+    option(2, "encoder blocks", 1, 1000) may be 1 to 1000, both included. A field without
+    option() is not for users.
     """
     metadata = {"help": help, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=metadata)
@@ -64,10 +64,11 @@ class T5Config:
     num_heads: int = option(4, "H: attention heads", 1, 1024)
     dropout_rate: float = option(0.1, "share of activations dropped in training", 0, 0.99)
 
-    # A new T5 keeps these defaults; an official checkpoint sets its own.
+    # A new T5 keeps these defaults, but for its tokenizer's vocab_size; an official one sets
+    # its own.
     vocab_size: int = constant(2048, 1, 10**6)  # V: the tokenizer's pieces and <extra_id_...>
     relative_attention_num_buckets: int = constant(32, 4, 1000)
-    # at the latest from here on all distances share the last bucket
+    # distances from this one on, and some before it, share the last bucket
     relative_attention_max_distance: int = constant(128, 1, 10**6)
     layer_norm_epsilon: float = constant(1e-6, 1e-12, 1)
     initializer_factor: float = constant(1.0, 0, 100)
@@ -131,7 +132,7 @@ class Attention(nn.Module):
     """Multi-head attention: o(dropout(softmax(q(x) k^T + bias)) v).
 
     bias: T5's position bias (self-attention only) plus HIDDEN for what must not be seen; Stack
-    and padding_bias make it. Another paper would add position embeddings to the input.
+    and padding_bias make it. Many other transformers add position embeddings to the input.
     T5 does not divide the scores by sqrt(d_kv); the initialisation of q takes care of that.
     """
 
@@ -271,8 +272,8 @@ class Stack(nn.Module):
     def forward(self, x, self_bias, memory=None, memory_bias=None, caches=None):
         """x (B, T, D) -> (B, T, D). See Block; caches: one for each block.
 
-        self_bias comes from position_bias: the encoder adds padding_bias to it, and sampling
-        takes only the newest token's row.
+        self_bias comes from position_bias. T5Encoder.encode adds padding_bias to it; generate
+        passes only the newest token's row.
         """
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
@@ -398,7 +399,7 @@ class Generation:
     ids: torch.Tensor  # (B, T)
     log_probs: torch.Tensor  # (B, T), under the distribution that was sampled from
     states: torch.Tensor  # (B, T, D), the decoder states that the tokens were sampled from
-    support: torch.Tensor  # (B, T, V) bool, the tokens that the filter left
+    support: torch.Tensor  # (B, T, V) bool, the tokens that could have been sampled
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
@@ -424,7 +425,7 @@ def draw(logits, sampling):
 
     logits: (B, V), -inf for what must not come. sampling: temperature, top_k, top_p, and
     greedy, which takes the likeliest token. Returns tokens (B,), their log-probs (B,), and the
-    support (B, V) bool: the tokens that the filter left.
+    support (B, V) bool: the tokens that could have been sampled.
     """
     logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
     log_probs = logits.log_softmax(-1)  # (B, V)
@@ -517,9 +518,8 @@ class Optimizer:
     """AdamW with one learning rate per tensor; if asked, Muon takes the layers' matrices.
 
     unscaled: tensors with one of these words in their names always get the plain rate (see
-              set_lr). Each number of theirs is added as it is, to an attention score or (PPO's
-              value head) to a value, and has to grow to about 1. A step relative to its small
-              start would be too slow.
+              set_lr). relative_bias and PPO's value head start at 0 or near it, and have to
+              grow; a step relative to that start would be too small.
     muon:     Muon makes all singular values of a matrix's step equal. From scratch it needs
               about half of AdamW's steps (its authors' figure, Jordan et al. 2024).
     """
@@ -529,6 +529,7 @@ class Optimizer:
         for name, parameter in model.named_parameters():
             # Is the rate relative to the tensor's RMS? (relative_bias: relative positions.)
             relative = not any(word in name for word in unscaled)
+            # relative_bias and the value head are 2-D, too, but no matrices of a layer.
             is_layer_matrix = relative and parameter.dim() == 2 and not is_embedding(name)
             group = {"params": [parameter], "relative": relative}
             if muon and is_layer_matrix:
@@ -683,7 +684,7 @@ class Trainer:
             self.model.load_state_dict(self.best_weights)
 
     def warnings(self, record, first):
-        """What in a record is worth a warning, beside the stage's first: nothing here."""
+        """Warnings about a record; first: the stage's first, to compare with. None here."""
         return []
 
     def state_dict(self):

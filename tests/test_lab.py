@@ -1003,16 +1003,6 @@ def test_shared_contexts_are_drawn_jointly():
     assert widths[4, False] < 0.8 * widths[1, True]
 
 
-def test_resampled_emp_f1_of_a_draw_is_that_of_the_drawn_contexts():
-    generator = torch.Generator().manual_seed(0)
-    levels, human = torch.randint(0, 3, (2, 30, 3), generator=generator)
-    rows = torch.randint(0, 30, (30,), generator=generator)
-    times = torch.bincount(rows, minlength=30)[None].float()
-    for kind in ("weighted_f1", "macro_f1"):
-        found = tables.resampled_emp_f1(levels, human, times, kind).item()
-        assert found == pytest.approx(identifiers.emp_f1(levels[rows], human[rows], kind))
-
-
 def test_shuffled_levels_by_hand():
     """Gold 0, 0, 1, 2; given 0, 1, 1, 1: a level meets another as often as chance has it."""
     gold = torch.tensor([0, 0, 1, 2])[:, None].repeat(1, 3)

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 from data import LEVELS, MECHANISMS, DataError
 from emprl import COLOURS, MECHANISM_NAMES, PREFIX, SYSTEMS, digest_bytes, say
-from identifiers import emp_f1, f1_scores
+from identifiers import emp_f1, f1_scores, weighted_emp_f1
 from tests.lab.command import (
     Parser,
     mean,
@@ -71,13 +71,6 @@ def read_levels(folder):
 # ---- the joint bootstrap --------------------------------------------------------------------
 
 
-def resampled_emp_f1(levels, human, times, kind):
-    """Emp-F1 where context n counts times[r, n] times: (N, M), (N, M), (R, N) -> (R,)."""
-    cells = F.one_hot(human * LEVELS + levels, LEVELS**2).float()  # (N, M, L * L)
-    counts = torch.einsum("rn,nmc->rmc", times, cells)
-    return f1_scores(counts.unflatten(-1, (LEVELS, LEVELS)))[kind].mean(-1)
-
-
 def gain_over_seeds(runs, kind, shared, resamples=2000):
     """The relative gain of the mean over seeds, with its interval.
 
@@ -96,7 +89,7 @@ def gain_over_seeds(runs, kind, shared, resamples=2000):
             times = torch.zeros(resamples, count)
             times.scatter_add_(1, drawn, torch.ones(resamples, count))
         for total, levels in zip(totals, systems):
-            total += (drawn_seed == k) * resampled_emp_f1(levels, human, times, kind)
+            total += (drawn_seed == k) * weighted_emp_f1(levels, human, times, kind)
     gains = (totals[1] - totals[0]) / totals[0].clamp(min=1e-9)
     low, high = gains.quantile(torch.tensor([0.025, 0.975])).tolist()
     old = mean(emp_f1(before, human, kind) for human, before, _ in runs)

@@ -115,7 +115,7 @@ def as_mle(config, share):
     )
 
 
-def best_of_n_trainer(run, mle, reward, prompts, validate):
+def best_of_n_trainer(run, mle, reward, prompts, *others):
     """MLE on the best of n samples of MLE for each context, and no KL penalty; n: eval.best_of.
 
     Source: RAFT, Dong et al. 2023 (arXiv 2304.06767), with one round of it.
@@ -176,7 +176,7 @@ class ToldDecoder(Stack):
         return super().forward(x, self_bias, memory, memory_bias, caches)
 
 
-def told_trainer(run, mle, reward, prompts, validate):
+def told_trainer(run, mle, reward, prompts, *others):
     """MLE on the human responses, told their levels; when it replies, those to be expected.
 
     These are the likeliest by the context classifier, balanced as the targets of the reward.
@@ -194,6 +194,7 @@ def told_trainer(run, mle, reward, prompts, validate):
 
     settings = as_mle(run.config.ppo, TOLD_RESPONSES)
     rows_at = batches(pairs.lengths(), settings.batch_size, run.config.seed)
+    validate = others[-1]
     return Trainer(
         told, loss_sum, rows_at, lambda: validate(told)["valid_perplexity"], settings
     )
@@ -501,18 +502,13 @@ def measure(source, finished, variant, shortened):
             run = emprl.Run(folder, config, emprl.find_device())
             trainer = partial(unwatched, variant.trainer)
             if variant.rival:
-                trainer = partial(start_rival, variant.rival, run)
+                trainer = partial(variant.rival, run)
             return emprl.run_all(run, trainer)
 
 
 def unwatched(trainer, *arguments):
     """A trainer without validations: only the end counts here."""
     return trainer(*arguments[:-1], lambda t5: {})
-
-
-def start_rival(make, run, mle, reward, prompts, *others):
-    """Sampling and configuration are the run's."""
-    return make(run, mle, reward, prompts, others[-1])
 
 
 def mix(checkpoints, share):

@@ -21,6 +21,7 @@ Cost: seconds.
 import itertools
 import sys
 from operator import itemgetter
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,6 @@ from emprl import COLOURS, MECHANISM_NAMES, PREFIX, SYSTEMS, digest_bytes, say
 from identifiers import emp_f1, f1_scores, weighted_emp_f1
 from tests.lab.command import (
     Parser,
-    mean,
     means,
     new_file,
     read_metrics,
@@ -92,8 +92,8 @@ def gain_over_seeds(runs, kind, shared, resamples=2000):
             total += (drawn_seed == k) * weighted_emp_f1(levels, human, times, kind)
     gains = (totals[1] - totals[0]) / totals[0].clamp(min=1e-9)
     low, high = gains.quantile(torch.tensor([0.025, 0.975])).tolist()
-    old = mean(emp_f1(before, human, kind) for human, before, _ in runs)
-    new = mean(emp_f1(after, human, kind) for human, _, after in runs)
+    old = fmean(emp_f1(before, human, kind) for human, before, _ in runs)
+    new = fmean(emp_f1(after, human, kind) for human, _, after in runs)
     return {"relative": (new - old) / max(old, 1e-9), "low": low, "high": high}
 
 
@@ -159,7 +159,7 @@ def by_level(levels, systems, figure):
             human = [one[who]["human"][:, m] == k for one in levels]
             for system, name in systems.items():
                 given = [one[who][system][:, m] == k for one in levels]
-                row[f"{who}: {name}"] = mean(map(figure, given, human))
+                row[f"{who}: {name}"] = fmean(map(figure, given, human))
         rows[f"{MECHANISMS[m].upper()} {k}"] = row
     return rows
 
@@ -179,8 +179,8 @@ def placement_rows(levels):
         row = {}
         for system, name in SYSTEMS.items():
             told = [(one[who][system], one[who]["human"]) for one in levels]
-            row[name] = mean(emp_f1(*pair, kind) for pair in told)
-            row[f"{name}, shuffled"] = mean(shuffled_emp_f1(*pair, kind) for pair in told)
+            row[name] = fmean(emp_f1(*pair, kind) for pair in told)
+            row[f"{name}, shuffled"] = fmean(shuffled_emp_f1(*pair, kind) for pair in told)
             row[f"{name}, placement"] = row[name] - row[f"{name}, shuffled"]
         rows[f"{who}, {kind.removesuffix('_f1')}"] = row
     return rows

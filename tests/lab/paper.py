@@ -18,7 +18,6 @@ from unittest import mock
 import emprl
 import torch
 
-from data import Tokenizer
 from tests.lab.bench import BASE, SMALL
 from tests.lab.command import Parser, peak_memory, sheet, start
 
@@ -55,10 +54,10 @@ def few_dialogues(load_corpus):
 
 
 def random_checkpoint(folder, t5, data_path):
-    """An official folder with random weights, and a tokenizer of the corpus."""
-    corpus = emprl.load_corpus(emprl.make_config("real", data_path=data_path))
-    texts = [dialogue.response for dialogue in corpus.dialogues["train"]]
-    (folder / "spiece.model").write_bytes(Tokenizer.train(texts, 5000).model)
+    """An official folder with random weights, and the tokenizer of preset `real`."""
+    config = emprl.make_config("real", data_path=data_path)
+    tokenizer = emprl.make_tokenizer(config, emprl.load_corpus(config))
+    (folder / "spiece.model").write_bytes(tokenizer.model)
     torch.manual_seed(0)
     emprl.save_pretrained(emprl.T5(t5), folder)
 

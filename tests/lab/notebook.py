@@ -50,15 +50,11 @@ def source_hash(notebook):
 def execute(source, namespace):
     """Run one cell. A last line that is an expression is shown, unless a semicolon ends it."""
     tree = ast.parse(source)
-    last = None
-    if tree.body and isinstance(tree.body[-1], ast.Expr):
-        last = ast.Expression(tree.body.pop().value)
+    shown = []
+    if isinstance(tree.body[-1], ast.Expr) and not source.rstrip().endswith(";"):
+        shown.append(tree.body.pop())
     exec(compile(tree, "<cell>", "exec"), namespace)
-    if last is None:
-        return
-    value = eval(compile(last, "<cell>", "eval"), namespace)
-    if value is not None and not source.rstrip().endswith(";"):
-        print(repr(value))
+    exec(compile(ast.Interactive(shown), "<cell>", "single"), namespace)  # prints its value
 
 
 def figures():

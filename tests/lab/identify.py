@@ -19,6 +19,7 @@ from data import LEVELS, MECHANISMS, DataError, Pairs, real_corpus
 from emprl import make_tokenizer, real, say
 from identifiers import NGramClassifier, confusions, f1_scores, predict_levels
 from tests.lab.command import Parser, sheet, start, write_json
+from tests.lab.tables import f1_of
 
 
 def tf_idf(train, test):
@@ -51,12 +52,13 @@ def ours(train, test):
 def figures_of(levels, gold):
     """{"ER macro_f1": number, ...} of levels (N, M)."""
     counts = confusions(levels, gold)  # (M, L, L)
-    f1 = 2 * counts.diagonal(0, 1, 2) / (counts.sum(1) + counts.sum(2)).clamp(min=1)  # (M, L)
-    measures = f1_scores(counts) | {f"f1_{k}": f1[:, k] for k in range(LEVELS)}
     figures = {}
-    for m, name in enumerate(MECHANISMS):
-        for measure, scores in measures.items():
-            figures[f"{name.upper()} {measure}"] = scores[m].item()
+    for m, mechanism in enumerate(MECHANISMS):
+        name = mechanism.upper()
+        for measure, number in f1_scores(counts[m]).items():
+            figures[f"{name} {measure}"] = number.item()
+        for k in range(LEVELS):
+            figures[f"{name} f1_{k}"] = f1_of(levels[:, m] == k, gold[:, m] == k)
     return figures
 
 

@@ -13,7 +13,7 @@
    "shuffled" gives the levels to the contexts at random.
 
 --plot draws the third table (PREFIX-levels.png), and Emp-F1 against perplexity for each run
-(PREFIX-gain.png). --write keeps the figures and the levels of all replies, without texts.
+(PREFIX-gain.png).
 
 Cost: seconds.
 """
@@ -56,16 +56,14 @@ def read_levels(folder):
             f"{path}: not the replies that metrics.json was measured on; give the run's own "
             "command again"
         )
-    levels, contexts = {}, []
-    for record in read_replies(path):
-        contexts.append(record["context"])
-        for who, systems in record["levels"].items():
-            for system, told in systems.items():
-                levels.setdefault(who, {}).setdefault(system, []).append(told)
-    for systems in levels.values():
-        for system, told in systems.items():
-            systems[system] = torch.tensor(told)
-    return levels, contexts
+    records = read_replies(path)
+    levels = {}
+    for who, systems in records[0]["levels"].items():
+        levels[who] = {}
+        for system in systems:
+            told = [record["levels"][who][system] for record in records]
+            levels[who][system] = torch.tensor(told)
+    return levels, [record["context"] for record in records]
 
 
 # ---- the joint bootstrap --------------------------------------------------------------------
@@ -194,16 +192,6 @@ def shuffled_emp_f1(levels, human, kind):
     return f1_scores(counts)[kind].mean().item()
 
 
-def compact(levels):
-    """{"judge, emprl": one digit a level}: what the intervals need, and no text."""
-    found = {}
-    for who, systems in levels.items():
-        for system in WITH_HUMAN:
-            digits = map(str, systems[system].flatten().tolist())
-            found[f"{who}, {system}"] = "".join(digits)
-    return found
-
-
 # ---- pictures -------------------------------------------------------------------------------
 
 
@@ -249,18 +237,19 @@ def main():
     runs = read_runs(options.run)
     levels, contexts = zip(*map(read_levels, runs))
     shared = all(other == contexts[0] for other in contexts)
-    scores, price = level_rows(runs, levels, shared), price_rows(runs)
-    shares = by_level(levels, WITH_HUMAN, share_of)
-    f1 = by_level(levels, SYSTEMS, f1_of)
-    for rows in (scores, price, shares, f1, placement_rows(levels)):
+    tables = {
+        "Emp-F1": level_rows(runs, levels, shared),
+        "price": price_rows(runs),
+        "shares": by_level(levels, WITH_HUMAN, share_of),
+        "F1 of each level": by_level(levels, SYSTEMS, f1_of),
+        "placement": placement_rows(levels),
+    }
+    for rows in tables.values():
         say(f"{sheet(rows)}\n")
     if options.plot:
-        draw_levels(shares, f"{options.plot}-levels.png")
-        draw_gain(scores, price, f"{options.plot}-gain.png")
-    found = {}
-    for metrics, told in zip(runs.values(), levels):
-        found[metrics["config"]["seed"]] = metrics | {"levels": compact(told)}
-    write_json(options.write, found)
+        draw_levels(tables["shares"], f"{options.plot}-levels.png")
+        draw_gain(tables["Emp-F1"], tables["price"], f"{options.plot}-gain.png")
+    write_json(options.write, tables)
 
 
 if __name__ == "__main__":

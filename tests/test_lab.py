@@ -317,17 +317,22 @@ def test_other_runs_and_other_code_are_measured(
 
     project = tmp_path / "project"
     (project / "tests" / "lab").mkdir(parents=True)
-    for path in (*ablate.ROOT.glob("*.py"), ablate.ROOT / "tests" / "lab" / "ablate.py"):
-        shutil.copy(path, project / path.relative_to(ablate.ROOT))
-    monkeypatch.setattr(ablate, "ROOT", project)
+    root = Path(emprl.__file__).parent
+    for path in (*root.glob("*.py"), Path(ablate.__file__)):
+        shutil.copy(path, project / path.relative_to(root))
+    for module in (emprl, ablate):
+        elsewhere = project / Path(module.__file__).relative_to(root)
+        monkeypatch.setattr(module, "__file__", str(elsewhere))
     assert call(ablate, "reward", copied) == 0 and len(counted) == 2, "the same code elsewhere"
     (project / "ppo.py").write_text("changed", encoding="utf-8")
     assert call(ablate, "reward", copied) == 0 and len(counted) == 3
+    (project / "tests" / "lab" / "ablate.py").write_text("changed", encoding="utf-8")
+    assert call(ablate, "reward", copied) == 0 and len(counted) == 4
 
     metrics = json.loads((copied / "metrics.json").read_text(encoding="utf-8"))
     metrics["made_of"]["ppo"] = "another run"
     (copied / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
-    assert call(ablate, "reward", copied) == 0 and len(counted) == 4
+    assert call(ablate, "reward", copied) == 0 and len(counted) == 5
 
 
 def test_a_variants_figures_that_are_cut_are_named(

@@ -54,7 +54,6 @@ from t5_small import (
 )
 from tests.lab.command import Parser, means, read_metrics, read_runs, sheet, start, write_json
 
-ROOT = Path(emprl.__file__).parent
 SHORT = "ppo.steps=12 ppo.warmup=2 ppo.batch_size=256 eval.contexts=200"
 GROUP = 4  # responses to each context, where they are compared with each other
 TRIES = 32  # of MLE for each context, of which `ideal` is made
@@ -468,9 +467,9 @@ PLAIN = {"perplexity_per_word": "perplexity a word", **PRICE, "kl": "KL"}
 
 
 def code():
-    """The digest of the modules and of this file: figures of other code are never shown."""
-    paths = [*sorted(ROOT.glob("*.py")), ROOT / "tests" / "lab" / "ablate.py"]
-    return emprl.digest([path.read_text(encoding="utf-8") for path in paths])
+    """Digests of the modules and of this file: figures of other code are never shown."""
+    own = emprl.digest_bytes(Path(__file__).read_bytes())
+    return [emprl.code_version()["modules"], own]
 
 
 def measure(source, finished, variant, shortened):

@@ -3,13 +3,12 @@
     python -m tests.lab.ablate NAME RUN [RUN ...]     finished runs of one preset
 
 Each variant starts from the MLE policy and the classifiers of a finished run, and is shortened
-(see SHORT) unless --whole is given. `frontier` trains nothing: it measures policies between MLE's
-weights and EmpRL's, and beyond. Nor does `ideal`: it measures what any RL with a KL penalty tends
-to. It prints a Markdown table of means over the runs. A variant's own run, with its replies,
-stays in RUN/ablations/, named by what it is made of: the same run, settings and code are not
-measured again.
+(see SHORT) unless --whole is given. It prints a Markdown table of means over the runs. A
+variant's own run, with its replies, stays in RUN/ablations/, named by what it is made of: the
+same run, settings and code are not measured again.
 
-`rivals` is PPO beside what else may take its time, never shortened: its table has plain figures.
+Two are never shortened. `ideal` trains nothing: it measures what any RL with a KL penalty tends
+to. `rivals` is PPO beside what else may take its time: its table has plain figures.
 
 Cost: a minute for each variant and run of `toy`, 5 minutes of `real`; `ideal` and `rivals` take
 longer.
@@ -49,8 +48,6 @@ from t5_small import (
     Trainer,
     autocast,
     generate,
-    load_state,
-    save_atomically,
 )
 from tests.lab.command import Parser, means, read_metrics, read_runs, sheet, start, write_json
 
@@ -369,7 +366,7 @@ class Variant:
     trainer: type = PPOTrainer
     rival: Callable = None  # what makes the trainer of a rival, in its place
     system: str = "emprl"  # which system of metrics.json is compared with MLE
-    share: float = None  # frontier: of the way from MLE's weights to EmpRL's
+    own: bool = False  # nothing is trained: EmpRL's weights are the run's own
     times: float = None  # ideal: MLE's perplexity, times so much
 
 
@@ -415,13 +412,13 @@ ABLATIONS = {
         "MLE on best of n": Variant(rival=best_of_n_trainer),
     },
     "rivals": {
-        "MLE": Variant(share=1, system="mle"),
-        "best of n": Variant(share=1, system="best_of_n"),
+        "MLE": Variant(own=True, system="mle"),
+        "best of n": Variant(own=True, system="best_of_n"),
         "MLE on best of n": Variant(rival=best_of_n_trainer),
         "MLE, told the levels": Variant(rival=told_trainer),
-        "EmpRL": Variant(share=1),  # all of the way: the run's own
+        "EmpRL": Variant(own=True),
         "ideal, perplexity times 1.1": Variant("ppo.steps=0", system="best_of_n", times=1.1),
-        "human": Variant(share=1, system="human"),
+        "human": Variant(own=True, system="human"),
     },
     "details": {
         **by_settings("""
@@ -438,16 +435,12 @@ ABLATIONS = {
         "top-k 20, temperature 0.9": Variant(TOP_K),
         "the same, scored without them": Variant(TOP_K, Unfiltered),
     },
-    "frontier": {
-        f"{share:.0%} of the way": Variant(share=share)
-        for share in (0.25, 0.5, 0.75, 1, 1.25, 1.5)
-    },
     "ideal": {
         f"perplexity times {times}": Variant("ppo.steps=0", system="best_of_n", times=times)
         for times in (1.01, 1.03, 1.06, 1.1, 1.15)
     },
 }
-AS_IT_IS = ("frontier", "ideal", "rivals")  # nothing is shortened
+AS_IT_IS = ("ideal", "rivals")  # nothing is shortened
 MEASURES = {
     "emp_f1": "weighted",
     "emp_macro_f1": "macro",
@@ -478,20 +471,15 @@ def measure(source, finished, variant, shortened):
     for setting in (*shortened.split(), *variant.settings.split()):
         emprl.apply_setting(config, setting)
     trainer = (variant.rival or variant.trainer).__name__
-    made_of = [finished["made_of"], asdict(config), trainer, variant.share, variant.times]
+    made_of = [finished["made_of"], asdict(config), trainer, variant.own, variant.times]
     folder = source / "ablations" / emprl.digest([made_of, code()])[:16]
     if (folder / "metrics.json").exists():
         return read_metrics(folder)
 
     # All that comes before PPO is the finished run's.
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "checkpoints").mkdir(parents=True)
-    for checkpoint in (source / "checkpoints").glob("*.pt"):
-        if checkpoint.stem != "ppo":
-            shutil.copy(checkpoint, folder / "checkpoints")
-    if variant.share is not None:
-        mixed = mix(source / "checkpoints", variant.share)
-        save_atomically(mixed, folder / "checkpoints" / "ppo.pt")
+    made_anew = shutil.ignore_patterns("" if variant.own else "ppo.pt")
+    shutil.copytree(source / "checkpoints", folder / "checkpoints", ignore=made_anew)
 
     evaluator = emprl.Evaluator
     if variant.times:
@@ -508,15 +496,6 @@ def measure(source, finished, variant, shortened):
 def unwatched(trainer, *arguments):
     """A trainer without validations: only the end counts here."""
     return trainer(*arguments[:-1], lambda t5: {})
-
-
-def mix(checkpoints, share):
-    """PPO's checkpoint with weights that are `share` of the way from MLE's to PPO's."""
-    start = load_state(checkpoints / "mle.pt")["weights"]
-    state = load_state(checkpoints / "ppo.pt")
-    for name, end in state["weights"].items():
-        state["weights"][name] = start[name].lerp(end, share)
-    return state
 
 
 def figures_of(metrics, system):

@@ -14,13 +14,13 @@ Cost: a minute for each variant and run of `toy`, 5 minutes of `real`; `ideal` a
 longer.
 """
 
-import contextlib
 import copy
 import io
 import math
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -468,7 +468,7 @@ def code():
 def measure(source, finished, variant, shortened):
     """The metrics of a variant of a finished run: those that are there, or measured now."""
     config = emprl.read_config(finished["config"])
-    for setting in (*shortened.split(), *variant.settings.split()):
+    for setting in f"{shortened} {variant.settings}".split():
         emprl.apply_setting(config, setting)
     trainer = (variant.rival or variant.trainer).__name__
     made_of = [finished["made_of"], asdict(config), trainer, variant.own, variant.times]
@@ -484,13 +484,12 @@ def measure(source, finished, variant, shortened):
     evaluator = emprl.Evaluator
     if variant.times:
         evaluator = partial(Ideal, variant.times)
-    with mock.patch.object(emprl, "Evaluator", evaluator):
-        with contextlib.redirect_stdout(io.StringIO()):
-            run = emprl.Run(folder, config, emprl.find_device())
-            trainer = partial(unwatched, variant.trainer)
-            if variant.rival:
-                trainer = partial(variant.rival, run)
-            return emprl.run_all(run, trainer)
+    trainer = partial(unwatched, variant.trainer)
+    with mock.patch.object(emprl, "Evaluator", evaluator), redirect_stdout(io.StringIO()):
+        run = emprl.Run(folder, config, emprl.find_device())
+        if variant.rival:
+            trainer = partial(variant.rival, run)
+        return emprl.run_all(run, trainer)
 
 
 def unwatched(trainer, *arguments):
@@ -503,10 +502,10 @@ def figures_of(metrics, system):
     before, after = metrics["mle"], metrics[system]
     truth = "oracle" if "oracle_emp_f1" in before else "judge"
     prefix = emprl.PREFIX[truth]
-    figures = {"gain": after[prefix + "emp_f1"] - before[prefix + "emp_f1"]}
-    for m in MECHANISMS:
-        key = f"{prefix}emp_f1_{m}"
-        figures[m.upper()] = after[key] - before[key]
+    figures = {}
+    gains = {"gain": "emp_f1", **{m.upper(): f"emp_f1_{m}" for m in MECHANISMS}}
+    for name, key in gains.items():
+        figures[name] = after[prefix + key] - before[prefix + key]
     for who in (truth, "identifiers"):
         for key, name in MEASURES.items():
             figures[f"{name}, {who}"] = after[emprl.PREFIX[who] + key]
@@ -579,11 +578,9 @@ def main():
     variants = ABLATIONS[options.name]
     shown = plain_figures if options.name == "rivals" else figures_of
     figures = {name: {} for name in variants}
-    with contextlib.ExitStack() as stack:
-        for folder in runs:
-            stack.enter_context(emprl.alone(folder))
-        for folder, finished in runs.items():
-            seed = finished["config"]["seed"]
+    for folder, finished in runs.items():
+        seed = finished["config"]["seed"]
+        with emprl.alone(folder):
             for number, (name, variant) in enumerate(variants.items(), 1):
                 emprl.say(f"seed {seed}, {number} of {len(variants)}: {name}")
                 metrics = measure(folder, finished, variant, shortened)

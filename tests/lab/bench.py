@@ -1,20 +1,20 @@
-"""How fast is it, and how much memory does it take, beside transformers and trl?
+"""How fast is it, and how much memory does it take, beside transformers?
 
-    python -m tests.lab.bench [PART ...]    step sample ppo tricks memory; all by default
-    python -m tests.lab.bench step sample   the four ratios to transformers that README quotes
+    python -m tests.lab.bench [PART ...]    step sample memory; all by default
     python -m tests.lab.bench --plan        memory of preset `paper` on a GPU, by arithmetic
 
 step    a training step with dropout: 32 pairs of 64 and 24 tokens, forward, backward, AdamW
 sample  30 tokens for each of 32 sources of 64: top-k 20, temperature 0.9, with a cache
-ppo     an iteration: 32 responses of 30 tokens, 4 optimizer steps, a random reward
-tricks  sampling with each trick and without it
-memory  peak of step, sample and ppo, each in a process of its own (on a CPU: Linux)
+memory  peak of step and of sample, each in a process of its own (on a CPU: Linux)
 
-Everyone takes turns; medians, and their ratio, above 1 where this project needs less. What is
-not installed is left out. The first line says how fast the machine is. On a GPU: bf16 autocast.
+The two take turns; medians, and their ratio, above 1 where this project needs less. Where
+transformers is not installed, this project is measured alone. The first line says how fast the
+machine is. On a GPU: bf16 autocast.
+
 Cost: two minutes a part on an idle laptop. Nothing else should run meanwhile.
 """
 
+import itertools
 import multiprocessing
 import statistics
 import sys
@@ -24,14 +24,11 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from unittest import mock
 
 import emprl  # before torch: it says how torch's threads wait
 import torch
 
-import t5_small
 from identifiers import NetworkClassifier
-from ppo import PPOConfig, PPOTrainer, Prompts
 from t5_small import (
     EOS_ID,
     PAD_ID,
@@ -60,14 +57,6 @@ BASE = replace(
     SMALL, d_model=768, d_ff=3072, num_layers=12, num_decoder_layers=12, num_heads=12
 )
 SAMPLING = Sampling(temperature=0.9, top_k=20, min_length=30, max_length=30)
-THEIR_SAMPLING = {
-    "do_sample": True,
-    "temperature": 0.9,
-    "top_k": 20,
-    "min_new_tokens": 30,
-    "max_new_tokens": 30,
-    "use_cache": True,
-}
 FOREVER = 10**9
 
 
@@ -97,15 +86,13 @@ def our_step(config, compiled=False):
 
 
 def their_t5(config):
-    """transformers' T5, with scaled_dot_product_attention where it has that for T5."""
+    """transformers' T5; it takes scaled_dot_product_attention where it has that for T5."""
     import transformers
 
     transformers.logging.set_verbosity_error()
-    theirs = transformers.T5ForConditionalGeneration
-    attention = "sdpa" if getattr(theirs, "_supports_sdpa", False) else "eager"
     ids = {"pad_token_id": PAD_ID, "eos_token_id": EOS_ID, "decoder_start_token_id": PAD_ID}
     their_config = transformers.T5Config(**asdict(config), **ids)
-    return theirs._from_config(their_config, attn_implementation=attention).to(DEVICE)
+    return transformers.T5ForConditionalGeneration(their_config).to(DEVICE)
 
 
 def their_step(config):
@@ -126,8 +113,8 @@ def their_step(config):
     return work
 
 
-def our_sample(config, rows=32):
-    source, _ = random_batch(config, rows)
+def our_sample(config):
+    source, _ = random_batch(config)
     model = T5(config).to(DEVICE).eval()
 
     def work():
@@ -144,75 +131,26 @@ def their_sample(config):
     def work():
         with autocast(DEVICE):
             return model.generate(
-                source, attention_mask=torch.ones_like(source), **THEIR_SAMPLING
+                source,
+                attention_mask=torch.ones_like(source),
+                do_sample=True,
+                temperature=0.9,
+                top_k=20,
+                min_new_tokens=30,
+                max_new_tokens=30,
+                use_cache=True,
             )
 
     return work
 
 
-def our_ppo(config):
-    source, target = random_batch(config)
-    settings = PPOConfig(
-        steps=FOREVER, eval_every=FOREVER, minibatch_size=32, ppo_epochs=4, lr=1e-5
-    )
-    trainer = PPOTrainer(
-        T5(config).to(DEVICE).eval(),
-        reward=lambda source, response, targets: torch.rand(len(source), device=DEVICE),
-        prompts=lambda i: Prompts(source, source, target),
-        sampling=SAMPLING,
-        config=settings,
-        validate=None,
-    )
-    return lambda: trainer.step(FOREVER - 2)  # neither the first nor the last: no validation
-
-
-def their_ppo(config):
-    """trl 0.9.6, the last with PPO for encoder-decoders: 32 responses at once, as ours."""
-    import tokenizers
-    import transformers
-    import trl
-
-    words = tokenizers.models.WordLevel({"<pad>": 0, "</s>": 1}, "</s>")  # only asked to pad
-    padding = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(words), pad_token="<pad>", eos_token="</s>"
-    )
-    model = trl.AutoModelForSeq2SeqLMWithValueHead.from_pretrained(their_t5(config))
-    settings = trl.PPOConfig(
-        batch_size=32, mini_batch_size=32, ppo_epochs=4, max_grad_norm=1.0
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    reference = trl.create_reference_model(model)
-    trainer = trl.PPOTrainer(settings, model, reference, padding, optimizer=optimizer)
-    queries = list(random_batch(config)[0])
-
-    def work():
-        responses = trainer.generate(queries, batch_size=32, **THEIR_SAMPLING)
-        return trainer.step(queries, responses, list(torch.rand(32)))
-
-    return work
-
-
-WORK = {
-    "step": (our_step, their_step, "transformers"),
-    "sample": (our_sample, their_sample, "transformers"),
-    "ppo": (our_ppo, their_ppo, "trl"),
-}
-
-
-def everyone(part):
-    """{who: what makes their work} of those who are installed here."""
-    ours, theirs, library = WORK[part]
-    makers = {"EmpRL": ours}
-    if part == "step" and DEVICE == "cuda":
-        makers["EmpRL compiled"] = partial(our_step, compiled=True)
-    if find_spec(library):
-        makers[library] = theirs
-    return makers
-
-
-def sizes(part):
-    """{name: T5Config}."""
-    return {"tiny": TINY} if part == "ppo" else {"tiny": TINY, "small": SMALL}
+WORK = {"step": {"EmpRL": our_step}, "sample": {"EmpRL": our_sample}}
+if DEVICE == "cuda":
+    WORK["step"]["EmpRL compiled"] = partial(our_step, compiled=True)
+if find_spec("transformers"):
+    WORK["step"]["transformers"] = their_step
+    WORK["sample"]["transformers"] = their_sample
+SIZES = {"tiny": TINY, "small": SMALL}
 
 
 # ---- measuring ------------------------------------------------------------------------------
@@ -245,53 +183,15 @@ def with_ratios(figures, unit):
 def compare(part, repeats):
     """Rows {"step, tiny": {"EmpRL, ms", "transformers, ms", "transformers / EmpRL"}}."""
     rows = {}
-    for size, config in sizes(part).items():
-        works = {who: make(config) for who, make in everyone(part).items()}
+    for size, config in SIZES.items():
+        works = {who: make(config) for who, make in WORK[part].items()}
         rows[f"{part}, {size}"] = with_ratios(medians(works, repeats), "ms")
-    return rows
-
-
-def plain_draw(logits, sampling):
-    """By torch.multinomial."""
-    logits = t5_small.filter_logits(logits / sampling.temperature, sampling.top_k)
-    log_probs = logits.log_softmax(-1)
-    token = torch.multinomial(log_probs.exp(), 1)
-    return token[:, 0], log_probs.gather(1, token)[:, 0], log_probs > -torch.inf
-
-
-class PlainCache(t5_small.BlockCache):
-    """The source's keys and values as they come: a view, laid out anew at each step."""
-
-    def __init__(self, block, memory):
-        self.memory = block.cross_attn.keys_values(memory)
-        self.keys, self.values = (x[:, :, :0] for x in self.memory)
-
-
-def in_one_piece(source, size):
-    return [source]
-
-
-TRICKS = {  # name -> the rows that are sampled, where the trick is, what takes its place
-    "drawn by cumulative probability": (32, "t5_small.draw", plain_draw),
-    "keys and values of the source laid out once": (32, "t5_small.BlockCache", PlainCache),
-    "encoder in pieces of 32": (384, "torch.Tensor.split", in_one_piece),
-}
-
-
-def tricks(repeats):
-    """{trick: {"with, ms", "without, ms", "without / with"}} of sampling at tiny."""
-    rows = {}
-    for name, (count, place, plain) in TRICKS.items():
-        work = our_sample(TINY, count)
-        slow = mock.patch(place, plain)(work)  # the same work, where the plain one stands
-        ms = medians({"with": work, "without": slow}, repeats)
-        rows[f"{name}, {count} sources"] = with_ratios(ms, "ms")
     return rows
 
 
 def peak_of(part, who, config):
     """MiB that this process held at most in two calls. Called in a process of its own."""
-    work = everyone(part)[who](config)
+    work = WORK[part][who](config)
     work()
     work()
     return peak_memory(DEVICE) / 2**20
@@ -300,13 +200,12 @@ def peak_of(part, who, config):
 def memory():
     """Rows of peak MiB, what is imported included."""
     rows, spawn = {}, multiprocessing.get_context("spawn")
-    for part in WORK:
-        for size, config in sizes(part).items():
-            peaks = {}
-            for who in everyone(part):
-                with ProcessPoolExecutor(1, spawn) as process:
-                    peaks[who] = process.submit(peak_of, part, who, config).result()
-            rows[f"{part}, {size}"] = with_ratios(peaks, "MiB")
+    for part, size in itertools.product(WORK, SIZES):
+        peaks = {}
+        for who in WORK[part]:
+            with ProcessPoolExecutor(1, spawn) as process:
+                peaks[who] = process.submit(peak_of, part, who, SIZES[size]).result()
+        rows[f"{part}, {size}"] = with_ratios(peaks, "MiB")
     return rows
 
 
@@ -402,12 +301,12 @@ def plan():
 
 # ---- the command ----------------------------------------------------------------------------
 
-PARTS = (*WORK, "tricks", "memory")
+PARTS = (*WORK, "memory")
 
 
 def machine():
     """What the figures depend on: versions, threads, GFLOP/s of a 1,024-square product."""
-    libraries = ("torch", "transformers", "trl")
+    libraries = ("torch", "transformers")
     threads = torch.get_num_threads()
     return {
         **{name: version(name) for name in libraries if find_spec(name)},
@@ -434,9 +333,7 @@ def main():
     results = {"machine": machine()}
     print(results["machine"], flush=True)
     for part in options.part:
-        if part == "tricks":
-            results[part] = tricks(options.repeats)
-        elif part == "memory":
+        if part == "memory":
             results[part] = memory()
         else:
             results[part] = compare(part, options.repeats)

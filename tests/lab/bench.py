@@ -213,30 +213,17 @@ def memory():
 
 CARD = 12.0  # GiB
 CUDA = 0.6  # GiB that CUDA itself takes
-# bytes a parameter that is trained: weights 4, gradients 4, AdamW 8, a bf16 copy 2, best weights 4
-TRAINED = 22
+TRAINED = 18  # bytes a parameter: weights 4, gradients 4, AdamW 8, a copy in bf16 2
 
 
-def parameter_count(make, *arguments):
-    """Of the module that make(*arguments) makes, on a device that has shapes and no memory."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in make(*arguments).parameters())
-
-
-def classifier_of(config, identifiers):
-    return NetworkClassifier(T5(config), identifiers)
-
-
-def activation_bytes(t5, S, T=0):
-    """What a forward pass keeps of a row for the backward pass, without logits; T = 0: encoder.
+def activation_bytes(t5, S, T):
+    """What a forward pass keeps of a row for the backward pass, without logits.
 
     In bf16 with dropout and d_ff = 4 d_model. An encoder's block keeps 54 bytes for each number
     of each token (norms 24, attention's operands 8, feed-forward 20, masks 2), a decoder's 69,
     and 8 for the source's; each attention weight takes 7.
     """
     encoder = t5.num_layers * (54 * S * t5.d_model + 7 * t5.num_heads * S * S)
-    if not T:
-        return encoder
     decoder = (69 * T + 8 * S) * t5.d_model + 7 * t5.num_heads * T * (S + T)
     return encoder + t5.num_decoder_layers * decoder
 
@@ -246,56 +233,56 @@ def cache_bytes(t5, S, T):
     return 2 * 2 * (S + T) * t5.num_heads * t5.d_kv * t5.num_decoder_layers
 
 
+def parameter_count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
 def stages(config, t5):
-    """{stage: bytes at its peak: of what is trained, what is held, activations} of emprl.py."""
-    lengths, ids = config.data, config.identifiers
-    policy = parameter_count(T5, t5)
-    network = TRAINED * parameter_count(classifier_of, t5, replace(ids, shared=True))
-    S, T = lengths.max_source, lengths.max_target
-    row = activation_bytes(t5, S, T) + 12 * T * t5.vocab_size  # logits: 4 are kept, 8 pass
-    told = activation_bytes(t5, lengths.identifier_source)
-    told += activation_bytes(t5, lengths.identifier_target)
-    seen = activation_bytes(t5, S)
-    found = {
-        "MLE": (TRAINED * policy, 0, config.mle.batch_size * row),
-        "identifiers, judge": (network, 4 * policy, ids.micro_batch * told),
-        "context classifier": (network, 4 * policy, ids.micro_batch * seen),
-    }
+    """{stage: bytes of what is trained, of what is held, of activations}, where a run needs most.
 
-    # PPO keeps no best weights, and holds the reference, which is the MLE policy, and the
-    # identifiers; at validation the judge, too, when there are no gradients.
-    held = 4 * parameter_count(classifier_of, t5, ids)
-    update, rollout = ppo_bytes(config, t5)
-    found["PPO"] = ((TRAINED - 4) * policy, 4 * policy + held, max(update, rollout))
-    found["validation"] = ((TRAINED - 8) * policy, 4 * policy + 2 * held, rollout)
-    return found
+    PPO holds its reference, which is the MLE policy, and the identifiers; in a validation there
+    is the judge, too, and there are no gradients.
+    """
+    with torch.device("meta"):  # shapes, no memory
+        policy = T5(t5)
+        identifiers = NetworkClassifier(policy, config.identifiers)
+    parameters = parameter_count(policy)
+    classifier = 4 * parameter_count(identifiers)
 
-
-def ppo_bytes(config, t5):
-    """Activations and what goes with them: of an update, and when the reference is asked."""
     ppo = config.ppo
     S, T = config.data.max_source, config.exploring.max_length
     support = ppo.batch_size * T * t5.vocab_size
     cache = ppo.batch_size * cache_bytes(t5, S, T)
     row = activation_bytes(t5, S, T) + 17 * T * t5.vocab_size
-    return ppo.micro_batch * row + support + cache, 21 * support + cache
+    update = ppo.micro_batch * row + support + cache
+    rollout = 21 * support + cache  # when the reference is asked
+    return {
+        "PPO": {
+            "trained": TRAINED * parameters,
+            "held": 4 * parameters + classifier,
+            "activations": max(update, rollout),
+        },
+        "validation": {
+            "trained": (TRAINED - 4) * parameters,
+            "held": 4 * parameters + 2 * classifier,
+            "activations": rollout,
+        },
+    }
 
 
 def plan():
     """The text of --plan."""
     text = [f"By arithmetic, in GiB; nothing of it was measured. {CUDA} GiB are CUDA's own."]
+    config = emprl.make_config("paper", 0, ".", ".")
     for name, t5 in (("t5-small", SMALL), ("t5-base", BASE)):
         rows = {}
-        for stage, parts in stages(emprl.make_config("paper", 0, ".", "."), t5).items():
-            row = [x / 2**30 for x in parts]
-            names = ("trained", "held", "activations", "all")
-            rows[stage] = dict(zip(names, [*row, sum(row) + CUDA]))
+        for stage, parts in stages(config, t5).items():
+            gib = {what: x / 2**30 for what, x in parts.items()}
+            rows[stage] = gib | {"all": sum(gib.values()) + CUDA}
         most = max(row["all"] for row in rows.values())
         verdict = "fits" if most <= CARD else "does NOT fit"
-        text += [
-            f"{name}, paper as it is: {most:.1f} GiB {verdict} into {CARD:g}",
-            sheet(rows),
-        ]
+        text.append(f"{name}, paper as it is: {most:.1f} GiB {verdict} into {CARD:g}")
+        text.append(sheet(rows))
     return "\n\n".join(text)
 
 

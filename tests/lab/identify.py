@@ -67,19 +67,17 @@ def one_seed(folder, seed):
     corpus = real_corpus(folder, seed)
     sizes = real()
     tokenizer = make_tokenizer(sizes, corpus)
-    parts = dict(corpus.labelled)
+    parts = corpus.labelled
     parts["all"] = parts["train"] + parts["judge_train"] + parts["judge_valid"]
     lengths = sizes.data.identifier_source, sizes.data.identifier_target
     pairs = {part: Pairs(parts[part], tokenizer, *lengths) for part in parts}
     test = pairs["test"]
-    told = {"TF-IDF": tf_idf(parts["all"], parts["test"])}
-    halves = {
-        "ours": "all",
-        "the identifiers' half": "train",
-        "the judge's half": "judge_train",
+    told = {
+        "TF-IDF": tf_idf(parts["all"], parts["test"]),
+        "ours": ours(pairs["all"], test),
+        "the identifiers' half": ours(pairs["train"], test),
+        "the judge's half": ours(pairs["judge_train"], test),
     }
-    for name, part in halves.items():
-        told[name] = ours(pairs[part], test)
     return {system: figures_of(levels, test.levels) for system, levels in told.items()}
 
 

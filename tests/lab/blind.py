@@ -123,13 +123,11 @@ def read_answers(path, items, systems):
         if OPEN.fullmatch(line):
             continue
         found = ANSWER.fullmatch(line)
-        problem = ""
-        if not found:
-            problem = "not as '17 B 4 3 2', with three numbers from 1 to 5"
-        elif found[1] not in rated_by:
-            problem = "there is no such reply, or it is rated twice"
-        if problem:
-            raise DataError(f"{path}:{place}: {printable(line)[:40]!r}: {problem}")
+        if not found or found[1] not in rated_by:
+            raise DataError(
+                f"{path}:{place}: {printable(line)[:40]!r}: give each reply of the sheet three "
+                "numbers from 1 to 5, once, as in '17 B 4 3 2'"
+            )
         answers[rated_by.pop(found[1])] = torch.tensor([float(x) for x in found.groups()[1:]])
     if answers.isnan().all():
         raise DataError(f"{path}: no answers; write lines such as '17 B 4 3 2'")
@@ -162,11 +160,10 @@ def table(readers, systems):
     for k, system in enumerate(systems):
         if system != "mle" and "mle" in systems:
             rows[f"{system} - mle"] = row_of(means[:, k] - means[:, systems.index("mle")])
-    kappas = []
-    for first, second in itertools.combinations(readers.flatten(1, 2), 2):
-        kappas.append([weighted_kappa(first[:, k], second[:, k]) for k in range(3)])
+    pairs = itertools.combinations(readers.flatten(1, 2), 2)
+    kappas = [weighted_kappa(first, second) for first, second in pairs]
     if kappas:
-        mean = torch.tensor(kappas).nanmean(0).tolist()
+        mean = torch.stack(kappas).nanmean(0).tolist()
         rows["kappa"] = {question: f"{x:.2f}" for question, x in zip(QUESTIONS, mean)}
     return rows
 
@@ -174,13 +171,13 @@ def table(readers, systems):
 def weighted_kappa(first, second):
     """1 - mean (x_i - y_i)^2 / mean over all i, j of (x_i - y_j)^2; NaN if that is 0.
 
-    Of the replies that both have rated.
+    (replies, questions) twice -> (questions,), of the replies that both have rated.
     """
-    both = ~(first - second).isnan()
+    both = ~(first - second).isnan().any(1)
     x, y = first[both], second[both]
-    seen = ((x - y) ** 2).mean()
-    chance = ((x[:, None] - y) ** 2).mean()
-    return (1 - seen / chance).item()
+    seen = ((x - y) ** 2).mean(0)
+    chance = ((x[:, None] - y) ** 2).mean((0, 1))
+    return 1 - seen / chance
 
 
 def without_texts(answers, items, systems):

@@ -292,7 +292,7 @@ class Ideal(emprl.Evaluator):
         source = self.run.folder.parent
         if source not in self.sampled:
             self.sampled[source] = self.sample_often()
-        tries, levels = self.sampled[source]
+        tries, told = self.sampled[source]
         rewards = torch.stack([promised(reward, one, targets) for one in tries])  # (K, N)
         human = promised(reward, self.pairs, targets)  # (N,)
         beta, rise = self.find_beta(rewards, human)
@@ -303,18 +303,22 @@ class Ideal(emprl.Evaluator):
         texts = [tries[k].responses[i] for i, k in enumerate(chosen[:, 0].tolist())]
         figures = self.measure("best_of_n", texts)
         for who, gold in self.human.items():
-            for name, number in drawn_figures(levels[who], chosen, gold).items():
+            levels = torch.stack([one[who] for one in told])  # (K, N, M)
+            for name, number in drawn_figures(levels, chosen, gold).items():
                 figures[emprl.PREFIX[who] + name] = number
+
+        # Each perplexity is the exponential of the same loss, over the tokens or the words.
         before = self.perplexities(self.mle)
-        figures["perplexity"] = before["perplexity"] * math.exp(rise)
-        share = math.log(figures["perplexity"]) / math.log(before["perplexity"])
-        figures["perplexity_per_word"] = before["perplexity_per_word"] ** share
+        times = 1 + rise / math.log(before["perplexity"])  # how much larger the loss is
+        for name, perplexity in before.items():
+            figures[name] = perplexity**times
+
         kl = (weights * rewards / beta).sum(0) - log_z(rewards, beta)
         figures["kl"] = kl.mean().item()
         return figures
 
     def sample_often(self):
-        """TRIES lots of responses, and {classifier: (K, N, M) levels}."""
+        """TRIES lots of responses, and of each {classifier: (N, M) levels}."""
         config = self.run.config
         self.run.seed("ideal")
         tries, told = [], []
@@ -322,10 +326,7 @@ class Ideal(emprl.Evaluator):
             responses = respond(self.mle, self.pairs, config.replying, config.eval.batch_size)
             tries.append(self.pairs.with_responses(responses))
             told.append(self.levels(responses))
-        levels = {}
-        for who in self.human:
-            levels[who] = torch.stack([one[who] for one in told])
-        return tries, levels
+        return tries, told
 
     def find_beta(self, rewards, human):
         """beta, and by how much a token's loss rises with it: (K, N), (N,) -> two numbers."""

@@ -71,7 +71,7 @@ def figures():
         alt = figure.get_label()
         output = {
             "output_type": "display_data",
-            "metadata": {"image/png": {"alt": alt}} if alt else {},
+            "metadata": {"image/png": {"alt": alt}},
             "data": {
                 "image/png": base64.b64encode(picture.getvalue()).decode(),
                 "text/plain": [f"<Figure: {alt}>"],
@@ -87,11 +87,11 @@ def outputs_of(source, namespace):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         execute(source, namespace)
-    outputs = []
-    if printed.getvalue():
-        lines = printed.getvalue().splitlines(keepends=True)
-        outputs.append({"name": "stdout", "output_type": "stream", "text": lines})
-    return outputs + figures()
+    outputs = figures()
+    lines = printed.getvalue().splitlines(keepends=True)
+    if lines:
+        outputs.insert(0, {"name": "stdout", "output_type": "stream", "text": lines})
+    return outputs
 
 
 def run(notebook, reduced=False):

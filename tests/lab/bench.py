@@ -174,10 +174,12 @@ def medians(works, repeats):
 
 
 def with_ratios(figures, unit):
-    """Each figure, and how many times the first."""
-    first, *others = figures
+    """Each figure, and how many times ours."""
     row = {f"{who}, {unit}": x for who, x in figures.items()}
-    return row | {f"{who} / {first}": figures[who] / figures[first] for who in others}
+    for who, x in figures.items():
+        if who != "EmpRL":
+            row[f"{who} / EmpRL"] = x / figures["EmpRL"]
+    return row
 
 
 def compare(part, repeats):

@@ -125,9 +125,9 @@ def level_row(metrics, key):
     row = {name: metrics[system][key] for system, name in SYSTEMS.items()}
     row["always commonest"] = metrics["floors"]["majority"][key]
     row["random response"] = metrics["floors"]["random_copy"][key]
-    by_context = metrics["ceiling"]["context_balanced"][key]
-    by_rule = metrics["ceiling"].get("best", {})  # of the generated world
-    row["ceiling"] = by_rule.get(key, by_context)
+    ceilings = metrics["ceiling"]
+    by_rule = ceilings.get("best", {})  # of the generated world
+    row["ceiling"] = by_rule.get(key, ceilings["context_balanced"][key])
     return row
 
 
@@ -211,18 +211,16 @@ def draw_levels(shares, path):
     figure.savefig(path)
 
 
-def draw_gain(levels, price, path):
+def draw_gain(runs, mean, path):
     """A point for each run and system: weighted Emp-F1 by the judge against the perplexity."""
     figure = Figure((7.8, 3.6), layout="constrained")
     axis = figure.subplots()
-    seeds = [name for name in price if name != "mean"]
     for system, name in SYSTEMS.items():
-        times = [price[seed]["perplexity, times"] if name == "EmpRL" else 1 for seed in seeds]
-        found = [levels[f"judge, weighted, {seed}"][name] for seed in seeds]
+        times = [float(run[system]["perplexity"]) / run["mle"]["perplexity"] for run in runs]
+        found = [run[system]["judge_emp_f1"] for run in runs]
         axis.plot(times, found, "o", color=COLOURS[system], label=name)
     for name, style in (("always commonest", ":"), ("ceiling", "--")):
-        height = levels["judge, weighted, mean"][name]
-        axis.axhline(height, color="black", ls=style, label=name)
+        axis.axhline(mean[name], color="black", ls=style, label=name)
     axis.set(xlabel="perplexity, times MLE's", ylabel="weighted Emp-F1, by the judge")
     axis.legend(fontsize=8)
     figure.savefig(path)
@@ -248,7 +246,8 @@ def main():
         say(f"{sheet(rows)}\n")
     if options.plot:
         draw_levels(tables["shares"], f"{options.plot}-levels.png")
-        draw_gain(tables["Emp-F1"], tables["price"], f"{options.plot}-gain.png")
+        mean = tables["Emp-F1"]["judge, weighted, mean"]
+        draw_gain(runs.values(), mean, f"{options.plot}-gain.png")
     write_json(options.write, tables)
 
 

@@ -27,18 +27,16 @@ def tf_idf(train, test):
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
+        from sklearn.multioutput import MultiOutputClassifier
         from sklearn.pipeline import make_pipeline
     except ImportError:
         raise DataError("identify needs scikit-learn: pip install scikit-learn") from None
-    levels = []
-    for m in range(len(MECHANISMS)):
-        model = make_pipeline(
-            TfidfVectorizer(ngram_range=(1, 2)),
-            LogisticRegression(class_weight="balanced", max_iter=1000),
-        )
-        model.fit([d.response for d in train], [d.levels[m] for d in train])
-        levels.append(torch.tensor(model.predict([d.response for d in test])))
-    return torch.stack(levels, 1)
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2)),
+        MultiOutputClassifier(LogisticRegression(class_weight="balanced", max_iter=1000)),
+    )
+    model.fit([d.response for d in train], [d.levels for d in train])
+    return torch.tensor(model.predict([d.response for d in test]))
 
 
 def ours(train, test):

@@ -108,8 +108,9 @@ def sheet_text(items):
 
 def read_answers(path, items, systems):
     """(items, systems, 3) numbers of a filled sheet, NaN where nothing is. Raises DataError."""
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    if not lines or lines[0].strip() != first_line(items):
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    lines = [line.strip() for line in text.splitlines()]
+    if lines[:1] != [first_line(items)]:
         raise DataError(
             f"{path}:1: not a sheet of these replies and options; its first line must be "
             f"{first_line(items)!r}"
@@ -119,7 +120,7 @@ def read_answers(path, items, systems):
         for letter, (_, gave_it) in item.replies.items():
             rated_by[f"{number + 1} {letter}"] = number, [systems.index(x) for x in gave_it]
     answers = torch.full((len(items), len(systems), len(QUESTIONS)), torch.nan)
-    for place, line in enumerate(map(str.strip, lines), 1):
+    for place, line in enumerate(lines, 1):
         if OPEN.fullmatch(line):
             continue
         found = ANSWER.fullmatch(line)
@@ -149,17 +150,17 @@ def interval(numbers):
 
 def row_of(rated):
     """A row of the table from (items, 3) numbers."""
-    row = {question: interval(rated[:, k]) for k, question in enumerate(QUESTIONS)}
+    row = {question: interval(column) for question, column in zip(QUESTIONS, rated.T)}
     return row | {"contexts": str((~rated[:, 0].isnan()).sum().item())}
 
 
 def table(readers, systems):
     """Markdown rows of answers (readers, items, systems, 3): means, differences to MLE, kappa."""
-    means = readers.nanmean(0)
-    rows = {system: row_of(means[:, k]) for k, system in enumerate(systems)}
-    for k, system in enumerate(systems):
+    means = dict(zip(systems, readers.nanmean(0).unbind(1)))  # system -> (items, 3)
+    rows = {system: row_of(rated) for system, rated in means.items()}
+    for system, rated in means.items():
         if system != "mle" and "mle" in systems:
-            rows[f"{system} - mle"] = row_of(means[:, k] - means[:, systems.index("mle")])
+            rows[f"{system} - mle"] = row_of(rated - means["mle"])
     pairs = itertools.combinations(readers.flatten(1, 2), 2)
     kappas = [weighted_kappa(first, second) for first, second in pairs]
     if kappas:

@@ -10,7 +10,6 @@ can tell when a cell has been changed since.
 import ast
 import base64
 import contextlib
-import hashlib
 import io
 import json
 import sys
@@ -22,6 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from emprl import digest_bytes
 from tests.lab.command import Parser, start
 
 PATH = Path(__file__).resolve().parent.parent.parent / "train.ipynb"
@@ -44,7 +44,7 @@ def code_cells(notebook):
 def source_hash(notebook):
     """Of all code cells."""
     sources = ["".join(cell["source"]) for cell in code_cells(notebook)]
-    return hashlib.sha256("\n".join(sources).encode()).hexdigest()
+    return digest_bytes("\n".join(sources).encode())
 
 
 def execute(source, namespace):
@@ -64,8 +64,7 @@ def figures():
     goes where Jupyter puts the alt text of a picture, and screen readers find it.
     """
     outputs = []
-    for number in plt.get_fignums():
-        figure = plt.figure(number)
+    for figure in map(plt.figure, plt.get_fignums()):
         picture = io.BytesIO()
         figure.savefig(picture, format="png")
         alt = figure.get_label()

@@ -930,13 +930,13 @@ def test_the_interval_over_seeds_and_contexts():
     before[:, 2] = (human[:, 2] + 1) % 3
     for kind in ("weighted_f1", "macro_f1"):
         for shared in (True, False):
-            gain = tables.gain_over_seeds([(human, before, human)] * 3, kind, shared, 200)
-            assert gain == pytest.approx({"relative": 0.5, "low": 0.5, "high": 0.5}, abs=1e-5)
+            runs = [(human, before, human)] * 3
+            ends = tables.interval_over_seeds(runs, kind, shared, 200)
+            assert ends == pytest.approx([0.5, 0.5], abs=1e-5)
     runs = [(human, before, human)] * 2 + [(human, human, human)]
-    gain = tables.gain_over_seeds(runs, "weighted_f1", True)
-    assert gain["relative"] == pytest.approx(3 / (2 * 2 / 3 + 1) - 1)
-    assert gain["low"] == pytest.approx(0, abs=1e-5), "three times the seed without gain"
-    assert gain["high"] == pytest.approx(0.5, abs=1e-5)
+    low, high = tables.interval_over_seeds(runs, "weighted_f1", True)
+    assert low == pytest.approx(0, abs=1e-5), "three times the seed without gain"
+    assert high == pytest.approx(0.5, abs=1e-5)
 
 
 def test_shared_contexts_are_drawn_jointly():
@@ -948,8 +948,9 @@ def test_shared_contexts_are_drawn_jointly():
     before = torch.where(right.flip(0), human, (human + 1) % 3)
     widths = {}
     for count, shared in ((1, True), (4, True), (4, False)):
-        gain = tables.gain_over_seeds([(human, before, after)] * count, "weighted_f1", shared)
-        widths[count, shared] = gain["high"] - gain["low"]
+        runs = [(human, before, after)] * count
+        low, high = tables.interval_over_seeds(runs, "weighted_f1", shared)
+        widths[count, shared] = high - low
     assert widths[4, True] == pytest.approx(widths[1, True], rel=0.1)
     assert widths[4, False] < 0.8 * widths[1, True]
 
@@ -984,6 +985,9 @@ def test_tables_of_two_seeds(copied, call, tmp_path, capsys):
     assert list(found["price"]) == ["seed 0", "seed 1", "mean"], "by seed"
     row = found["Emp-F1"]["judge, macro, seed 0"]
     assert row["MLE"] == metrics["mle"]["judge_emp_macro_f1"]
+    row = found["Emp-F1"]["judge, macro, mean"]
+    gain = row["EmpRL"] / row["MLE"] - 1
+    assert row["gain, 95 % interval"].startswith(f"{gain:+.1%} (")
     for rows in found.values():
         assert all(f"| {name} |" in out for name in rows), "what is printed"
 

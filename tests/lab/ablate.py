@@ -201,7 +201,7 @@ def expected_levels(run, mle, train):
     settings = emprl.classifier_settings(run.config, "context")
     classifier = make_classifier(mle, settings)
     emprl.load_classifier(classifier, "context", run.folder, run.results)
-    classifier = classifier.to(run.device).eval().requires_grad_(False)
+    classifier = classifier.to(run.device).eval()
     share = predict(classifier, emprl.without_response(train, None)).exp().mean(0)  # (M, L)
 
     @torch.no_grad()
@@ -231,9 +231,7 @@ class WithoutFirstToken(PPOTrainer):
 
 
 def without_first(mask):
-    mask = mask.clone()
-    mask[:, 0] = False
-    return mask
+    return F.pad(mask[:, 1:], (1, 0))
 
 
 class Recomputed(PPOTrainer):
@@ -460,12 +458,6 @@ PLAIN = {"perplexity_per_word": "perplexity a word", **PRICE, "kl": "KL"}
 # ---- measuring ------------------------------------------------------------------------------
 
 
-def code():
-    """Digests of the modules and of this file: figures of other code are never shown."""
-    own = emprl.digest_bytes(Path(__file__).read_bytes())
-    return [emprl.code_version()["modules"], own]
-
-
 def measure(source, finished, variant, shortened):
     """The metrics of a variant of a finished run: those that are there, or measured now."""
     config = emprl.read_config(finished["config"])
@@ -473,7 +465,8 @@ def measure(source, finished, variant, shortened):
         emprl.apply_setting(config, setting)
     trainer = (variant.rival or variant.trainer).__name__
     made_of = [finished["made_of"], asdict(config), trainer, variant.own, variant.times]
-    folder = source / "ablations" / emprl.digest([made_of, code()])[:16]
+    code = [emprl.code_version()["modules"], emprl.digest_bytes(Path(__file__).read_bytes())]
+    folder = source / "ablations" / emprl.digest([made_of, code])[:16]
     if (folder / "metrics.json").exists():
         return read_metrics(folder)
 

@@ -57,7 +57,6 @@ BASE = replace(
     SMALL, d_model=768, d_ff=3072, num_layers=12, num_decoder_layers=12, num_heads=12
 )
 SAMPLING = Sampling(temperature=0.9, top_k=20, min_length=30, max_length=30)
-FOREVER = 10**9
 
 
 # ---- the work: each makes a function of no arguments ----------------------------------------
@@ -80,7 +79,7 @@ def our_step(config, compiled=False):
         loss_sum=lambda rows: model.loss_sum(*batch),
         rows_at=lambda i: range(len(batch[0])),
         validate=None,
-        config=TrainConfig(steps=FOREVER),
+        config=TrainConfig(steps=10**9),
     )
     return lambda: trainer.step(0)
 

@@ -78,16 +78,18 @@ def interval_over_seeds(runs, kind, shared, resamples=2000):
     generator = torch.Generator().manual_seed(0)
     count = len(runs[0][0])
     seeds = torch.randint(len(runs), (resamples, len(runs)), generator=generator)
-    totals = torch.zeros(2, resamples)  # of before and after
+    old, new = torch.zeros(2, resamples)  # Emp-F1, summed over the seeds that were drawn
     times = None
-    for drawn_seed, (k, (human, *systems)) in itertools.product(seeds.T, enumerate(runs)):
+    for drawn_seed, (k, run) in itertools.product(seeds.T, enumerate(runs)):
+        human, before, after = run
         if times is None or not shared:
             drawn = torch.randint(count, (resamples, count), generator=generator)
             times = torch.zeros(resamples, count)
             times.scatter_add_(1, drawn, torch.ones(resamples, count))
-        for total, levels in zip(totals, systems):
-            total += (drawn_seed == k) * weighted_emp_f1(levels, human, times, kind)
-    gains = (totals[1] - totals[0]) / totals[0].clamp(min=1e-9)
+        is_drawn = drawn_seed == k
+        old += is_drawn * weighted_emp_f1(before, human, times, kind)
+        new += is_drawn * weighted_emp_f1(after, human, times, kind)
+    gains = (new - old) / old.clamp(min=1e-9)
     return gains.quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
@@ -99,12 +101,13 @@ def level_rows(runs, levels, shared):
     rows = {}
     for who in reversed(levels[0]):
         for measure, key in MEASURES.items():
-            by_seed = {}
+            table = {}
             for metrics in runs.values():
                 name = f"{who}, {measure}, seed {metrics['config']['seed']}"
-                by_seed[name] = level_row(metrics, PREFIX[who] + key)
-            total = means(list(by_seed.values()))
-            for row in (*by_seed.values(), total):
+                table[name] = level_row(metrics, PREFIX[who] + key)
+            total = means(list(table.values()))
+            table[f"{who}, {measure}, mean"] = total
+            for row in table.values():
                 to_go = row["ceiling"] - row["MLE"]
                 way = f"{(row['EmpRL'] - row['MLE']) / to_go:.0%}" if to_go > 0 else ""
                 row["share of the way"] = way
@@ -114,7 +117,7 @@ def level_rows(runs, levels, shared):
                 low, high = interval_over_seeds(told, f"{measure}_f1", shared)
                 gain = total["EmpRL"] / max(total["MLE"], 1e-9) - 1
                 total["gain, 95 % interval"] = f"{gain:+.1%} ({low:+.1%} to {high:+.1%})"
-            rows |= by_seed | {f"{who}, {measure}, mean": total}
+            rows |= table
     return rows
 
 

@@ -222,9 +222,9 @@ def main():
         parser.error("the filled sheets must have different names")
     rows = table(torch.stack(list(readers.values())), systems)
     say(f"{len(readers)} readers; means over contexts, 95 % intervals\n\n{sheet(rows)}")
-    about = {"seed": options.seed, "columns": f"context system {' '.join(QUESTIONS)}"}
     told = {name: without_texts(one, items, systems) for name, one in readers.items()}
-    write_json(options.write, {**about, "readers": told})
+    columns = f"context system {' '.join(QUESTIONS)}"
+    write_json(options.write, {"seed": options.seed, "columns": columns, "readers": told})
 
 
 if __name__ == "__main__":

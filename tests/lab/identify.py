@@ -10,8 +10,8 @@ judge get of them in a run. It prints a table of means (standard deviations) ove
 Cost: half a minute a seed. Needs scikit-learn.
 """
 
-import statistics
 import sys
+from statistics import fmean, pstdev
 
 import torch
 
@@ -86,8 +86,7 @@ def summary(seeds):
         rows[name] = {}
         for system in seeds[0]:
             values = [seed[system][name] for seed in seeds]
-            deviation = statistics.pstdev(values)
-            rows[name][system] = f"{statistics.mean(values):.3f} ({deviation:.3f})"
+            rows[name][system] = f"{fmean(values):.3f} ({pstdev(values):.3f})"
     return rows
 
 

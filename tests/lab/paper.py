@@ -21,8 +21,10 @@ import torch
 from tests.lab.bench import BASE, SMALL
 from tests.lab.command import Parser, peak_memory, sheet, start
 
-STEPS = "mle.epochs=0 mle.steps=2 identifiers.steps=2 context.steps=2 ppo.steps=2"
-FEW = "eval.contexts=8 eval.best_of=2 ppo.valid_contexts=8"
+SETTINGS = """
+mle.epochs=0 mle.steps=2 identifiers.steps=2 context.steps=2 ppo.steps=2
+eval.contexts=8 eval.best_of=2 ppo.valid_contexts=8
+"""
 DIALOGUES = 400
 
 
@@ -71,8 +73,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         random_checkpoint(folder, {"small": SMALL, "base": BASE}[options.size], options.data)
-        settings = f"{STEPS} {FEW}".split()
-        config = emprl.make_config("paper", 0, options.data, folder, settings)
+        config = emprl.make_config("paper", 0, options.data, folder, SETTINGS.split())
         run = Measured(folder / "run", config, emprl.find_device(options.device))
         run.peaks = {}
         with mock.patch.object(emprl, "load_corpus", few_dialogues(emprl.load_corpus)):

@@ -97,10 +97,11 @@ BEST_OF_N_SAMPLES = 1.5  # these are sampled and rewarded, but most are not lear
 TOLD_RESPONSES = 2.4  # these are the humans'
 
 
-def as_mle(config, share):
-    """So many responses, over those that PPO samples, with its learning rate."""
+def mle_again(run, model, loss_sum, lengths, share, validate=None):
+    """A trainer on so many responses, over those that PPO samples, with PPO's learning rate."""
+    config = run.config.ppo
     steps = round(share * config.steps * config.batch_size / config.minibatch_size)
-    return TrainConfig(
+    settings = TrainConfig(
         steps=steps,
         batch_size=config.minibatch_size,
         micro_batch=config.micro_batch,
@@ -109,6 +110,8 @@ def as_mle(config, share):
         warmup=config.warmup,
         eval_every=max(steps // 4, 1),
     )
+    rows_at = batches(lengths, settings.batch_size, run.config.seed)
+    return Trainer(model, loss_sum, rows_at, validate, settings)
 
 
 def best_of_n_trainer(run, mle, reward, prompts, *others):
@@ -125,9 +128,8 @@ def best_of_n_trainer(run, mle, reward, prompts, *others):
         ids = best_of_n(mle, reward, source, aims, run.config.exploring, n)
         return policy.loss_sum(source, ids)
 
-    settings = as_mle(run.config.ppo, BEST_OF_N_SAMPLES / n)
-    rows_at = batches([0] * len(prompts.pairs), settings.batch_size, run.config.seed)
-    return Trainer(policy, loss_sum, rows_at, None, settings)
+    lengths = [0] * len(prompts.pairs)  # all alike: the human responses are not learnt from
+    return mle_again(run, policy, loss_sum, lengths, BEST_OF_N_SAMPLES / n)
 
 
 @torch.no_grad()
@@ -188,12 +190,10 @@ def told_trainer(run, mle, reward, prompts, *others):
         told.spoken = levels[rows]
         return told.loss_sum(*pairs.batch(rows))
 
-    settings = as_mle(run.config.ppo, TOLD_RESPONSES)
-    rows_at = batches(pairs.lengths(), settings.batch_size, run.config.seed)
-    validate = others[-1]
-    return Trainer(
-        told, loss_sum, rows_at, lambda: validate(told)["valid_perplexity"], settings
-    )
+    def validate():
+        return others[-1](told)["valid_perplexity"]
+
+    return mle_again(run, told, loss_sum, pairs.lengths(), TOLD_RESPONSES, validate)
 
 
 def expected_levels(run, mle, train):

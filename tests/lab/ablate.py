@@ -307,9 +307,9 @@ class Ideal(emprl.Evaluator):
 
         # Each perplexity is the exponential of the same loss, over the tokens or the words.
         before = self.perplexities(self.mle)
-        times = 1 + rise / math.log(before["perplexity"])  # how much larger the loss is
+        factor = 1 + rise / math.log(before["perplexity"])  # how much larger the loss is
         for name, perplexity in before.items():
-            figures[name] = perplexity**times
+            figures[name] = perplexity**factor
 
         kl = (weights * rewards / beta).sum(0) - log_z(rewards, beta)
         figures["kl"] = kl.mean().item()
@@ -463,8 +463,8 @@ def measure(source, finished, variant, shortened):
     config = emprl.read_config(finished["config"])
     for setting in f"{shortened} {variant.settings}".split():
         emprl.apply_setting(config, setting)
-    trainer = (variant.rival or variant.trainer).__name__
-    made_of = [finished["made_of"], asdict(config), trainer, variant.own, variant.times]
+    by = (variant.rival or variant.trainer).__name__
+    made_of = [finished["made_of"], asdict(config), by, variant.own, variant.times]
     code = [emprl.code_version()["modules"], emprl.digest_bytes(Path(__file__).read_bytes())]
     folder = source / "ablations" / emprl.digest([made_of, code])[:16]
     if (folder / "metrics.json").exists():

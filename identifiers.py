@@ -479,15 +479,15 @@ def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, see
     return {"relative": observed.item(), "low": low, "high": high}
 
 
-def weighted_emp_f1(predicted, gold, times):
-    """Emp-F1 in each of R resamples, the weighted F1: (N, M), (N, M), (R, N) -> (R,).
+def weighted_emp_f1(predicted, gold, times, kind="weighted_f1"):
+    """Emp-F1, of a kind that emp_f1 has, in each of R resamples: (N, M), (N, M), (R, N) -> (R,).
 
     Context n counts times[r, n] times in resample r, also in the shares of the gold levels.
     """
     cells = F.one_hot(gold * LEVELS + predicted, LEVELS**2).float()  # (N, M, L * L)
     counts = torch.einsum("rn,nmc->rmc", times, cells)
     counts = counts.unflatten(-1, (LEVELS, LEVELS))  # (R, M, L, L), rows gold
-    return f1_scores(counts)["weighted_f1"].mean(-1)
+    return f1_scores(counts)[kind].mean(-1)
 
 
 # ---- measures of text -----------------------------------------------------------------------

@@ -727,15 +727,16 @@ def systems(count, gain, seed=0):
     return gold, before, torch.where(chance(gain), gold, before)
 
 
-def test_weighted_emp_f1_is_the_plain_loop():
+@pytest.mark.parametrize("kind", ["weighted_f1", "macro_f1"])
+def test_weighted_emp_f1_is_the_plain_loop(kind):
     """A context that counts three times is one that stands there three times."""
     gold, before, _ = systems(40, 0.0)
     times = torch.randint(0, 4, (6, 40), generator=torch.Generator().manual_seed(1))
     expected = []
     for row in times:
         rows = torch.arange(40).repeat_interleave(row)
-        expected.append(identifiers.emp_f1(before[rows], gold[rows]))
-    got = identifiers.weighted_emp_f1(before, gold, times.float())
+        expected.append(identifiers.emp_f1(before[rows], gold[rows], kind))
+    got = identifiers.weighted_emp_f1(before, gold, times.float(), kind)
     assert got.tolist() == pytest.approx(expected, rel=1e-12), "one for each row of times"
     assert len({*expected}) == 6
 

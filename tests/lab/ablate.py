@@ -3,25 +3,24 @@
     python -m tests.lab.ablate NAME RUN [RUN ...]     finished runs of one preset
 
 Each variant starts from the MLE policy and the classifiers of a finished run, and is shortened
-(see SHORT) unless --whole is given. `frontier` trains nothing: it measures policies between MLE's
-weights and EmpRL's, and beyond. Nor does `ideal`: it measures what any RL with a KL penalty tends
-to. It prints a Markdown table of means over the runs. A variant's own run, with its replies,
-stays in RUN/ablations/, named by what it is made of: the same run, settings and code are not
-measured again.
+(see SHORT) unless --whole is given. It prints a Markdown table of means over the runs. A
+variant's own run, with its replies, stays in RUN/ablations/, named by what it is made of: the
+same run, settings and code are not measured again.
 
-`rivals` is PPO beside what else may take its time, never shortened: its table has plain figures.
+Two are never shortened. `ideal` trains nothing: it measures what any RL with a KL penalty tends
+to. `rivals` is PPO beside what else may take its time: its table has plain figures.
 
 Cost: a minute for each variant and run of `toy`, 5 minutes of `real`; `ideal` and `rivals` take
 longer.
 """
 
-import contextlib
 import copy
 import io
 import math
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -49,12 +48,9 @@ from t5_small import (
     Trainer,
     autocast,
     generate,
-    load_state,
-    save_atomically,
 )
 from tests.lab.command import Parser, means, read_metrics, read_runs, sheet, start, write_json
 
-ROOT = Path(emprl.__file__).parent
 SHORT = "ppo.steps=12 ppo.warmup=2 ppo.batch_size=256 eval.contexts=200"
 GROUP = 4  # responses to each context, where they are compared with each other
 TRIES = 32  # of MLE for each context, of which `ideal` is made
@@ -101,10 +97,11 @@ BEST_OF_N_SAMPLES = 1.5  # these are sampled and rewarded, but most are not lear
 TOLD_RESPONSES = 2.4  # these are the humans'
 
 
-def as_mle(config, share):
-    """So many responses, over those that PPO samples, with its learning rate."""
+def mle_again(run, model, loss_sum, lengths, share, validate=None):
+    """A trainer on so many responses, over those that PPO samples, with PPO's learning rate."""
+    config = run.config.ppo
     steps = round(share * config.steps * config.batch_size / config.minibatch_size)
-    return TrainConfig(
+    settings = TrainConfig(
         steps=steps,
         batch_size=config.minibatch_size,
         micro_batch=config.micro_batch,
@@ -113,9 +110,11 @@ def as_mle(config, share):
         warmup=config.warmup,
         eval_every=max(steps // 4, 1),
     )
+    rows_at = batches(lengths, settings.batch_size, run.config.seed)
+    return Trainer(model, loss_sum, rows_at, validate, settings)
 
 
-def best_of_n_trainer(run, mle, reward, prompts, validate):
+def best_of_n_trainer(run, mle, reward, prompts, *others):
     """MLE on the best of n samples of MLE for each context, and no KL penalty; n: eval.best_of.
 
     Source: RAFT, Dong et al. 2023 (arXiv 2304.06767), with one round of it.
@@ -129,9 +128,8 @@ def best_of_n_trainer(run, mle, reward, prompts, validate):
         ids = best_of_n(mle, reward, source, aims, run.config.exploring, n)
         return policy.loss_sum(source, ids)
 
-    settings = as_mle(run.config.ppo, BEST_OF_N_SAMPLES / n)
-    rows_at = batches([0] * len(prompts.pairs), settings.batch_size, run.config.seed)
-    return Trainer(policy, loss_sum, rows_at, None, settings)
+    lengths = [0] * len(prompts.pairs)  # all alike: the human responses are not learnt from
+    return mle_again(run, policy, loss_sum, lengths, BEST_OF_N_SAMPLES / n)
 
 
 @torch.no_grad()
@@ -176,7 +174,7 @@ class ToldDecoder(Stack):
         return super().forward(x, self_bias, memory, memory_bias, caches)
 
 
-def told_trainer(run, mle, reward, prompts, validate):
+def told_trainer(run, mle, reward, prompts, *others):
     """MLE on the human responses, told their levels; when it replies, those to be expected.
 
     These are the likeliest by the context classifier, balanced as the targets of the reward.
@@ -192,11 +190,10 @@ def told_trainer(run, mle, reward, prompts, validate):
         told.spoken = levels[rows]
         return told.loss_sum(*pairs.batch(rows))
 
-    settings = as_mle(run.config.ppo, TOLD_RESPONSES)
-    rows_at = batches(pairs.lengths(), settings.batch_size, run.config.seed)
-    return Trainer(
-        told, loss_sum, rows_at, lambda: validate(told)["valid_perplexity"], settings
-    )
+    def validate():
+        return others[-1](told)["valid_perplexity"]
+
+    return mle_again(run, told, loss_sum, pairs.lengths(), TOLD_RESPONSES, validate)
 
 
 def expected_levels(run, mle, train):
@@ -204,7 +201,7 @@ def expected_levels(run, mle, train):
     settings = emprl.classifier_settings(run.config, "context")
     classifier = make_classifier(mle, settings)
     emprl.load_classifier(classifier, "context", run.folder, run.results)
-    classifier = classifier.to(run.device).eval().requires_grad_(False)
+    classifier = classifier.to(run.device).eval()
     share = predict(classifier, emprl.without_response(train, None)).exp().mean(0)  # (M, L)
 
     @torch.no_grad()
@@ -234,9 +231,7 @@ class WithoutFirstToken(PPOTrainer):
 
 
 def without_first(mask):
-    mask = mask.clone()
-    mask[:, 0] = False
-    return mask
+    return F.pad(mask[:, 1:], (1, 0))
 
 
 class Recomputed(PPOTrainer):
@@ -295,7 +290,7 @@ class Ideal(emprl.Evaluator):
         source = self.run.folder.parent
         if source not in self.sampled:
             self.sampled[source] = self.sample_often()
-        tries, levels = self.sampled[source]
+        tries, told = self.sampled[source]
         rewards = torch.stack([promised(reward, one, targets) for one in tries])  # (K, N)
         human = promised(reward, self.pairs, targets)  # (N,)
         beta, rise = self.find_beta(rewards, human)
@@ -306,18 +301,22 @@ class Ideal(emprl.Evaluator):
         texts = [tries[k].responses[i] for i, k in enumerate(chosen[:, 0].tolist())]
         figures = self.measure("best_of_n", texts)
         for who, gold in self.human.items():
-            for name, number in drawn_figures(levels[who], chosen, gold).items():
+            levels = torch.stack([one[who] for one in told])  # (K, N, M)
+            for name, number in drawn_figures(levels, chosen, gold).items():
                 figures[emprl.PREFIX[who] + name] = number
+
+        # Each perplexity is the exponential of the same loss, over the tokens or the words.
         before = self.perplexities(self.mle)
-        figures["perplexity"] = before["perplexity"] * math.exp(rise)
-        share = math.log(figures["perplexity"]) / math.log(before["perplexity"])
-        figures["perplexity_per_word"] = before["perplexity_per_word"] ** share
+        factor = 1 + rise / math.log(before["perplexity"])  # how much larger the loss is
+        for name, perplexity in before.items():
+            figures[name] = perplexity**factor
+
         kl = (weights * rewards / beta).sum(0) - log_z(rewards, beta)
         figures["kl"] = kl.mean().item()
         return figures
 
     def sample_often(self):
-        """TRIES lots of responses, and {classifier: (K, N, M) levels}."""
+        """TRIES lots of responses, and of each {classifier: (N, M) levels}."""
         config = self.run.config
         self.run.seed("ideal")
         tries, told = [], []
@@ -325,10 +324,7 @@ class Ideal(emprl.Evaluator):
             responses = respond(self.mle, self.pairs, config.replying, config.eval.batch_size)
             tries.append(self.pairs.with_responses(responses))
             told.append(self.levels(responses))
-        levels = {}
-        for who in self.human:
-            levels[who] = torch.stack([one[who] for one in told])
-        return tries, levels
+        return tries, told
 
     def find_beta(self, rewards, human):
         """beta, and by how much a token's loss rises with it: (K, N), (N,) -> two numbers."""
@@ -369,7 +365,7 @@ class Variant:
     trainer: type = PPOTrainer
     rival: Callable = None  # what makes the trainer of a rival, in its place
     system: str = "emprl"  # which system of metrics.json is compared with MLE
-    share: float = None  # frontier: of the way from MLE's weights to EmpRL's
+    own: bool = False  # nothing is trained: EmpRL's weights are the run's own
     times: float = None  # ideal: MLE's perplexity, times so much
 
 
@@ -415,13 +411,13 @@ ABLATIONS = {
         "MLE on best of n": Variant(rival=best_of_n_trainer),
     },
     "rivals": {
-        "MLE": Variant(share=1, system="mle"),
-        "best of n": Variant(share=1, system="best_of_n"),
+        "MLE": Variant(own=True, system="mle"),
+        "best of n": Variant(own=True, system="best_of_n"),
         "MLE on best of n": Variant(rival=best_of_n_trainer),
         "MLE, told the levels": Variant(rival=told_trainer),
-        "EmpRL": Variant(share=1),  # all of the way: the run's own
+        "EmpRL": Variant(own=True),
         "ideal, perplexity times 1.1": Variant("ppo.steps=0", system="best_of_n", times=1.1),
-        "human": Variant(share=1, system="human"),
+        "human": Variant(own=True, system="human"),
     },
     "details": {
         **by_settings("""
@@ -438,16 +434,12 @@ ABLATIONS = {
         "top-k 20, temperature 0.9": Variant(TOP_K),
         "the same, scored without them": Variant(TOP_K, Unfiltered),
     },
-    "frontier": {
-        f"{share:.0%} of the way": Variant(share=share)
-        for share in (0.25, 0.5, 0.75, 1, 1.25, 1.5)
-    },
     "ideal": {
         f"perplexity times {times}": Variant("ppo.steps=0", system="best_of_n", times=times)
         for times in (1.01, 1.03, 1.06, 1.1, 1.15)
     },
 }
-AS_IT_IS = ("frontier", "ideal", "rivals")  # nothing is shortened
+AS_IT_IS = ("ideal", "rivals")  # nothing is shortened
 MEASURES = {
     "emp_f1": "weighted",
     "emp_macro_f1": "macro",
@@ -466,43 +458,32 @@ PLAIN = {"perplexity_per_word": "perplexity a word", **PRICE, "kl": "KL"}
 # ---- measuring ------------------------------------------------------------------------------
 
 
-def code():
-    """The digest of the modules and of this file: figures of other code are never shown."""
-    paths = [*sorted(ROOT.glob("*.py")), ROOT / "tests" / "lab" / "ablate.py"]
-    return emprl.digest([path.read_text(encoding="utf-8") for path in paths])
-
-
 def measure(source, finished, variant, shortened):
     """The metrics of a variant of a finished run: those that are there, or measured now."""
     config = emprl.read_config(finished["config"])
-    for setting in (*shortened.split(), *variant.settings.split()):
+    for setting in f"{shortened} {variant.settings}".split():
         emprl.apply_setting(config, setting)
-    trainer = (variant.rival or variant.trainer).__name__
-    made_of = [finished["made_of"], asdict(config), trainer, variant.share, variant.times]
-    folder = source / "ablations" / emprl.digest([made_of, code()])[:16]
+    by = (variant.rival or variant.trainer).__name__
+    made_of = [finished["made_of"], asdict(config), by, variant.own, variant.times]
+    code = [emprl.code_version()["modules"], emprl.digest_bytes(Path(__file__).read_bytes())]
+    folder = source / "ablations" / emprl.digest([made_of, code])[:16]
     if (folder / "metrics.json").exists():
         return read_metrics(folder)
 
     # All that comes before PPO is the finished run's.
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "checkpoints").mkdir(parents=True)
-    for checkpoint in (source / "checkpoints").glob("*.pt"):
-        if checkpoint.stem != "ppo":
-            shutil.copy(checkpoint, folder / "checkpoints")
-    if variant.share is not None:
-        mixed = mix(source / "checkpoints", variant.share)
-        save_atomically(mixed, folder / "checkpoints" / "ppo.pt")
+    made_anew = shutil.ignore_patterns("" if variant.own else "ppo.pt")
+    shutil.copytree(source / "checkpoints", folder / "checkpoints", ignore=made_anew)
 
     evaluator = emprl.Evaluator
     if variant.times:
         evaluator = partial(Ideal, variant.times)
-    with mock.patch.object(emprl, "Evaluator", evaluator):
-        with contextlib.redirect_stdout(io.StringIO()):
-            run = emprl.Run(folder, config, emprl.find_device())
-            trainer = partial(unwatched, variant.trainer)
-            if variant.rival:
-                trainer = partial(start_rival, variant.rival, run)
-            return emprl.run_all(run, trainer)
+    trainer = partial(unwatched, variant.trainer)
+    with mock.patch.object(emprl, "Evaluator", evaluator), redirect_stdout(io.StringIO()):
+        run = emprl.Run(folder, config, emprl.find_device())
+        if variant.rival:
+            trainer = partial(variant.rival, run)
+        return emprl.run_all(run, trainer)
 
 
 def unwatched(trainer, *arguments):
@@ -510,29 +491,15 @@ def unwatched(trainer, *arguments):
     return trainer(*arguments[:-1], lambda t5: {})
 
 
-def start_rival(make, run, mle, reward, prompts, *others):
-    """Sampling and configuration are the run's."""
-    return make(run, mle, reward, prompts, others[-1])
-
-
-def mix(checkpoints, share):
-    """PPO's checkpoint with weights that are `share` of the way from MLE's to PPO's."""
-    start = load_state(checkpoints / "mle.pt")["weights"]
-    state = load_state(checkpoints / "ppo.pt")
-    for name, end in state["weights"].items():
-        state["weights"][name] = start[name].lerp(end, share)
-    return state
-
-
 def figures_of(metrics, system):
     """What the table shows of a system, beside MLE."""
     before, after = metrics["mle"], metrics[system]
     truth = "oracle" if "oracle_emp_f1" in before else "judge"
     prefix = emprl.PREFIX[truth]
-    figures = {"gain": after[prefix + "emp_f1"] - before[prefix + "emp_f1"]}
-    for m in MECHANISMS:
-        key = f"{prefix}emp_f1_{m}"
-        figures[m.upper()] = after[key] - before[key]
+    figures = {}
+    gains = {"gain": "emp_f1", **{m.upper(): f"emp_f1_{m}" for m in MECHANISMS}}
+    for name, key in gains.items():
+        figures[name] = after[prefix + key] - before[prefix + key]
     for who in (truth, "identifiers"):
         for key, name in MEASURES.items():
             figures[f"{name}, {who}"] = after[emprl.PREFIX[who] + key]
@@ -605,11 +572,9 @@ def main():
     variants = ABLATIONS[options.name]
     shown = plain_figures if options.name == "rivals" else figures_of
     figures = {name: {} for name in variants}
-    with contextlib.ExitStack() as stack:
-        for folder in runs:
-            stack.enter_context(emprl.alone(folder))
-        for folder, finished in runs.items():
-            seed = finished["config"]["seed"]
+    for folder, finished in runs.items():
+        seed = finished["config"]["seed"]
+        with emprl.alone(folder):
             for number, (name, variant) in enumerate(variants.items(), 1):
                 emprl.say(f"seed {seed}, {number} of {len(variants)}: {name}")
                 metrics = measure(folder, finished, variant, shortened)

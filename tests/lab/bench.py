@@ -1,20 +1,20 @@
-"""How fast is it, and how much memory does it take, beside transformers and trl?
+"""How fast is it, and how much memory does it take, beside transformers?
 
-    python -m tests.lab.bench [PART ...]    step sample ppo tricks memory; all by default
-    python -m tests.lab.bench step sample   the four ratios to transformers that README quotes
+    python -m tests.lab.bench [PART ...]    step sample memory; all by default
     python -m tests.lab.bench --plan        memory of preset `paper` on a GPU, by arithmetic
 
 step    a training step with dropout: 32 pairs of 64 and 24 tokens, forward, backward, AdamW
 sample  30 tokens for each of 32 sources of 64: top-k 20, temperature 0.9, with a cache
-ppo     an iteration: 32 responses of 30 tokens, 4 optimizer steps, a random reward
-tricks  sampling with each trick and without it
-memory  peak of step, sample and ppo, each in a process of its own (on a CPU: Linux)
+memory  peak of step and of sample, each in a process of its own (on a CPU: Linux)
 
-Everyone takes turns; medians, and their ratio, above 1 where this project needs less. What is
-not installed is left out. The first line says how fast the machine is. On a GPU: bf16 autocast.
+The two take turns; medians, and their ratio, above 1 where this project needs less. Where
+transformers is not installed, this project is measured alone. The first line says how fast the
+machine is. On a GPU: bf16 autocast.
+
 Cost: two minutes a part on an idle laptop. Nothing else should run meanwhile.
 """
 
+import itertools
 import multiprocessing
 import statistics
 import sys
@@ -24,14 +24,11 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from unittest import mock
 
 import emprl  # before torch: it says how torch's threads wait
 import torch
 
-import t5_small
 from identifiers import make_classifier
-from ppo import PPOConfig, PPOTrainer, Prompts
 from t5_small import (
     EOS_ID,
     PAD_ID,
@@ -60,15 +57,6 @@ BASE = replace(
     SMALL, d_model=768, d_ff=3072, num_layers=12, num_decoder_layers=12, num_heads=12
 )
 SAMPLING = Sampling(temperature=0.9, top_k=20, min_length=30, max_length=30)
-THEIR_SAMPLING = {
-    "do_sample": True,
-    "temperature": 0.9,
-    "top_k": 20,
-    "min_new_tokens": 30,
-    "max_new_tokens": 30,
-    "use_cache": True,
-}
-FOREVER = 10**9
 
 
 # ---- the work: each makes a function of no arguments ----------------------------------------
@@ -91,21 +79,19 @@ def our_step(config, compiled=False):
         loss_sum=lambda rows: model.loss_sum(*batch),
         rows_at=lambda i: range(len(batch[0])),
         validate=None,
-        config=TrainConfig(steps=FOREVER),
+        config=TrainConfig(steps=10**9),
     )
     return lambda: trainer.step(0)
 
 
 def their_t5(config):
-    """transformers' T5, with scaled_dot_product_attention where it has that for T5."""
+    """transformers' T5; it takes scaled_dot_product_attention where it has that for T5."""
     import transformers
 
     transformers.logging.set_verbosity_error()
-    theirs = transformers.T5ForConditionalGeneration
-    attention = "sdpa" if getattr(theirs, "_supports_sdpa", False) else "eager"
     ids = {"pad_token_id": PAD_ID, "eos_token_id": EOS_ID, "decoder_start_token_id": PAD_ID}
     their_config = transformers.T5Config(**asdict(config), **ids)
-    return theirs._from_config(their_config, attn_implementation=attention).to(DEVICE)
+    return transformers.T5ForConditionalGeneration(their_config).to(DEVICE)
 
 
 def their_step(config):
@@ -126,8 +112,8 @@ def their_step(config):
     return work
 
 
-def our_sample(config, rows=32):
-    source, _ = random_batch(config, rows)
+def our_sample(config):
+    source, _ = random_batch(config)
     model = T5(config).to(DEVICE).eval()
 
     def work():
@@ -144,75 +130,26 @@ def their_sample(config):
     def work():
         with autocast(DEVICE):
             return model.generate(
-                source, attention_mask=torch.ones_like(source), **THEIR_SAMPLING
+                source,
+                attention_mask=torch.ones_like(source),
+                do_sample=True,
+                temperature=0.9,
+                top_k=20,
+                min_new_tokens=30,
+                max_new_tokens=30,
+                use_cache=True,
             )
 
     return work
 
 
-def our_ppo(config):
-    source, target = random_batch(config)
-    settings = PPOConfig(
-        steps=FOREVER, eval_every=FOREVER, minibatch_size=32, ppo_epochs=4, lr=1e-5
-    )
-    trainer = PPOTrainer(
-        T5(config).to(DEVICE).eval(),
-        reward=lambda source, response, targets: torch.rand(len(source), device=DEVICE),
-        prompts=lambda i: Prompts(source, source, target),
-        sampling=SAMPLING,
-        config=settings,
-        validate=None,
-    )
-    return lambda: trainer.step(FOREVER - 2)  # neither the first nor the last: no validation
-
-
-def their_ppo(config):
-    """trl 0.9.6, the last with PPO for encoder-decoders: 32 responses at once, as ours."""
-    import tokenizers
-    import transformers
-    import trl
-
-    words = tokenizers.models.WordLevel({"<pad>": 0, "</s>": 1}, "</s>")  # only asked to pad
-    padding = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(words), pad_token="<pad>", eos_token="</s>"
-    )
-    model = trl.AutoModelForSeq2SeqLMWithValueHead.from_pretrained(their_t5(config))
-    settings = trl.PPOConfig(
-        batch_size=32, mini_batch_size=32, ppo_epochs=4, max_grad_norm=1.0
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    reference = trl.create_reference_model(model)
-    trainer = trl.PPOTrainer(settings, model, reference, padding, optimizer=optimizer)
-    queries = list(random_batch(config)[0])
-
-    def work():
-        responses = trainer.generate(queries, batch_size=32, **THEIR_SAMPLING)
-        return trainer.step(queries, responses, list(torch.rand(32)))
-
-    return work
-
-
-WORK = {
-    "step": (our_step, their_step, "transformers"),
-    "sample": (our_sample, their_sample, "transformers"),
-    "ppo": (our_ppo, their_ppo, "trl"),
-}
-
-
-def everyone(part):
-    """{who: what makes their work} of those who are installed here."""
-    ours, theirs, library = WORK[part]
-    makers = {"EmpRL": ours}
-    if part == "step" and DEVICE == "cuda":
-        makers["EmpRL compiled"] = partial(our_step, compiled=True)
-    if find_spec(library):
-        makers[library] = theirs
-    return makers
-
-
-def sizes(part):
-    """{name: T5Config}."""
-    return {"tiny": TINY} if part == "ppo" else {"tiny": TINY, "small": SMALL}
+WORK = {"step": {"EmpRL": our_step}, "sample": {"EmpRL": our_sample}}
+if DEVICE == "cuda":
+    WORK["step"]["EmpRL compiled"] = partial(our_step, compiled=True)
+if find_spec("transformers"):
+    WORK["step"]["transformers"] = their_step
+    WORK["sample"]["transformers"] = their_sample
+SIZES = {"tiny": TINY, "small": SMALL}
 
 
 # ---- measuring ------------------------------------------------------------------------------
@@ -236,62 +173,26 @@ def medians(works, repeats):
 
 
 def with_ratios(figures, unit):
-    """Each figure, and how many times the first."""
-    first, *others = figures
+    """Each figure, and how many times ours."""
     row = {f"{who}, {unit}": x for who, x in figures.items()}
-    return row | {f"{who} / {first}": figures[who] / figures[first] for who in others}
+    for who, x in figures.items():
+        if who != "EmpRL":
+            row[f"{who} / EmpRL"] = x / figures["EmpRL"]
+    return row
 
 
 def compare(part, repeats):
     """Rows {"step, tiny": {"EmpRL, ms", "transformers, ms", "transformers / EmpRL"}}."""
     rows = {}
-    for size, config in sizes(part).items():
-        works = {who: make(config) for who, make in everyone(part).items()}
+    for size, config in SIZES.items():
+        works = {who: make(config) for who, make in WORK[part].items()}
         rows[f"{part}, {size}"] = with_ratios(medians(works, repeats), "ms")
-    return rows
-
-
-def plain_draw(logits, sampling):
-    """By torch.multinomial."""
-    logits = t5_small.filter_logits(logits / sampling.temperature, sampling.top_k)
-    log_probs = logits.log_softmax(-1)
-    token = torch.multinomial(log_probs.exp(), 1)
-    return token[:, 0], log_probs.gather(1, token)[:, 0], log_probs > -torch.inf
-
-
-class PlainCache(t5_small.BlockCache):
-    """The source's keys and values as they come: a view, laid out anew at each step."""
-
-    def __init__(self, block, memory):
-        self.memory = block.cross_attn.keys_values(memory)
-        self.keys, self.values = (x[:, :, :0] for x in self.memory)
-
-
-def in_one_piece(source, size):
-    return [source]
-
-
-TRICKS = {  # name -> the rows that are sampled, where the trick is, what takes its place
-    "drawn by cumulative probability": (32, "t5_small.draw", plain_draw),
-    "keys and values of the source laid out once": (32, "t5_small.BlockCache", PlainCache),
-    "encoder in pieces of 32": (384, "torch.Tensor.split", in_one_piece),
-}
-
-
-def tricks(repeats):
-    """{trick: {"with, ms", "without, ms", "without / with"}} of sampling at tiny."""
-    rows = {}
-    for name, (count, place, plain) in TRICKS.items():
-        work = our_sample(TINY, count)
-        slow = mock.patch(place, plain)(work)  # the same work, where the plain one stands
-        ms = medians({"with": work, "without": slow}, repeats)
-        rows[f"{name}, {count} sources"] = with_ratios(ms, "ms")
     return rows
 
 
 def peak_of(part, who, config):
     """MiB that this process held at most in two calls. Called in a process of its own."""
-    work = everyone(part)[who](config)
+    work = WORK[part][who](config)
     work()
     work()
     return peak_memory(DEVICE) / 2**20
@@ -300,13 +201,12 @@ def peak_of(part, who, config):
 def memory():
     """Rows of peak MiB, what is imported included."""
     rows, spawn = {}, multiprocessing.get_context("spawn")
-    for part in WORK:
-        for size, config in sizes(part).items():
-            peaks = {}
-            for who in everyone(part):
-                with ProcessPoolExecutor(1, spawn) as process:
-                    peaks[who] = process.submit(peak_of, part, who, config).result()
-            rows[f"{part}, {size}"] = with_ratios(peaks, "MiB")
+    for part, size in itertools.product(WORK, SIZES):
+        peaks = {}
+        for who in WORK[part]:
+            with ProcessPoolExecutor(1, spawn) as process:
+                peaks[who] = process.submit(peak_of, part, who, SIZES[size]).result()
+        rows[f"{part}, {size}"] = with_ratios(peaks, "MiB")
     return rows
 
 
@@ -314,30 +214,17 @@ def memory():
 
 CARD = 12.0  # GiB
 CUDA = 0.6  # GiB that CUDA itself takes
-# bytes a parameter that is trained: weights 4, gradients 4, AdamW 8, a bf16 copy 2, best weights 4
-TRAINED = 22
+TRAINED = 18  # bytes a parameter: weights 4, gradients 4, AdamW 8, a copy in bf16 2
 
 
-def parameter_count(make, *arguments):
-    """Of the module that make(*arguments) makes, on a device that has shapes and no memory."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in make(*arguments).parameters())
-
-
-def classifier_of(config, identifiers):
-    return make_classifier(T5(config), identifiers)
-
-
-def activation_bytes(t5, S, T=0):
-    """What a forward pass keeps of a row for the backward pass, without logits; T = 0: encoder.
+def activation_bytes(t5, S, T):
+    """What a forward pass keeps of a row for the backward pass, without logits.
 
     In bf16 with dropout and d_ff = 4 d_model. An encoder's block keeps 54 bytes for each number
     of each token (norms 24, attention's operands 8, feed-forward 20, masks 2), a decoder's 69,
     and 8 for the source's; each attention weight takes 7.
     """
     encoder = t5.num_layers * (54 * S * t5.d_model + 7 * t5.num_heads * S * S)
-    if not T:
-        return encoder
     decoder = (69 * T + 8 * S) * t5.d_model + 7 * t5.num_heads * T * (S + T)
     return encoder + t5.num_decoder_layers * decoder
 
@@ -347,67 +234,67 @@ def cache_bytes(t5, S, T):
     return 2 * 2 * (S + T) * t5.num_heads * t5.d_kv * t5.num_decoder_layers
 
 
+def parameter_count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
 def stages(config, t5):
-    """{stage: bytes at its peak: of what is trained, what is held, activations} of emprl.py."""
-    lengths, ids = config.data, config.identifiers
-    policy = parameter_count(T5, t5)
-    network = TRAINED * parameter_count(classifier_of, t5, replace(ids, shared=True))
-    S, T = lengths.max_source, lengths.max_target
-    row = activation_bytes(t5, S, T) + 12 * T * t5.vocab_size  # logits: 4 are kept, 8 pass
-    told = activation_bytes(t5, lengths.identifier_source)
-    told += activation_bytes(t5, lengths.identifier_target)
-    seen = activation_bytes(t5, S)
-    found = {
-        "MLE": (TRAINED * policy, 0, config.mle.batch_size * row),
-        "identifiers, judge": (network, 4 * policy, ids.micro_batch * told),
-        "context classifier": (network, 4 * policy, ids.micro_batch * seen),
-    }
+    """{stage: bytes of what is trained, of what is held, of activations}, where a run needs most.
 
-    # PPO keeps no best weights, and holds the reference, which is the MLE policy, and the
-    # identifiers; at validation the judge, too, when there are no gradients.
-    held = 4 * parameter_count(classifier_of, t5, ids)
-    update, rollout = ppo_bytes(config, t5)
-    found["PPO"] = ((TRAINED - 4) * policy, 4 * policy + held, max(update, rollout))
-    found["validation"] = ((TRAINED - 8) * policy, 4 * policy + 2 * held, rollout)
-    return found
+    PPO holds its reference, which is the MLE policy, and the identifiers; in a validation there
+    is the judge, too, and there are no gradients.
+    """
+    with torch.device("meta"):  # shapes, no memory
+        policy = T5(t5)
+        identifiers = make_classifier(policy, config.identifiers)
+    parameters = parameter_count(policy)
+    classifier = 4 * parameter_count(identifiers)
 
-
-def ppo_bytes(config, t5):
-    """Activations and what goes with them: of an update, and when the reference is asked."""
     ppo = config.ppo
     S, T = config.data.max_source, config.exploring.max_length
     support = ppo.batch_size * T * t5.vocab_size
     cache = ppo.batch_size * cache_bytes(t5, S, T)
     row = activation_bytes(t5, S, T) + 17 * T * t5.vocab_size
-    return ppo.micro_batch * row + support + cache, 21 * support + cache
+    update = ppo.micro_batch * row + support + cache
+    rollout = 21 * support + cache  # when the reference is asked
+    return {
+        "PPO": {
+            "trained": TRAINED * parameters,
+            "held": 4 * parameters + classifier,
+            "activations": max(update, rollout),
+        },
+        "validation": {
+            "trained": (TRAINED - 4) * parameters,
+            "held": 4 * parameters + 2 * classifier,
+            "activations": rollout,
+        },
+    }
 
 
 def plan():
     """The text of --plan."""
     text = [f"By arithmetic, in GiB; nothing of it was measured. {CUDA} GiB are CUDA's own."]
+    config = emprl.make_config("paper", 0, ".", ".")
     for name, t5 in (("t5-small", SMALL), ("t5-base", BASE)):
         rows = {}
-        for stage, parts in stages(emprl.make_config("paper", 0, ".", "."), t5).items():
-            row = [x / 2**30 for x in parts]
-            names = ("trained", "held", "activations", "all")
-            rows[stage] = dict(zip(names, [*row, sum(row) + CUDA]))
+        for stage, parts in stages(config, t5).items():
+            gib = {what: x / 2**30 for what, x in parts.items()}
+            rows[stage] = gib | {"all": sum(gib.values()) + CUDA}
         most = max(row["all"] for row in rows.values())
         verdict = "fits" if most <= CARD else "does NOT fit"
-        text += [
-            f"{name}, paper as it is: {most:.1f} GiB {verdict} into {CARD:g}",
-            sheet(rows),
-        ]
+        text.append(f"{name}, paper as it is: {most:.1f} GiB {verdict} into {CARD:g}")
+        text.append(sheet(rows))
     return "\n\n".join(text)
 
 
 # ---- the command ----------------------------------------------------------------------------
 
-PARTS = (*WORK, "tricks", "memory")
+PARTS = (*WORK, "memory")
 
 
 def machine():
     """What the figures depend on: versions, threads, GFLOP/s of a 1,024-square product."""
-    libraries = ("torch", "transformers", "trl")
+    libraries = ("torch", "transformers")
     threads = torch.get_num_threads()
     return {
         **{name: version(name) for name in libraries if find_spec(name)},
@@ -434,9 +321,7 @@ def main():
     results = {"machine": machine()}
     print(results["machine"], flush=True)
     for part in options.part:
-        if part == "tricks":
-            results[part] = tricks(options.repeats)
-        elif part == "memory":
+        if part == "memory":
             results[part] = memory()
         else:
             results[part] = compare(part, options.repeats)

@@ -108,8 +108,9 @@ def sheet_text(items):
 
 def read_answers(path, items, systems):
     """(items, systems, 3) numbers of a filled sheet, NaN where nothing is. Raises DataError."""
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    if not lines or lines[0].strip() != first_line(items):
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    lines = [line.strip() for line in text.splitlines()]
+    if lines[:1] != [first_line(items)]:
         raise DataError(
             f"{path}:1: not a sheet of these replies and options; its first line must be "
             f"{first_line(items)!r}"
@@ -119,17 +120,15 @@ def read_answers(path, items, systems):
         for letter, (_, gave_it) in item.replies.items():
             rated_by[f"{number + 1} {letter}"] = number, [systems.index(x) for x in gave_it]
     answers = torch.full((len(items), len(systems), len(QUESTIONS)), torch.nan)
-    for place, line in enumerate(map(str.strip, lines), 1):
+    for place, line in enumerate(lines, 1):
         if OPEN.fullmatch(line):
             continue
         found = ANSWER.fullmatch(line)
-        problem = ""
-        if not found:
-            problem = "not as '17 B 4 3 2', with three numbers from 1 to 5"
-        elif found[1] not in rated_by:
-            problem = "there is no such reply, or it is rated twice"
-        if problem:
-            raise DataError(f"{path}:{place}: {printable(line)[:40]!r}: {problem}")
+        if not found or found[1] not in rated_by:
+            raise DataError(
+                f"{path}:{place}: {printable(line)[:40]!r}: give each reply of the sheet three "
+                "numbers from 1 to 5, once, as in '17 B 4 3 2'"
+            )
         answers[rated_by.pop(found[1])] = torch.tensor([float(x) for x in found.groups()[1:]])
     if answers.isnan().all():
         raise DataError(f"{path}: no answers; write lines such as '17 B 4 3 2'")
@@ -151,22 +150,21 @@ def interval(numbers):
 
 def row_of(rated):
     """A row of the table from (items, 3) numbers."""
-    row = {question: interval(rated[:, k]) for k, question in enumerate(QUESTIONS)}
+    row = {question: interval(column) for question, column in zip(QUESTIONS, rated.T)}
     return row | {"contexts": str((~rated[:, 0].isnan()).sum().item())}
 
 
 def table(readers, systems):
     """Markdown rows of answers (readers, items, systems, 3): means, differences to MLE, kappa."""
-    means = readers.nanmean(0)
-    rows = {system: row_of(means[:, k]) for k, system in enumerate(systems)}
-    for k, system in enumerate(systems):
+    means = dict(zip(systems, readers.nanmean(0).unbind(1)))  # system -> (items, 3)
+    rows = {system: row_of(rated) for system, rated in means.items()}
+    for system, rated in means.items():
         if system != "mle" and "mle" in systems:
-            rows[f"{system} - mle"] = row_of(means[:, k] - means[:, systems.index("mle")])
-    kappas = []
-    for first, second in itertools.combinations(readers.flatten(1, 2), 2):
-        kappas.append([weighted_kappa(first[:, k], second[:, k]) for k in range(3)])
+            rows[f"{system} - mle"] = row_of(rated - means["mle"])
+    pairs = itertools.combinations(readers.flatten(1, 2), 2)
+    kappas = [weighted_kappa(first, second) for first, second in pairs]
     if kappas:
-        mean = torch.tensor(kappas).nanmean(0).tolist()
+        mean = torch.stack(kappas).nanmean(0).tolist()
         rows["kappa"] = {question: f"{x:.2f}" for question, x in zip(QUESTIONS, mean)}
     return rows
 
@@ -174,13 +172,13 @@ def table(readers, systems):
 def weighted_kappa(first, second):
     """1 - mean (x_i - y_i)^2 / mean over all i, j of (x_i - y_j)^2; NaN if that is 0.
 
-    Of the replies that both have rated.
+    (replies, questions) twice -> (questions,), of the replies that both have rated.
     """
-    both = ~(first - second).isnan()
+    both = ~(first - second).isnan().any(1)
     x, y = first[both], second[both]
-    seen = ((x - y) ** 2).mean()
-    chance = ((x[:, None] - y) ** 2).mean()
-    return (1 - seen / chance).item()
+    seen = ((x - y) ** 2).mean(0)
+    chance = ((x[:, None] - y) ** 2).mean((0, 1))
+    return 1 - seen / chance
 
 
 def without_texts(answers, items, systems):
@@ -224,9 +222,9 @@ def main():
         parser.error("the filled sheets must have different names")
     rows = table(torch.stack(list(readers.values())), systems)
     say(f"{len(readers)} readers; means over contexts, 95 % intervals\n\n{sheet(rows)}")
-    about = {"seed": options.seed, "columns": f"context system {' '.join(QUESTIONS)}"}
     told = {name: without_texts(one, items, systems) for name, one in readers.items()}
-    write_json(options.write, {**about, "readers": told})
+    columns = f"context system {' '.join(QUESTIONS)}"
+    write_json(options.write, {"seed": options.seed, "columns": columns, "readers": told})
 
 
 if __name__ == "__main__":

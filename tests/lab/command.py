@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -103,15 +104,10 @@ def peak_memory(device):
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def mean(numbers):
-    numbers = list(numbers)
-    return sum(numbers) / len(numbers)
-
-
 def means(rows):
     """[{column: number}] -> the mean of each column."""
     columns = zip(*(row.values() for row in rows))
-    return dict(zip(rows[0], map(mean, columns)))
+    return dict(zip(rows[0], map(fmean, columns)))
 
 
 def sheet(rows):

@@ -10,8 +10,8 @@ judge get of them in a run. It prints a table of means (standard deviations) ove
 Cost: half a minute a seed. Needs scikit-learn.
 """
 
-import statistics
 import sys
+from statistics import fmean, pstdev
 
 import torch
 
@@ -19,6 +19,7 @@ from data import LEVELS, MECHANISMS, DataError, Pairs, real_corpus
 from emprl import make_tokenizer, real, say
 from identifiers import NGramClassifier, confusions, f1_scores, predict_levels
 from tests.lab.command import Parser, sheet, start, write_json
+from tests.lab.tables import f1_of
 
 
 def tf_idf(train, test):
@@ -26,18 +27,16 @@ def tf_idf(train, test):
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
+        from sklearn.multioutput import MultiOutputClassifier
         from sklearn.pipeline import make_pipeline
     except ImportError:
         raise DataError("identify needs scikit-learn: pip install scikit-learn") from None
-    levels = []
-    for m in range(len(MECHANISMS)):
-        model = make_pipeline(
-            TfidfVectorizer(ngram_range=(1, 2)),
-            LogisticRegression(class_weight="balanced", max_iter=1000),
-        )
-        model.fit([d.response for d in train], [d.levels[m] for d in train])
-        levels.append(torch.tensor(model.predict([d.response for d in test])))
-    return torch.stack(levels, 1)
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2)),
+        MultiOutputClassifier(LogisticRegression(class_weight="balanced", max_iter=1000)),
+    )
+    model.fit([d.response for d in train], [d.levels for d in train])
+    return torch.tensor(model.predict([d.response for d in test]))
 
 
 def ours(train, test):
@@ -51,12 +50,13 @@ def ours(train, test):
 def figures_of(levels, gold):
     """{"ER macro_f1": number, ...} of levels (N, M)."""
     counts = confusions(levels, gold)  # (M, L, L)
-    f1 = 2 * counts.diagonal(0, 1, 2) / (counts.sum(1) + counts.sum(2)).clamp(min=1)  # (M, L)
-    measures = f1_scores(counts) | {f"f1_{k}": f1[:, k] for k in range(LEVELS)}
     figures = {}
-    for m, name in enumerate(MECHANISMS):
-        for measure, scores in measures.items():
-            figures[f"{name.upper()} {measure}"] = scores[m].item()
+    for m, mechanism in enumerate(MECHANISMS):
+        name = mechanism.upper()
+        for measure, number in f1_scores(counts[m]).items():
+            figures[f"{name} {measure}"] = number.item()
+        for k in range(LEVELS):
+            figures[f"{name} f1_{k}"] = f1_of(levels[:, m] == k, gold[:, m] == k)
     return figures
 
 
@@ -65,19 +65,17 @@ def one_seed(folder, seed):
     corpus = real_corpus(folder, seed)
     sizes = real()
     tokenizer = make_tokenizer(sizes, corpus)
-    parts = dict(corpus.labelled)
+    parts = corpus.labelled
     parts["all"] = parts["train"] + parts["judge_train"] + parts["judge_valid"]
     lengths = sizes.data.identifier_source, sizes.data.identifier_target
     pairs = {part: Pairs(parts[part], tokenizer, *lengths) for part in parts}
     test = pairs["test"]
-    told = {"TF-IDF": tf_idf(parts["all"], parts["test"])}
-    halves = {
-        "ours": "all",
-        "the identifiers' half": "train",
-        "the judge's half": "judge_train",
+    told = {
+        "TF-IDF": tf_idf(parts["all"], parts["test"]),
+        "ours": ours(pairs["all"], test),
+        "the identifiers' half": ours(pairs["train"], test),
+        "the judge's half": ours(pairs["judge_train"], test),
     }
-    for name, part in halves.items():
-        told[name] = ours(pairs[part], test)
     return {system: figures_of(levels, test.levels) for system, levels in told.items()}
 
 
@@ -88,8 +86,7 @@ def summary(seeds):
         rows[name] = {}
         for system in seeds[0]:
             values = [seed[system][name] for seed in seeds]
-            deviation = statistics.pstdev(values)
-            rows[name][system] = f"{statistics.mean(values):.3f} ({deviation:.3f})"
+            rows[name][system] = f"{fmean(values):.3f} ({pstdev(values):.3f})"
     return rows
 
 

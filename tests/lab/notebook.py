@@ -10,7 +10,6 @@ can tell when a cell has been changed since.
 import ast
 import base64
 import contextlib
-import hashlib
 import io
 import json
 import sys
@@ -22,6 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from emprl import digest_bytes
 from tests.lab.command import Parser, start
 
 PATH = Path(__file__).resolve().parent.parent.parent / "train.ipynb"
@@ -44,21 +44,17 @@ def code_cells(notebook):
 def source_hash(notebook):
     """Of all code cells."""
     sources = ["".join(cell["source"]) for cell in code_cells(notebook)]
-    return hashlib.sha256("\n".join(sources).encode()).hexdigest()
+    return digest_bytes("\n".join(sources).encode())
 
 
 def execute(source, namespace):
     """Run one cell. A last line that is an expression is shown, unless a semicolon ends it."""
     tree = ast.parse(source)
-    last = None
-    if tree.body and isinstance(tree.body[-1], ast.Expr):
-        last = ast.Expression(tree.body.pop().value)
+    shown = []
+    if isinstance(tree.body[-1], ast.Expr) and not source.rstrip().endswith(";"):
+        shown.append(tree.body.pop())
     exec(compile(tree, "<cell>", "exec"), namespace)
-    if last is None:
-        return
-    value = eval(compile(last, "<cell>", "eval"), namespace)
-    if value is not None and not source.rstrip().endswith(";"):
-        print(repr(value))
+    exec(compile(ast.Interactive(shown), "<cell>", "single"), namespace)  # prints its value
 
 
 def figures():
@@ -68,14 +64,13 @@ def figures():
     goes where Jupyter puts the alt text of a picture, and screen readers find it.
     """
     outputs = []
-    for number in plt.get_fignums():
-        figure = plt.figure(number)
+    for figure in map(plt.figure, plt.get_fignums()):
         picture = io.BytesIO()
         figure.savefig(picture, format="png")
         alt = figure.get_label()
         output = {
             "output_type": "display_data",
-            "metadata": {"image/png": {"alt": alt}} if alt else {},
+            "metadata": {"image/png": {"alt": alt}},
             "data": {
                 "image/png": base64.b64encode(picture.getvalue()).decode(),
                 "text/plain": [f"<Figure: {alt}>"],
@@ -91,11 +86,11 @@ def outputs_of(source, namespace):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         execute(source, namespace)
-    outputs = []
-    if printed.getvalue():
-        lines = printed.getvalue().splitlines(keepends=True)
-        outputs.append({"name": "stdout", "output_type": "stream", "text": lines})
-    return outputs + figures()
+    outputs = figures()
+    lines = printed.getvalue().splitlines(keepends=True)
+    if lines:
+        outputs.insert(0, {"name": "stdout", "output_type": "stream", "text": lines})
+    return outputs
 
 
 def run(notebook, reduced=False):

@@ -18,12 +18,13 @@ from unittest import mock
 import emprl
 import torch
 
-from data import Tokenizer
 from tests.lab.bench import BASE, SMALL
 from tests.lab.command import Parser, peak_memory, sheet, start
 
-STEPS = "mle.epochs=0 mle.steps=2 identifiers.steps=2 context.steps=2 ppo.steps=2"
-FEW = "eval.contexts=8 eval.best_of=2 ppo.valid_contexts=8"
+SETTINGS = """
+mle.epochs=0 mle.steps=2 identifiers.steps=2 context.steps=2 ppo.steps=2
+eval.contexts=8 eval.best_of=2 ppo.valid_contexts=8
+"""
 DIALOGUES = 400
 
 
@@ -55,10 +56,10 @@ def few_dialogues(load_corpus):
 
 
 def random_checkpoint(folder, t5, data_path):
-    """An official folder with random weights, and a tokenizer of the corpus."""
-    corpus = emprl.load_corpus(emprl.make_config("real", data_path=data_path))
-    texts = [dialogue.response for dialogue in corpus.dialogues["train"]]
-    (folder / "spiece.model").write_bytes(Tokenizer.train(texts, 5000).model)
+    """An official folder with random weights, and the tokenizer of preset `real`."""
+    config = emprl.make_config("real", data_path=data_path)
+    tokenizer = emprl.make_tokenizer(config, emprl.load_corpus(config))
+    (folder / "spiece.model").write_bytes(tokenizer.model)
     torch.manual_seed(0)
     emprl.save_pretrained(emprl.T5(t5), folder)
 
@@ -72,8 +73,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         random_checkpoint(folder, {"small": SMALL, "base": BASE}[options.size], options.data)
-        settings = f"{STEPS} {FEW}".split()
-        config = emprl.make_config("paper", 0, options.data, folder, settings)
+        config = emprl.make_config("paper", 0, options.data, folder, SETTINGS.split())
         run = Measured(folder / "run", config, emprl.find_device(options.device))
         run.peaks = {}
         with mock.patch.object(emprl, "load_corpus", few_dialogues(emprl.load_corpus)):

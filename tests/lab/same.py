@@ -10,9 +10,7 @@ Weights, figures, the log and the replies are hashed; config.json, times and pag
 """
 
 import contextlib
-import hashlib
 import io
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 
 import emprl
 import t5_small
+from tests.lab.command import read_metrics
 
 EVERYTHING = """
 t5.dropout_rate=0.1 pretrain.task=turns mle.muon=on mle.micro_batch=5
@@ -31,41 +30,19 @@ replying.min_length=3 ppo.ptx_coef=0.5 ppo.average=0.9 ppo.adaptive_kl=on ppo.kl
 ppo.ppo_epochs=2 ppo.micro_batch=3 ppo.lam=0.95 ppo.whiten_rewards=on ppo.centre_rewards=on
 """
 RUNS = {"smoke": "", "everything": EVERYTHING}
-FIGURES = (
-    "mle",
-    "emprl",
-    "mle_greedy",
-    "emprl_greedy",
-    "human",
-    "gain",
-    "best_of_n",
-    "identifiers",
-    "judge",
-    "floors",
-    "ceiling",
-)
-
-
-def digest(content):
-    """The first 16 digits of a SHA-256."""
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def weights(path):
-    """The bytes of all tensors of a checkpoint, by name."""
-    state = t5_small.load_state(path)
-    return b"".join(name.encode() + state[name].numpy().tobytes() for name in sorted(state))
+OTHERS = ("config", "seconds", "made_of", "code")  # of metrics.json: no figures
 
 
 def results(folder):
     """(name, hash) of each result of a finished run, and each figure of metrics.json."""
     for name in ("mle", "emprl"):
-        yield f"{name} weights", digest(weights(folder / name / "pytorch_model.bin"))
+        state = t5_small.load_state(folder / name / "pytorch_model.bin")
+        yield f"{name} weights", emprl.digest_weights(state)
     for name in ("metrics.jsonl", "responses.jsonl"):
-        yield name, digest((folder / name).read_bytes())
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    for key in FIGURES:
-        yield key, digest(json.dumps(metrics[key], sort_keys=True).encode())
+        yield name, emprl.digest_bytes((folder / name).read_bytes())
+    for name, figures in read_metrics(folder).items():
+        if name not in OTHERS:
+            yield name, emprl.digest(figures)
 
 
 def main():
@@ -77,7 +54,7 @@ def main():
             with contextlib.redirect_stdout(io.StringIO()):
                 emprl.run_all(emprl.Run(run_folder, config))
             for what, value in results(run_folder):
-                print(f"{name:<11} {what:<16} {value}", flush=True)
+                print(f"{name:<11} {what:<16} {value[:16]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@
    "shuffled" gives the levels to the contexts at random.
 
 --plot draws the third table (PREFIX-levels.png), and Emp-F1 against perplexity for each run
-(PREFIX-gain.png). --write keeps the figures and the levels of all replies, without texts.
+(PREFIX-gain.png).
 
 Cost: seconds.
 """
@@ -21,6 +21,7 @@ Cost: seconds.
 import itertools
 import sys
 from operator import itemgetter
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +29,9 @@ from matplotlib.figure import Figure
 
 from data import LEVELS, MECHANISMS, DataError
 from emprl import COLOURS, MECHANISM_NAMES, PREFIX, SYSTEMS, digest_bytes, say
-from identifiers import emp_f1, f1_scores
+from identifiers import emp_f1, f1_scores, weighted_emp_f1
 from tests.lab.command import (
     Parser,
-    mean,
     means,
     new_file,
     read_metrics,
@@ -44,7 +44,6 @@ from tests.lab.command import (
 
 MEASURES = {"weighted": "emp_f1", "macro": "emp_macro_f1", "bits": "mutual_information"}
 WITH_HUMAN = {"human": "human", **SYSTEMS}
-INTERVAL = "{relative:+.1%} ({low:+.1%} to {high:+.1%})"
 KINDS = ("weighted_f1", "macro_f1")
 
 
@@ -56,52 +55,42 @@ def read_levels(folder):
             f"{path}: not the replies that metrics.json was measured on; give the run's own "
             "command again"
         )
-    levels, contexts = {}, []
-    for record in read_replies(path):
-        contexts.append(record["context"])
-        for who, systems in record["levels"].items():
-            for system, told in systems.items():
-                levels.setdefault(who, {}).setdefault(system, []).append(told)
-    for systems in levels.values():
-        for system, told in systems.items():
-            systems[system] = torch.tensor(told)
-    return levels, contexts
+    records = read_replies(path)
+    levels = {}
+    for who, systems in records[0]["levels"].items():
+        levels[who] = {}
+        for system in systems:
+            told = [record["levels"][who][system] for record in records]
+            levels[who][system] = torch.tensor(told)
+    return levels, [record["context"] for record in records]
 
 
 # ---- the joint bootstrap --------------------------------------------------------------------
 
 
-def resampled_emp_f1(levels, human, times, kind):
-    """Emp-F1 where context n counts times[r, n] times: (N, M), (N, M), (R, N) -> (R,)."""
-    cells = F.one_hot(human * LEVELS + levels, LEVELS**2).float()  # (N, M, L * L)
-    counts = torch.einsum("rn,nmc->rmc", times, cells)
-    return f1_scores(counts.unflatten(-1, (LEVELS, LEVELS)))[kind].mean(-1)
-
-
-def gain_over_seeds(runs, kind, shared, resamples=2000):
-    """The relative gain of the mean over seeds, with its interval.
+def interval_over_seeds(runs, kind, shared, resamples=2000):
+    """The two ends of the interval of the mean's relative gain.
 
     runs: (human, before, after) levels of each seed, (N, M) each. A resample draws seeds and
     contexts with replacement: with `shared` the same contexts for all seeds, so that an easy
-    context is easy for all; without it others for each. Returns {"relative", "low", "high"}.
+    context is easy for all; without it others for each.
     """
     generator = torch.Generator().manual_seed(0)
     count = len(runs[0][0])
     seeds = torch.randint(len(runs), (resamples, len(runs)), generator=generator)
-    totals = torch.zeros(2, resamples)  # of before and after
+    old, new = torch.zeros(2, resamples)  # Emp-F1, summed over the seeds that were drawn
     times = None
-    for drawn_seed, (k, (human, *systems)) in itertools.product(seeds.T, enumerate(runs)):
+    for drawn_seed, (k, run) in itertools.product(seeds.T, enumerate(runs)):
+        human, before, after = run
         if times is None or not shared:
             drawn = torch.randint(count, (resamples, count), generator=generator)
             times = torch.zeros(resamples, count)
             times.scatter_add_(1, drawn, torch.ones(resamples, count))
-        for total, levels in zip(totals, systems):
-            total += (drawn_seed == k) * resampled_emp_f1(levels, human, times, kind)
-    gains = (totals[1] - totals[0]) / totals[0].clamp(min=1e-9)
-    low, high = gains.quantile(torch.tensor([0.025, 0.975])).tolist()
-    old = mean(emp_f1(before, human, kind) for human, before, _ in runs)
-    new = mean(emp_f1(after, human, kind) for human, _, after in runs)
-    return {"relative": (new - old) / max(old, 1e-9), "low": low, "high": high}
+        is_drawn = drawn_seed == k
+        old += is_drawn * weighted_emp_f1(before, human, times, kind)
+        new += is_drawn * weighted_emp_f1(after, human, times, kind)
+    gains = (new - old) / old.clamp(min=1e-9)
+    return gains.quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
 # ---- the tables -----------------------------------------------------------------------------
@@ -112,21 +101,23 @@ def level_rows(runs, levels, shared):
     rows = {}
     for who in reversed(levels[0]):
         for measure, key in MEASURES.items():
-            by_seed = {}
+            table = {}
             for metrics in runs.values():
                 name = f"{who}, {measure}, seed {metrics['config']['seed']}"
-                by_seed[name] = level_row(metrics, PREFIX[who] + key)
-            total = means(list(by_seed.values()))
-            for row in (*by_seed.values(), total):
+                table[name] = level_row(metrics, PREFIX[who] + key)
+            total = means(list(table.values()))
+            table[f"{who}, {measure}, mean"] = total
+            for row in table.values():
                 to_go = row["ceiling"] - row["MLE"]
                 way = f"{(row['EmpRL'] - row['MLE']) / to_go:.0%}" if to_go > 0 else ""
                 row["share of the way"] = way
             if f"{measure}_f1" in KINDS:
                 chosen = itemgetter("human", "mle", "emprl")
                 told = [chosen(one[who]) for one in levels]
-                gain = gain_over_seeds(told, f"{measure}_f1", shared)
-                total["gain, 95 % interval"] = INTERVAL.format(**gain)
-            rows |= by_seed | {f"{who}, {measure}, mean": total}
+                low, high = interval_over_seeds(told, f"{measure}_f1", shared)
+                gain = total["EmpRL"] / max(total["MLE"], 1e-9) - 1
+                total["gain, 95 % interval"] = f"{gain:+.1%} ({low:+.1%} to {high:+.1%})"
+            rows |= table
     return rows
 
 
@@ -134,9 +125,9 @@ def level_row(metrics, key):
     row = {name: metrics[system][key] for system, name in SYSTEMS.items()}
     row["always commonest"] = metrics["floors"]["majority"][key]
     row["random response"] = metrics["floors"]["random_copy"][key]
-    by_context = metrics["ceiling"]["context_balanced"][key]
-    by_rule = metrics["ceiling"].get("best", {})  # of the generated world
-    row["ceiling"] = by_rule.get(key, by_context)
+    ceilings = metrics["ceiling"]
+    by_rule = ceilings.get("best", {})  # of the generated world
+    row["ceiling"] = by_rule.get(key, ceilings["context_balanced"][key])
     return row
 
 
@@ -166,7 +157,7 @@ def by_level(levels, systems, figure):
             human = [one[who]["human"][:, m] == k for one in levels]
             for system, name in systems.items():
                 given = [one[who][system][:, m] == k for one in levels]
-                row[f"{who}: {name}"] = mean(map(figure, given, human))
+                row[f"{who}: {name}"] = fmean(map(figure, given, human))
         rows[f"{MECHANISMS[m].upper()} {k}"] = row
     return rows
 
@@ -186,8 +177,8 @@ def placement_rows(levels):
         row = {}
         for system, name in SYSTEMS.items():
             told = [(one[who][system], one[who]["human"]) for one in levels]
-            row[name] = mean(emp_f1(*pair, kind) for pair in told)
-            row[f"{name}, shuffled"] = mean(shuffled_emp_f1(*pair, kind) for pair in told)
+            row[name] = fmean(emp_f1(*pair, kind) for pair in told)
+            row[f"{name}, shuffled"] = fmean(shuffled_emp_f1(*pair, kind) for pair in told)
             row[f"{name}, placement"] = row[name] - row[f"{name}, shuffled"]
         rows[f"{who}, {kind.removesuffix('_f1')}"] = row
     return rows
@@ -199,16 +190,6 @@ def shuffled_emp_f1(levels, human, kind):
     wanted = F.one_hot(human, LEVELS).double().sum(0)
     counts = wanted[:, :, None] * given[:, None, :]  # (M, L, L), rows gold
     return f1_scores(counts)[kind].mean().item()
-
-
-def compact(levels):
-    """{"judge, emprl": one digit a level}: what the intervals need, and no text."""
-    found = {}
-    for who, systems in levels.items():
-        for system in WITH_HUMAN:
-            digits = map(str, systems[system].flatten().tolist())
-            found[f"{who}, {system}"] = "".join(digits)
-    return found
 
 
 # ---- pictures -------------------------------------------------------------------------------
@@ -230,18 +211,16 @@ def draw_levels(shares, path):
     figure.savefig(path)
 
 
-def draw_gain(levels, price, path):
+def draw_gain(runs, mean, path):
     """A point for each run and system: weighted Emp-F1 by the judge against the perplexity."""
     figure = Figure((7.8, 3.6), layout="constrained")
     axis = figure.subplots()
-    seeds = [name for name in price if name != "mean"]
     for system, name in SYSTEMS.items():
-        times = [price[seed]["perplexity, times"] if name == "EmpRL" else 1 for seed in seeds]
-        found = [levels[f"judge, weighted, {seed}"][name] for seed in seeds]
+        times = [float(run[system]["perplexity"]) / run["mle"]["perplexity"] for run in runs]
+        found = [run[system]["judge_emp_f1"] for run in runs]
         axis.plot(times, found, "o", color=COLOURS[system], label=name)
     for name, style in (("always commonest", ":"), ("ceiling", "--")):
-        height = levels["judge, weighted, mean"][name]
-        axis.axhline(height, color="black", ls=style, label=name)
+        axis.axhline(mean[name], color="black", ls=style, label=name)
     axis.set(xlabel="perplexity, times MLE's", ylabel="weighted Emp-F1, by the judge")
     axis.legend(fontsize=8)
     figure.savefig(path)
@@ -256,18 +235,20 @@ def main():
     runs = read_runs(options.run)
     levels, contexts = zip(*map(read_levels, runs))
     shared = all(other == contexts[0] for other in contexts)
-    scores, price = level_rows(runs, levels, shared), price_rows(runs)
-    shares = by_level(levels, WITH_HUMAN, share_of)
-    f1 = by_level(levels, SYSTEMS, f1_of)
-    for rows in (scores, price, shares, f1, placement_rows(levels)):
+    tables = {
+        "Emp-F1": level_rows(runs, levels, shared),
+        "price": price_rows(runs),
+        "shares": by_level(levels, WITH_HUMAN, share_of),
+        "F1 of each level": by_level(levels, SYSTEMS, f1_of),
+        "placement": placement_rows(levels),
+    }
+    for rows in tables.values():
         say(f"{sheet(rows)}\n")
     if options.plot:
-        draw_levels(shares, f"{options.plot}-levels.png")
-        draw_gain(scores, price, f"{options.plot}-gain.png")
-    found = {}
-    for metrics, told in zip(runs.values(), levels):
-        found[metrics["config"]["seed"]] = metrics | {"levels": compact(told)}
-    write_json(options.write, found)
+        draw_levels(tables["shares"], f"{options.plot}-levels.png")
+        mean = tables["Emp-F1"]["judge, weighted, mean"]
+        draw_gain(runs.values(), mean, f"{options.plot}-gain.png")
+    write_json(options.write, tables)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The lab: its arithmetic by hand and against real tensors; every command on tiny work."""
 
+import ast
 import json
 import math
 import re
@@ -20,7 +21,7 @@ from identifiers import ClassifierConfig
 from ppo import PPOConfig, PPOTrainer, Prompts
 from t5_small import T5, Sampling, T5Config
 from tests.conftest import check
-from tests.lab import ablate, bench, blind, command, identify, tables
+from tests.lab import ablate, bench, blind, command, identify, mutate, tables
 from tests.tools import ragged, tiny_config, tiny_t5
 
 
@@ -1055,3 +1056,38 @@ def test_nothing_is_written_without_being_told(copied, short, call, monkeypatch)
     monkeypatch.setitem(ablate.ABLATIONS, "reward", {"default": ablate.DEFAULT})
     assert call(ablate, "reward", copied) == call(tables, copied) == 0
     assert {path: path.read_bytes() for path in root.iterdir()} == before
+
+
+# ---- mutate
+
+MODULE = '''
+class Loss:
+    def of(self, context, response):
+        """The mean over all tokens."""
+        if len(response) == 0:
+            raise ValueError(f"{response}: give one that is longer")
+        rows = self.rows("judge", context).detach()
+        return self.mean(rows, response, "train")
+'''
+
+
+def test_mutants_differ_and_compile_and_leave_messages_alone():
+    right = ast.unparse(ast.parse(MODULE))
+    drawn = mutate.draw({"small": right}, 0, 100)
+    texts = [text for _, _, text in drawn.values()]
+    assert len({right, *texts}) == 1 + len(texts)
+    for text in texts:
+        compile(text, "small.py", "exec")
+        assert '"""The mean over all tokens."""' in text
+        assert "raise ValueError(f'{response}: give one that is longer')" in text
+
+    changed = [title.partition("  ->  ")[2] for title in drawn]
+    assert {
+        "if len(context) == 0:",  # another parameter
+        "rows = self.mean('judge', context).detach()",  # another attribute
+        "rows = self.rows('train', context).detach()",  # another text
+        "rows = self.rows(context, 'judge').detach()",  # two arguments swapped
+        "rows = self.rows('judge', context)",  # a call left out
+        "if len(response) != 0:",
+    } <= {*changed}
+    assert {*mutate.draw({"small": right}, 0, 5)} < {*drawn}

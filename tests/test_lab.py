@@ -66,7 +66,7 @@ def test_errors_are_one_line(call, capsys, finished, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["cut"]
 
 
-@pytest.mark.parametrize("script", [ablate, bench, blind, identify, tables])
+@pytest.mark.parametrize("script", [ablate, bench, blind, identify, mutate, tables])
 def test_help_says_what_it_costs(script, call, capsys):
     with pytest.raises(SystemExit):
         call(script, "--help")

@@ -1,17 +1,20 @@
 """Would the tests notice? Make one small mistake in the modules, run the tests, and see.
 
     python -m tests.lab.mutate                 list 200 mutants
-    python -m tests.lab.mutate --log FILE      try them: TIME
+    python -m tests.lab.mutate --log FILE      try them
 
 A mutant is a module with one change: a silent bug as the course plants them
 (tests/coursework/kinds.py), a mistake as those that its graded functions are tried with
 (mutants.py beside it), or one of the wiring: another parameter, attribute or text is used, two
-arguments are swapped, a call is left out. Messages and pictures are left alone. The mutants are
-drawn by --seed, of each kind in each module as many as can be.
+arguments are swapped, a call is left out. Messages and pictures are left alone. 200 of about
+17,000 are drawn; each kind in each module has the same chance.
 
 pytest runs in a copy of the project: the module's own tests, then those of the whole program, up
 to the first that fails. FILE gets a line for each mutant; the same command goes on. After new
 tests delete the lines of the survivors (they end in ""): they alone are tried again.
+
+Cost: on one thread 2 minutes for the tests as they are, then about 10 seconds for a mutant that
+is caught and a minute for one that survives: about an hour for 200.
 """
 
 import ast
@@ -62,10 +65,11 @@ def family(node, parameters):
 def miswired(node):
     """(kind, new node) of a call: two arguments are swapped, or it is left out."""
     match node:
-        case ast.Call(
-            ast.Attribute(left, "detach" | "eval" | "clone" | "requires_grad_")
-        ) | ast.Call(ast.Name() | ast.Attribute(attr="deepcopy"), [left]):
+        case ast.Call(ast.Attribute(left, "detach" | "eval" | "clone" | "requires_grad_")):
             yield "no call", left
+        case ast.Call(ast.Name() | ast.Attribute(attr="deepcopy"), [left]):
+            if not isinstance(left, ast.Starred):
+                yield "no call", left
         case ast.Call(args=args):
             for one, other in itertools.pairwise(args):
                 swapped = {one: other, other: one}
@@ -89,7 +93,7 @@ def changes(function, name):
         for kind, new in (*others, *miswired(node), *mutants.changes(node)):
             if ast.unparse(new) != old:
                 found.append(kinds.Change(kind, name, place, new, old))
-    not_raised = {*itertools.chain(*map(mutants.within, function.body))}
+    not_raised = {*mutants.within(function)}
     return [c for c in found if nodes[c.place] in not_raised and not TALK.match(c.old)]
 
 
@@ -124,13 +128,9 @@ def first_failure(project, texts, names):
     for module, text in texts.items():
         (project / f"{module}.py").write_text(text, encoding="utf-8")
     files = [f"tests/test_{name.removesuffix('_small')}.py" for name in (*names, *WHOLE)]
+    command = [sys.executable, *PYTEST, *files]
     with subprocess.Popen(
-        [sys.executable, *PYTEST, *files],
-        cwd=project,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+        command, cwd=project, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
             told, _ = process.communicate(timeout=600)  # seconds; all tests take 100
@@ -159,8 +159,8 @@ def try_all(drawn, right, log):
             module, _, text = drawn[title]
             caught_by[title] = first_failure(project, right | {module: text}, [module])
             print(json.dumps([title, caught_by[title]]), file=file, flush=True)
-            minutes = (time.monotonic() - began) / 60 / i * (len(left) - i)
-            print(f"{i}/{len(left)}, {minutes:.0f} min left  {title}")
+            seconds = (time.monotonic() - began) / i * (len(left) - i)
+            print(f"{i}/{len(left)}, {seconds / 60:.0f} min left  {title}")
             print(f"    {caught_by[title] or 'SURVIVED'}", flush=True)
     return caught_by
 

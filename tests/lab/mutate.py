@@ -13,9 +13,9 @@ pytest runs in a copy of the project: the module's own tests, then those of the 
 to the first that fails. FILE gets a line for each mutant; the same command goes on. After new
 tests delete the lines of the survivors (they end in ""): they alone are tried again.
 
-Cost: 2 minutes of one CPU for the tests as they are, then 3 to 15 seconds for a mutant that is
-caught and a minute and more for one that survives: about an hour for 200 if one in five does. A
-busy machine takes three times as long.
+Cost: 2 minutes of one CPU for the tests as they are, then 3 to 15 seconds for most mutants that
+are caught and a minute and more for one that survives: about an hour for 200 if one in five does.
+A busy machine takes three times as long.
 """
 
 import ast

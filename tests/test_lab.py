@@ -1,5 +1,6 @@
 """The lab: its arithmetic by hand and against real tensors; every command on tiny work."""
 
+import ast
 import json
 import math
 import re
@@ -19,7 +20,7 @@ from data import DataError, Dialogue, Pairs, Tokenizer
 from ppo import PPOConfig, PPOTrainer, Prompts
 from t5_small import T5, Sampling, T5Config
 from tests.conftest import check
-from tests.lab import ablate, bench, blind, command, identify, tables
+from tests.lab import ablate, bench, blind, command, identify, mutate, tables
 from tests.tools import ragged, tiny_config, tiny_t5
 
 
@@ -64,7 +65,7 @@ def test_errors_are_one_line(call, capsys, finished, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["cut"]
 
 
-@pytest.mark.parametrize("script", [ablate, bench, blind, identify, tables])
+@pytest.mark.parametrize("script", [ablate, bench, blind, identify, mutate, tables])
 def test_help_says_what_it_costs(script, call, capsys):
     with pytest.raises(SystemExit):
         call(script, "--help")
@@ -998,3 +999,38 @@ def test_nothing_is_written_without_being_told(copied, short, call, monkeypatch)
     monkeypatch.setitem(ablate.ABLATIONS, "reward", {"default": ablate.DEFAULT})
     assert call(ablate, "reward", copied) == call(tables, copied) == 0
     assert {path: path.read_bytes() for path in root.iterdir()} == before
+
+
+# ---- mutate
+
+MODULE = '''
+class Loss:
+    def of(self, context, response):
+        """The mean over all tokens."""
+        if len(response) == 0:
+            raise ValueError(f"{response}: give one that is longer")
+        rows = self.rows("judge", context).detach()
+        return self.mean(rows, response, "train")
+'''
+
+
+def test_mutants_differ_and_compile_and_leave_messages_alone():
+    right = ast.unparse(ast.parse(MODULE))
+    drawn = mutate.draw({"small": right}, 0, 100)
+    texts = [text for _, _, text in drawn.values()]
+    assert len({right, *texts}) == 1 + len(texts)
+    for text in texts:
+        compile(text, "small.py", "exec")
+        assert '"""The mean over all tokens."""' in text
+        assert "raise ValueError(f'{response}: give one that is longer')" in text
+
+    changed = [title.partition("  ->  ")[2] for title in drawn]
+    assert {
+        "if len(context) == 0:",  # another parameter
+        "rows = self.mean('judge', context).detach()",  # another attribute
+        "rows = self.rows('train', context).detach()",  # another text
+        "rows = self.rows(context, 'judge').detach()",  # two arguments swapped
+        "rows = self.rows('judge', context)",  # a call left out
+        "if len(response) != 0:",
+    } <= {*changed}
+    assert {*mutate.draw({"small": right}, 0, 5)} < {*drawn}

@@ -97,6 +97,20 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(emprl, "draw_plots", lambda *_: {})
 
 
+@pytest.fixture(scope="module")
+def few_imports():
+    """Workers of the grader and runs of a copy are forks, which have imported torch already."""
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(os, "fork"):  # Windows has none
+            from tests import forks
+            from tests.coursework import grade, measure_bugs, secret
+
+            patch.setattr(grade, "start_worker", forks.start_worker)
+            for module in (measure_bugs, secret):
+                patch.setattr(module, "run_without_pictures", forks.run_without_pictures)
+        yield
+
+
 @pytest.fixture
 def refusal(capsys):
     """refusal(words): the one line that a command ends with, which must be bad input (exit 2)."""

@@ -314,6 +314,7 @@ WITHOUT = """
 import os, signal, sys
 import pytest
 sys.modules["resource"] = None
+sys.modules["torch._dynamo"] = sys  # takes a second, and nothing is trained here
 del os.fork, signal.SIGKILL
 options = ["-q", "-p", "no:cacheprovider", "tests/test_trust.py", "-k", sys.argv[1]]
 sys.exit(pytest.main(options))

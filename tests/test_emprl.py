@@ -155,8 +155,8 @@ def test_the_last_screen_says_what_it_must(finished):
 
 @pytest.mark.parametrize(
     "name",
-    ["x", "x" * 200, "two words and läufe 😀", "line\nbreak\x1b[1m"],
-    ids=["short", "long", "letters", "control"],
+    ["x" * 200, "two words and läufe 😀, a line\nbreak and\x1b[1m"],
+    ids=["long", "letters"],
 )
 def test_the_last_screen_fits_whatever_the_folder_is_called(
     name, tmp_path, capsys, copied, no_pictures
@@ -657,8 +657,11 @@ def test_modules_keep_to_the_design():
 # ---- a network for each mechanism
 
 
-def test_a_network_for_each_mechanism_from_the_corpus_to_the_pictures(tmp_path, capsys):
+def test_a_network_for_each_mechanism_from_the_corpus_to_the_pictures(
+    tmp_path, capsys, monkeypatch
+):
     """As in `paper`: three stages for each classifier; load_run puts them together."""
+    monkeypatch.setattr(emprl, "PICTURES", {emprl.draw_losses: "A curve for each network."})
     settings = (
         "identifiers.shared=off identifiers.steps=2 context.steps=2 mle.steps=2 ppo.steps=1"
     )

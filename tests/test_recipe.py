@@ -254,7 +254,8 @@ def test_texts_for_pretraining_are_learnt_from_nowhere_else(tmp_path, monkeypatc
         return corpus
 
     monkeypatch.setattr(data, "generated_corpus", with_more)
-    watched = Watched(tmp_path / "run", ("ppo.steps=1", "eval.contexts=4"))
+    few = ("pretrain.steps=2", "mle.steps=4", "identifiers.steps=1", "ppo.steps=1")
+    watched = Watched(tmp_path / "run", (*few, "eval.contexts=4"))
     assert watched.parts("pretrain", True) == {"pretrain/train"}
     for stage in ("mle", "context", "ppo"):
         assert watched.parts(stage, True) == {"train"}, stage
@@ -446,7 +447,8 @@ def test_judge_and_identifiers_are_two(run):
 
 def test_ngrams_are_fitted_each_to_its_own_part(tmp_path):
     settings = ("identifiers.kind=ngrams", "identifiers.size=512", "eval.contexts=4")
-    watched = Watched(tmp_path / "run", (*settings, "ppo.steps=1"))
+    few = ("pretrain.steps=1", "mle.steps=2", "ppo.steps=1")
+    watched = Watched(tmp_path / "run", (*settings, *few))
     expected = {
         "identifiers": "labelled/train",
         "judge": "labelled/judge_train",

@@ -15,6 +15,7 @@ import torch
 import emprl
 import t5_small
 from data import DataError
+from tests.forks import Fork
 from tests.lab import tables
 from tests.tools import (
     contents,
@@ -23,7 +24,6 @@ from tests.tools import (
     read_json,
     records,
     smoke,
-    start,
     weights,
     words,
 )
@@ -137,16 +137,18 @@ def test_the_default_folder_too(tmp_path, capsys, monkeypatch, no_pictures):
     assert err.endswith(f"python emprl.py {again}\n")
 
 
-@pytest.mark.parametrize("stage, step", [("pretrain", 2), ("judge", 3), ("ppo", 2)])
 def test_a_run_that_was_stopped_goes_on_by_its_own_command_only(
-    stage, step, finished, tmp_path, capsys, no_pictures
+    finished, tmp_path, capsys, no_pictures
 ):
-    here = interrupted(tmp_path / "run", stage, step)
-    assert "go on with: python emprl.py --preset smoke" in capsys.readouterr().err
-    for setting in ("mle.lr=1e-3", "data.num_train=201", f"{stage}.steps=20"):
-        if setting != "judge.steps=20":
-            refused(words(here, setting), here, capsys)
-    refused(["--seed", "7", *words(here)], here, capsys)
+    """In one stage, then in a later one, then in the last."""
+    here = tmp_path / "run"
+    for stage, step in (("pretrain", 2), ("judge", 3), ("ppo", 2)):
+        interrupted(here, stage, step)
+        assert "go on with: python emprl.py --preset smoke" in capsys.readouterr().err
+        for setting in ("mle.lr=1e-3", "data.num_train=201", f"{stage}.steps=20"):
+            if setting != "judge.steps=20":
+                refused(words(here, setting), here, capsys)
+        refused(["--seed", "7", *words(here)], here, capsys)
     assert emprl.main(words(here)) == 0
     assert same_result(here, finished)
 
@@ -163,7 +165,7 @@ def test_settings_of_stages_that_are_not_there_may_change(
 ):
     """After Ctrl-C in the judge's training those of PPO are still free."""
     here = shutil.copytree(stopped_in_judge, tmp_path / "run")
-    assert emprl.main(words(here, setting)) == 0
+    assert emprl.main(words(here, "ppo.steps=1", "eval.contexts=4", setting)) == 0
     section, _, name = setting.partition("=")[0].partition(".")
     said = read_json(here / "config.json")[section][name]
     assert said == float(setting.partition("=")[2])
@@ -187,7 +189,7 @@ def test_what_is_not_of_a_stage_made_anew_stays(copied, no_pictures):
     for name in (EVALUATION, *own, *folders):
         assert (copied / name).exists(), name
     (copied / "checkpoints" / "ppo.pt").unlink()
-    assert emprl.main(words(copied)) == 0
+    interrupted(copied, "ppo", 2)
     for name in (*own, *folders):
         assert (copied / name).exists(), name
     assert not (copied / EVALUATION).exists()
@@ -243,15 +245,14 @@ def test_a_stage_is_saved_at_its_end_and_now_and_then(tmp_path, monkeypatch, no_
 
     monkeypatch.setattr(emprl, "save_atomically", watched)
     monkeypatch.setattr(emprl.Run, "save_every", 1e9)
-    emprl.run_all(emprl.Run(tmp_path / "a", emprl.make_config("smoke")))
+    smoke(tmp_path / "a", "eval.contexts=4")
     stages = ["pretrain 4", "mle 12", "identifiers 8", "judge 8", "context 4", "ppo 4"]
     assert saved == stages
 
     saved.clear()
     monkeypatch.setattr(emprl.Run, "save_every", -1.0)
     monkeypatch.setattr(t5_small.Trainer, "step", skipped)
-    few = [*NO_PPO, "eval.contexts=4"]
-    emprl.run_all(emprl.Run(tmp_path / "b", emprl.make_config("smoke", settings=few)))
+    smoke(tmp_path / "b", *NO_PPO, "eval.contexts=4")
     assert saved[:3] == ["pretrain 1", "pretrain 3", "pretrain 4"]
 
 
@@ -315,11 +316,11 @@ def test_data_is_read_once_and_its_key_is_of_what_was_read(tmp_path, monkeypatch
 
 def test_a_t5_folder_with_other_weights_is_seen(finished, tmp_path, no_pictures):
     t5, here = official(tmp_path / "t5", finished), tmp_path / "run"
-    smoke(here, t5_dir=t5)
+    smoke(here, *NO_PPO, t5_dir=t5)
     official(tmp_path / "t5", finished, 1.01)
     before = contents(here)
     with pytest.raises(emprl.DataError, match="pretrain.pt.* other data"):
-        smoke(here, t5_dir=t5)
+        smoke(here, *NO_PPO, t5_dir=t5)
     assert contents(here) == before
 
 
@@ -374,7 +375,9 @@ def test_a_metrics_json_of_another_shape_does_not_stop_a_run(content, copied, no
     assert "made_of" in read_json(copied / "metrics.json")
 
 
-@pytest.mark.parametrize("content", ["[1]", "[[1, 2]]", '["ab"]', '[{"code": 3}, null]'])
+@pytest.mark.parametrize(
+    "content", ['[1, [1, 2], "ab", null]', '[[1, 2], {"code": 3}, 1, null]']
+)
 def test_an_odd_environment_json_does_not_stop_a_run(
     content, copied, no_pictures, nothing_is_trained
 ):
@@ -406,15 +409,24 @@ def test_a_checkpoint_of_another_run_is_not_trained_on(stage, copied, other, cap
 # ---- one at a time ------------------------------------------------------------------------------
 
 
+def started(command):
+    """A run in a process of its own: a fork where there is one, which need not import torch."""
+    if hasattr(os, "fork"):
+        with open(os.devnull, "wb") as nothing:
+            return Fork(lambda: sys.exit(emprl.main(command)), nothing)
+    line = [sys.executable, emprl.__file__, *command]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, encoding="utf-8")
+
+
 def test_a_second_run_in_the_folder_is_refused_until_the_first_is_killed(
     tmp_path, finished, no_pictures, capsys
 ):
     here = tmp_path / "run"
-    endless = words(here, "mle.steps=100000", "mle.eval_every=100000")
-    first = start(endless)
+    endless = words(here, "mle.steps=100000", "mle.eval_every=100000", "pretrain.steps=0")
+    first = started(endless)
     try:
         while "mle " not in (line := first.stdout.readline()):
-            assert line, first.stderr.read()
+            assert line, "it has ended"
         for command in (words(here), endless):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(emprl, "run_all", lambda run: pytest.fail("it runs"))
@@ -425,7 +437,7 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_is_killed(
         assert first.poll() is None, "and the first goes on"
     finally:
         first.kill()
-        first.communicate()
+        first.wait()
     shutil.rmtree(here / "checkpoints")
     assert emprl.main(words(here)) == 0
     assert same_result(here, finished)
@@ -510,7 +522,8 @@ def test_a_resumed_run_keeps_its_first_environment_and_says_that_the_code_is_ano
 ):
     here = tmp_path / "run"
     monkeypatch.setattr(sys, "argv", ["emprl.py", "first"])
-    few = ("identifiers.steps=1", "context.steps=1", "ppo.steps=1", "eval.contexts=4")
+    few = ["pretrain.steps=1", "mle.steps=4", "identifiers.steps=1", "context.steps=1"]
+    few += ["ppo.steps=1", "eval.contexts=4"]
     interrupted(here, "mle", 3, *few)
     monkeypatch.setattr(sys, "argv", ["emprl.py", "second"])
     assert emprl.main(words(here, *few)) == 0

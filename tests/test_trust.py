@@ -219,16 +219,19 @@ class Fault:
 
 NAN, INFINITY = float("nan"), float("inf")
 ABSURD = ("mle.lr=1e9", "mle.steps=40")
+FEW = ("identifiers.steps=1", "context.steps=1", "eval.contexts=8")  # of what is not spoilt
 FAULTS = {
-    "one reward is NaN": Fault(partial(spoil_reward, NAN, {0}), skipped=(1, 0, 0, 0)),
+    "one reward is NaN": Fault(
+        partial(spoil_reward, NAN, {0}), settings=FEW, skipped=(1, 0, 0, 0)
+    ),
     "one reward is infinite": Fault(
-        partial(spoil_reward, INFINITY, {2}), skipped=(0, 0, 1, 0)
+        partial(spoil_reward, INFINITY, {2}), settings=FEW, skipped=(0, 0, 1, 0)
     ),
     "every reward is NaN": Fault(
-        partial(spoil_reward, NAN, EVERY), 2, "10 steps in a row", ("ppo.steps=12",)
+        partial(spoil_reward, NAN, EVERY), 2, "10 steps in a row", (*FEW, "ppo.steps=12")
     ),
-    "one loss is NaN": Fault(partial(spoil_loss, NAN, {5})),
-    "one loss is infinite": Fault(partial(spoil_loss, INFINITY, {6})),
+    "one loss is NaN": Fault(partial(spoil_loss, NAN, {5}), settings=FEW),
+    "one loss is infinite": Fault(partial(spoil_loss, INFINITY, {6}), settings=FEW),
     "every loss is NaN": Fault(partial(spoil_loss, NAN, EVERY), 2, "lower mle.lr"),
     "the learning rate is absurd": Fault(nothing, 2, "lower mle.lr", ABSURD),
     "the GPU's memory is full": Fault(out_of_memory, 2, "micro_batch", harmless=True),
@@ -358,12 +361,6 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(
 # ---- after training
 
 
-def same_command(folder, name="run", **process):
-    """`python emprl.py --preset smoke --run folder/name` once more, in a new Python."""
-    line = [sys.executable, EMPRL, *words(name)]
-    return subprocess.run(line, cwd=folder, stderr=subprocess.PIPE, **process)
-
-
 def strictly(text):
     """Parsed by the letter of the standard, which knows no NaN and no Infinity."""
 
@@ -451,7 +448,7 @@ def test_a_run_of_skipped_stages_has_a_report_without_their_pictures(tmp_path, c
 
 
 def test_a_skipped_stage_leaves_the_pictures_of_the_others(tmp_path, capfd):
-    skipped = ["mle.steps=0", "ppo.steps=0"]
+    skipped = ["mle.steps=0", "ppo.steps=0", "identifiers.steps=4", "eval.contexts=8"]
     assert emprl.main(words(tmp_path, *skipped)) == 0
     drawn = {path.stem for path in (tmp_path / "plots").iterdir()}
     assert drawn == {"emp_f1", "levels", "losses"}
@@ -479,52 +476,49 @@ def test_without_matplotlib_there_is_a_report(copied, capsys, monkeypatch):
     assert "![" not in (copied / "report.md").read_text(encoding="utf-8")
 
 
-def test_jupyters_backend_and_a_poor_terminal_cost_nothing(finished, tmp_path):
-    """MPLBACKEND names what is not installed; the folder has letters that ASCII lacks."""
-    folder = tmp_path / "läufe 😀"
-    shutil.copytree(finished, folder)
-    shutil.rmtree(folder / "plots")
-    poor = {"MPLBACKEND": "module://not_installed.backend", "PYTHONIOENCODING": "ascii:strict"}
-    done = same_command(
-        tmp_path, folder.name, env={**os.environ, **poor}, stdout=subprocess.PIPE
-    )
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert b"l?ufe ?" in done.stdout and b"no picture" not in done.stdout
-    assert (folder / "plots" / "ppo.png").exists()
-
-
-NO_HOME = """
-import pathlib, pwd, sys
+POOR = """
+import pathlib, sys
 def home():
     raise RuntimeError("Could not determine home directory.")
 def nobody(number):
     raise KeyError(f"getpwuid(): uid not found: {number}")
 pathlib.Path.home = home
-pwd.getpwuid = nobody
+try:
+    import pwd
+    pwd.getpwuid = nobody
+except ImportError:  # Windows
+    pass
 import emprl
 emprl.PICTURES = {emprl.draw_ppo: ""}  # one of them is enough
 sys.exit(emprl.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no passwd")
-def test_who_has_no_home_has_pictures(copied):
-    """As in a container whose user has no entry in passwd. PPO, whose optimizer needs more of
-    torch, is done anew."""
-    shutil.rmtree(copied / "plots")
-    (copied / "checkpoints" / "ppo.pt").unlink()
+def test_jupyters_backend_a_poor_terminal_and_no_home_cost_nothing(finished, tmp_path):
+    """MPLBACKEND names what is not installed; the folder has letters that ASCII lacks; the user
+    has no entry in passwd, as in a container. PPO, whose optimizer needs more of torch, is done
+    anew."""
+    folder = tmp_path / "läufe 😀"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "plots")
+    (folder / "checkpoints" / "ppo.pt").unlink()
     hidden = ("MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "HOME", "USER", "LOGNAME")
-    environment = {key: x for key, x in os.environ.items() if key not in hidden}
-    line = [sys.executable, "-c", NO_HOME, *words(copied)]
-    subprocess.run(line, cwd=EMPRL.parent, env=environment, check=True)
-    assert (copied / "plots" / "ppo.png").exists()
+    poor = {key: x for key, x in os.environ.items() if key not in hidden}
+    poor["MPLBACKEND"] = "module://not_installed.backend"
+    poor |= {"PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(EMPRL.parent)}
+    line = [sys.executable, "-c", POOR, *words(folder.name)]
+    done = subprocess.run(line, cwd=tmp_path, env=poor, capture_output=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert b"l?ufe ?" in done.stdout and b"no picture" not in done.stdout
+    assert (folder / "plots" / "ppo.png").exists()
 
 
 def test_a_reader_of_the_output_that_has_ended_is_no_full_disk(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     ours, theirs = os.pipe()
     os.close(ours)
-    done = same_command(tmp_path, stdout=theirs)
+    line = [sys.executable, EMPRL, *words(tmp_path / "run")]
+    done = subprocess.run(line, stdout=theirs, stderr=subprocess.PIPE)
     os.close(theirs)
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
     assert b"read the output" in done.stderr and b"room" not in done.stderr

@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 
 import torch
 
@@ -66,12 +64,6 @@ def words(folder, *settings):
     """The command line of the same run."""
     line = ["--preset", "smoke", "--run", str(folder)]
     return [*line, "--set", *settings] if settings else line
-
-
-def start(arguments, **options):
-    """`python emprl.py` in a process of its own."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    return subprocess.Popen([sys.executable, emprl.__file__, *arguments], **pipes, **options)
 
 
 def interrupt_at(patch, stage, step):

@@ -67,6 +67,21 @@ def environment():
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
+def start_worker(path, log):
+    """The process of worker.py; what is printed there goes into the file `log`."""
+    return subprocess.Popen(
+        [sys.executable, "-u", "-W", "ignore", "-m", "tests.coursework.worker", path],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        encoding="utf-8",
+        errors="replace",
+        env=environment(),
+        start_new_session=True,  # what it starts ends with it
+    )
+
+
 class Child:
     """A process with the student's file. What it does not answer as agreed is a failure."""
 
@@ -80,17 +95,7 @@ class Child:
 
     def start(self):
         """Raises Refused if the file cannot be run."""
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.coursework.worker", self.path],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            encoding="utf-8",
-            errors="replace",
-            env=environment(),
-            start_new_session=True,  # what it starts ends with it
-        )
+        self.process = start_worker(self.path, self.log)
         self.answers = queue.Queue()
         arguments = [self.process, self.answers]
         threading.Thread(target=self.listen, args=arguments, daemon=True).start()

@@ -8,7 +8,6 @@ what bugs.json has already is not measured again.
 
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from tests.coursework.command import make_parser
-from tests.coursework.plant import BUGS, SETTINGS, plant, without_pictures
+from tests.coursework.plant import BUGS, SETTINGS, plant, run_without_pictures
 
 HERE = Path(__file__).resolve().parent
 PANELS = ("reward", "kl", "length", "value_loss", "explained_variance")
@@ -42,8 +41,8 @@ def train_with(bug, run, settings=SETTINGS):
         for stage in KEPT.get(bug, ALL_KEPT):
             shutil.copy(Path(run) / "checkpoints" / f"{stage}.pt", checkpoints)
         words = ["--run", "run", "--preset", config["preset"], "--seed", config["seed"]]
-        command = without_pictures("emprl", [*words, "--set", *settings])
-        subprocess.run(command, cwd=copy, stdout=subprocess.DEVNULL, check=True)
+        if run_without_pictures("emprl", [*words, "--set", *settings], copy):
+            raise RuntimeError(f"the copy with bug {bug} does not run")
         return figures_of(copy / "run")
 
 

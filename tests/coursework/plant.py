@@ -7,6 +7,7 @@ are not public: secret.py.
 """
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -128,9 +129,14 @@ sys.exit({module}.main(sys.argv[1:]))
 """
 
 
-def without_pictures(module, words):
-    """The line that starts `python -m module words`, without pictures that nobody looks at."""
-    return [sys.executable, "-c", WITHOUT_PICTURES.format(module=module), *map(str, words)]
+def run_without_pictures(module, words, folder, **options):
+    """`python -m module words` in a folder, without pictures that nobody looks at.
+
+    Returns the exit code. options: subprocess.run's.
+    """
+    command = [sys.executable, "-c", WITHOUT_PICTURES.format(module=module), *map(str, words)]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, **options)
+    return done.returncode
 
 
 def training_command():

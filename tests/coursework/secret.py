@@ -31,8 +31,8 @@ from tests.coursework.plant import (
     MODULES,
     ROOT,
     copy_program,
+    run_without_pictures,
     training_command,
-    without_pictures,
 )
 from tests.coursework.restyle import draw, restyled
 from tests.coursework.student import Refused
@@ -105,12 +105,11 @@ def short_run(modules):
 
 def ends_well(module, folder, words):
     """Does a module's command come to its end without an error, and in time?"""
-    command = without_pictures(module, words)
+    options = {"stderr": subprocess.DEVNULL, "timeout": LIMIT}
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=LIMIT)
+        return run_without_pictures(module, words, folder, **options) == 0
     except subprocess.TimeoutExpired:
         return False
-    return done.returncode == 0
 
 
 def figures_of(run):

@@ -252,10 +252,13 @@ for stage, step in {"pretrain": 1, "mle": 7, "judge": 2, "context": 1, "ppo": 3}
     FAULTS[f"the disk is full in {stage}"] = Fault(
         partial(at, stage, step, disk_full), 2, "make room", harmless=True
     )
-for stage, step in {"pretrain": 1, "mle": 5, "identifiers": 0, "judge": 3, "ppo": 2}.items():
+for stage, step in {"pretrain": 1, "mle": 5, "identifiers": 1, "judge": 3, "ppo": 2}.items():
     FAULTS[f"Ctrl-C in {stage}"] = Fault(
         partial(ctrl_c_at, stage, step), 130, "go on with", harmless=True
     )
+FAULTS["Ctrl-C before the identifiers"] = Fault(  # when they are made, which is seeded as 0
+    partial(ctrl_c_at, "identifiers", 0), 130, "go on with", harmless=True
+)
 ENOUGH = (  # without --thorough
     "one reward is NaN",
     "every reward is NaN",

@@ -8,6 +8,7 @@ import http.server
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -34,6 +35,8 @@ import data
 import emprl
 from conftest import check
 from data import DataError, Dialogue, Tokenizer, batches, oracle_levels
+from t5_small import from_pretrained, load_state
+from tests.tools import official, read_lines
 
 REAL = Path(
     os.environ.get(
@@ -1519,6 +1522,53 @@ def test_a_published_file_is_fetched_again_whatever_is_wrong(file, content, prob
         data.real_corpus(tmp_path)
     what_to_do = str(error.value).rpartition("; ")[2]
     assert what_to_do == f"`python emprl.py download {tmp_path}` fetches what was published"
+
+
+FEW_STEPS = {
+    "real": """data.vocab_size=180 pretrain.steps=1 mle.steps=2 mle.batch_size=4
+        identifiers.size=64 ppo.steps=1 ppo.batch_size=4 ppo.minibatch_size=4
+        exploring.max_length=9 replying.max_length=9""",
+    "paper": """mle.lr=1e-2 identifiers.steps=1 context.steps=1 ppo.steps=1 ppo.ppo_epochs=1
+        ppo.batch_size=4 ppo.minibatch_size=4""",
+}
+
+
+def run_on_published(preset, folder, *options):
+    """The folder of a short run of a preset, on 10 conversations a part and 40 posts."""
+    posts = []
+    for i in range(40):
+        levels = (i % 3, i // 3 % 3, i // 9 % 3)
+        posts.append((f"s{i}", "r", f"I lost {i} things.", f"Why {i}? I am sorry.", levels))
+    write_published(folder, posts)
+    run = folder / "run"
+    words = ["--preset", preset, "--data", str(folder), "--run", str(run), *options, "--set"]
+    settings = f"eval.contexts=4 eval.best_of=1 {FEW_STEPS[preset]}"
+    assert emprl.main([*words, *settings.split()]) == 0
+    assert (run / "report.md").stat().st_size > 0
+    return run
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has it")
+def test_real_from_published_files_to_the_report(tmp_path, no_pictures):
+    run = run_on_published("real", tmp_path)
+    log = [record["stage"] for record in read_lines(run / "metrics.jsonl")]
+    stages = {"pretrain": 1, "mle": 2, "identifiers": 1, "judge": 1, "context": 1, "ppo": 1}
+    assert Counter(log) == stages
+
+
+def test_paper_from_published_files_to_the_report(finished, tmp_path, no_pictures):
+    """Three passes of MLE; the identifiers start from the folder's T5, not from MLE's."""
+    run = run_on_published("paper", tmp_path, "--t5", official(tmp_path / "t5", finished))
+    log = Counter(record["stage"] for record in read_lines(run / "metrics.jsonl"))
+    pairs = len(data.real_corpus(tmp_path).dialogues["train"])
+    assert log["mle"] == 3 * math.ceil(pairs / 8) > 3
+    assert log["identifiers-er"] == log["judge-ex"] == log["context-ip"] == 1
+
+    state = load_state(run / "checkpoints" / "identifiers-ip.pt")["weights"]
+    embeddings = state["encoders.0.context_encoder.shared.weight"]  # after one small step
+    for folder, is_start in ((tmp_path / "t5", True), (run / "mle", False)):
+        moved = (embeddings - from_pretrained(folder).shared.weight).abs().max()
+        assert (moved < 1e-4) == is_start, folder
 
 
 def conversations_of(dialogues):

@@ -205,17 +205,28 @@ def test_a_bug_that_runs_and_moves_a_figure_is_found(
     assert not any(SECRET in text for text in everything)
 
 
-def test_the_same_secret_draws_the_same_and_names_draw_others(program):
+def test_the_same_secret_draws_the_same_and_names_draw_others(program, call, monkeypatch):
+    """By the command's own key. So does another secret."""
     tree, _ = program["ppo.py"]
     changes = kinds.all_changes(tree, kinds.PLACES["ppo.py"].split())
+    keys = []
 
-    def drawn(name):
-        return [change.key() for change in secret.in_turn(changes, f"{SECRET}/{name}", "bug")]
+    def bug_in_program(key):
+        keys.append(key)
+        return types.SimpleNamespace(answer=lambda: ""), {}
+
+    monkeypatch.setattr(secret, "bug_in_program", bug_in_program)
+
+    def drawn(name, words=SECRET):
+        assert call(secret, words, name, "--answer")[0] == 0
+        return [change.key() for change in secret.in_turn(changes, *keys[-1])]
 
     firsts = {drawn(name)[0] for name in "abcdefghijkl"}
     assert drawn("anna") == drawn("anna")
     assert len(firsts) > 8
     assert len({kind for kind, *_ in firsts}) > 5
+    secrets = [f"secret number {i}" for i in range(12)]
+    assert len({drawn("anna", words)[0] for words in secrets}) > 8
 
 
 def test_figures_that_move_are_told():

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import emprl
+from tests import test_emprl, test_rubbish
+from tests.coursework.kinds import KINDS
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROMISES = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
@@ -106,6 +110,28 @@ def test_every_link_leads_somewhere(page):
     for link in links:
         if not link.startswith("https://"):
             assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def cases(test):
+    """How many a test is parametrized with."""
+    (mark,) = (mark for mark in test.pytestmark if mark.name == "parametrize")
+    return len(mark.args[1])
+
+
+def test_the_numbers_on_the_page_are_those_of_the_code():
+    """Those of the mutants are checked where the mutants are made, in test_coursework.py."""
+    options = len(emprl.settings_of(emprl.toy()))
+    values = len(test_rubbish.VALUES)
+    command_lines = cases(test_emprl.test_bad_input_is_one_line_and_exit_code_2)
+    command_lines += cases(test_rubbish.test_a_wrong_command_line_is_one_line)
+    for told in (
+        f"| impossible values of options | {options * values:,} | {options * values:,} |",
+        f"| {values} values for each of {options} options |",
+        f"| {command_lines} command lines; ",
+        f"has the original's settings | {len(test_emprl.ORIGINAL.split())} options |",
+        f"cannot be found by `diff` | {len(KINDS)} kinds |",
+    ):
+        assert told in PROMISES, told
 
 
 def defined_in(file):

@@ -259,6 +259,8 @@ def test_texts_for_pretraining_are_learnt_from_nowhere_else(tmp_path, monkeypatc
     assert watched.parts("pretrain", True) == {"pretrain/train"}
     for stage in ("mle", "context", "ppo"):
         assert watched.parts(stage, True) == {"train"}, stage
+    assert watched.parts("identifiers", True) == {"labelled/train"}
+    assert watched.parts("judge", True) == {"labelled/judge_train"}
 
 
 def test_the_context_classifier_sees_no_response(run):
@@ -648,6 +650,29 @@ def test_the_majority_is_that_of_the_training_responses(run):
         expected = identifiers.emp_f1(majority.expand_as(gold), gold)
         floor = run.figures()["floors"]["majority"][f"{prefix}emp_f1"]
         assert floor == pytest.approx(expected)
+
+
+def test_a_random_reply_is_a_response_of_the_training_part(run):
+    """Drawn again here, and its levels looked up among those of the run."""
+    decode = data.Tokenizer(run.folder / "tokenizer.model").decode
+    responses = [response for _, response in run.part("train").values()]
+    records = run.responses()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(responses), (len(records),), generator=generator)
+    copies = [responses[row] for row in rows]
+    contexts = [run.pairs[record["id"]][0] for record in records]
+    levels = {"oracle": []}
+    for record, copy in zip(records, copies):
+        levels["oracle"].append(data.oracle_levels(record["context"], decode(copy)))
+    for who in ("identifiers", "judge"):
+        read = run.levels_read(who)
+        levels[who] = [read[pair].argmax(-1).tolist() for pair in zip(contexts, copies)]
+
+    floor = run.figures()["floors"]["random_copy"]
+    for who, prefix in (("identifiers", ""), ("judge", "judge_"), ("oracle", "oracle_")):
+        gold = torch.tensor([record["levels"][who]["human"] for record in records])
+        expected = identifiers.emp_f1(torch.tensor(levels[who]), gold)
+        assert floor[f"{prefix}emp_f1"] == pytest.approx(expected)
 
 
 def test_gain_is_of_emprl_over_mle(run):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -540,6 +541,40 @@ def test_a_resumed_run_keeps_its_first_environment_and_says_that_the_code_is_ano
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert emprl.main(["chat", "--run", str(here)]) == 0
     assert "warning: the run was made by other code" in capsys.readouterr().out
+
+
+def test_a_file_that_is_not_written_to_its_end_stays_as_it_was(copied, monkeypatch):
+    """As when the process is killed: either the old one is there, or the new one."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    before = contents(copied)
+    run = emprl.Run(copied, emprl.make_config("smoke"))
+    monkeypatch.setattr(emprl.os, "replace", killed)
+    for name in ("metrics.json", "metrics.jsonl", "report.md"):
+        with pytest.raises(KeyboardInterrupt):
+            run.write(name, "half of")
+        assert (copied / name).read_bytes() == before[copied / name]
+
+
+@pytest.mark.parametrize(
+    "given, found",
+    [
+        ({}, {"GOMP_SPINCOUNT": "1500"}),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+    ],
+)
+def test_how_threads_wait_is_set_unless_you_do(given, found, monkeypatch):
+    """By the lines above the imports: before torch is loaded, which reads it then."""
+    monkeypatch.setattr(os, "environ", dict(given))
+    source = Path(emprl.__file__).read_text(encoding="utf-8")
+    head, _ = source.split("import argparse")
+    assert "import torch" not in head
+    exec(head, {"__name__": "emprl"})
+    run = types.SimpleNamespace(code={}, device="cpu")
+    assert emprl.environment(run)["waiting"] == found
 
 
 def test_how_fast_the_machine_is_on_one_and_on_all_threads(finished):

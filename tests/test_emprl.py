@@ -728,3 +728,12 @@ def test_the_time_that_a_run_still_takes(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.startswith("stage 5 of 6  ppo")
     assert re.search(rf"{minutes}:{seconds:02d}|{minutes}:{seconds + 1:02d}", out)
+
+
+def test_numbers_and_texts_fit_their_place():
+    assert emprl.number(None) == ""
+    assert [emprl.number(x) for x in (0.12345, -99999.0)] == ["0.123", "-99999.000"]
+    assert [emprl.number(x) for x in (123456.0, -123456.0)] == ["1.2e+05", "-1.2e+05"]
+    whole = "x" * emprl.WIDTH
+    assert emprl.shorten(whole) == whole
+    assert emprl.shorten("y" + whole) == "..." + whole[3:]

@@ -129,7 +129,7 @@ def test_the_numbers_on_the_page_are_those_of_the_code():
         f"| {values} values for each of {options} options |",
         f"| {command_lines} command lines; ",
         f"has the original's settings | {len(test_emprl.ORIGINAL.split())} options |",
-        f"cannot be found by `diff` | {len(KINDS)} kinds |",
+        f"cannot be found by `diff` | drawn from {len(KINDS)} kinds; ",
     ):
         assert told in PROMISES, told
 

@@ -131,7 +131,7 @@ def first_failure(project, texts, names):
     files = [f"tests/test_{name.removesuffix('_small')}.py" for name in (*names, *WHOLE)]
     command = [sys.executable, *PYTEST, *files]
     with subprocess.Popen(
-        command, cwd=project, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command, cwd=project, stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True
     ) as process:
         try:
             told, _ = process.communicate(timeout=600)  # seconds; all tests take 100

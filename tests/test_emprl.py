@@ -25,6 +25,7 @@ from tests.tools import (
     records,
     smoke,
     stages_of,
+    tiny_t5,
     words,
 )
 
@@ -737,3 +738,21 @@ def test_numbers_and_texts_fit_their_place():
     whole = "x" * emprl.WIDTH
     assert emprl.shorten(whole) == whole
     assert emprl.shorten("y" + whole) == "..." + whole[3:]
+
+
+def test_a_loaded_run_replies_without_dropout(finished):
+    loaded = emprl.load_run(finished, "cpu")
+    models = [*loaded.policies.values(), *loaded.classifiers.values()]
+    assert not any(model.training for model in models)
+
+
+@pytest.mark.parametrize("task, tokens", [("turns", 4 + 3), ("spans", 5 + 5)])
+def test_pretraining_learns_the_task_that_it_is_told(task, tokens, monkeypatch):
+    """The target of a span of two tokens: a sentinel, the two, a last sentinel, </s>."""
+    pairs = emprl.Pairs([], None, 9, 9, "cpu")
+    pairs.contexts, pairs.responses = [[5, 6, 7, 1], [5, 6, 1]], [[8, 9, 10, 1], [8, 9, 1]]
+    monkeypatch.setattr(emprl, "random_spans", lambda length: [(1, 2)])
+    config = emprl.make_config("smoke", settings=[f"pretrain.task={task}"])
+    tokenizer = SimpleNamespace(sentinels=[29, 28])
+    trainer = emprl.pretrainer(tiny_t5(), pairs, tokenizer, config)
+    assert trainer.loss_sum([0, 1])[1] == tokens

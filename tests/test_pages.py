@@ -4,6 +4,7 @@ somewhere, and every test that is named exists."""
 import itertools
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,11 @@ def test_every_test_that_is_named_exists():
         assert file, f"{name}: of which file?"
         pattern = re.compile(name.replace("*", r"\w*"))
         assert any(map(pattern.fullmatch, defined_in(file))), f"{file} has no {name}"
+
+
+@pytest.mark.parametrize("name", ["toy", "real"])
+def test_published_runs_have_the_settings_that_their_preset_has_now(name):
+    preset = asdict(emprl.PRESETS[name]())
+    for config in (preset, *(run["config"] for run in load(name))):
+        del config["seed"], config["data_path"], config["t5"]["vocab_size"]
+        assert config == preset

@@ -396,7 +396,10 @@ def test_a_pipe_that_is_called_metrics_json_is_not_waited_for(
 ):
     (copied / "metrics.json").unlink()
     os.mkfifo(copied / "metrics.json")
-    assert "no finished run there" in refused(["chat", "--run", str(copied)], copied, capsys)
+    told = refused(["chat", "--run", str(copied)], copied, capsys)
+    assert (
+        f"no finished run there; make one with `{emprl.program('--run', str(copied))}`" in told
+    )
     assert emprl.main(words(copied)) == 0
     assert "made_of" in read_json(copied / "metrics.json")
 

@@ -1384,3 +1384,9 @@ def test_bf16_is_close_to_fp32(changes):
     assert sampled.log_probs.isfinite().all()
     difference = sampled.log_probs - log_probs
     assert difference[unfinished(sampled.ids)].abs().max() < 0.2
+
+
+@pytest.mark.parametrize("state", [[], {"a": 3.0}, {"a": torch.ones(1), "b": 3.0}])
+def test_every_entry_of_a_checkpoint_is_a_tensor(state):
+    with pytest.raises(CheckpointError, match="not tensors by name"):
+        t5_small.check_tensors(state)

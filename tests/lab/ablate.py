@@ -551,7 +551,8 @@ def plot(rows, path):
             left.plot(kl, [row[name] for row in ordered], "o-", label=name)
     right.plot(kl, [row["perplexity, times"] for row in ordered], "ko-")
     for variant, row in rows.items():
-        right.annotate(variant, (row["KL"], row["perplexity, times"]), fontsize=7)
+        place = (row["KL"], row["perplexity, times"])
+        right.annotate(variant, place, (5, -9), textcoords="offset points", fontsize=7)
     left.set_ylabel("share of replies")
     left.legend(fontsize=8)
     right.set_ylabel("perplexity, times MLE's")

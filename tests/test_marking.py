@@ -296,7 +296,7 @@ def marks(tmp_path_factory):
     (folder / "in" / "two").mkdir()
     (folder / "in" / "two" / "a.py").write_text("", encoding="utf-8")
     (folder / "in" / "two" / "b.py").write_text("", encoding="utf-8")
-    little = ["--limit", "6", "--memory", "1024"]
+    little = ["--limit", "4", "--memory", "1024"]
     _, greedy = marked(folder / "greedy", folder / "greedy.csv", *little)
     header, rows = marked(folder / "in", folder / "marks.csv", "--results", folder / "json")
     assert header[0] == "name" and len(greedy) == 2 and len(rows) == 7

@@ -756,3 +756,9 @@ def test_pretraining_learns_the_task_that_it_is_told(task, tokens, monkeypatch):
     tokenizer = SimpleNamespace(sentinels=[29, 28])
     trainer = emprl.pretrainer(tiny_t5(), pairs, tokenizer, config)
     assert trainer.loss_sum([0, 1])[1] == tokens
+
+
+def test_only_what_is_about_memory_is_called_out_of_memory():
+    assert emprl.in_one_line(RuntimeError("the shapes do not fit")) == ""
+    assert emprl.in_one_line(ValueError("out of memory")) == ""
+    assert "lower the stage's micro_batch" in emprl.in_one_line(RuntimeError("out of memory"))

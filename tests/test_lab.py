@@ -974,7 +974,8 @@ def test_tables_of_two_seeds(copied, call, tmp_path, capsys):
     metrics["config"]["seed"] = 1
     metrics["emprl"]["perplexity"] = 2 * metrics["mle"]["perplexity"]
     (other / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
-    drawn = ["--plot", tmp_path / "two"]
+    ideal = Path(__file__).parent / "results" / "ideal-real.json"
+    drawn = ["--plot", tmp_path / "two", "--ideal", ideal]
     assert call(tables, other, copied, "--write", tmp_path / "all.json", *drawn) == 0
     assert (tmp_path / "two-levels.png").exists() and (tmp_path / "two-gain.png").exists()
     out = capsys.readouterr().out
@@ -1017,7 +1018,7 @@ class Loss:
 def test_mutants_differ_and_compile_and_leave_messages_alone():
     right = ast.unparse(ast.parse(MODULE))
     drawn = mutate.draw({"small": right}, 0, 100)
-    texts = [text for _, _, text in drawn.values()]
+    texts = [text for _, text in drawn.values()]
     assert len({right, *texts}) == 1 + len(texts)
     for text in texts:
         compile(text, "small.py", "exec")

@@ -551,7 +551,7 @@ def plot(rows, path):
             left.plot(kl, [row[name] for row in ordered], "o-", label=name)
     right.plot(kl, [row["perplexity, times"] for row in ordered], "ko-")
     for variant, row in rows.items():
-        place = (row["KL"], row["perplexity, times"])
+        place = row["KL"], row["perplexity, times"]
         right.annotate(variant, place, (5, -9), textcoords="offset points", fontsize=7)
     left.set_ylabel("share of replies")
     left.legend(fontsize=8)

@@ -99,7 +99,7 @@ def changes(function, name):
 
 
 def draw(right, seed, count):
-    """{title: (module, kind, text)}; each kind in each module has the same chance."""
+    """{title: (module, text)}; each kind in each module has the same chance."""
     pools = defaultdict(list)
     for module, text in right.items():
         tree = ast.parse(text)
@@ -117,7 +117,7 @@ def draw(right, seed, count):
         text = ast.unparse(kinds.apply(tree, change))
         before, after = mutants.changed_line(right[module], text)
         title = f"{module}.py {change.function}: {before}  ->  {after}"
-        drawn[title] = module, change.kind, text
+        drawn[title] = module, text
     return drawn
 
 
@@ -157,7 +157,7 @@ def try_all(drawn, right, log):
 
         began = time.monotonic()
         for i, title in enumerate(left, 1):
-            module, _, text = drawn[title]
+            module, text = drawn[title]
             caught_by[title] = first_failure(project, right | {module: text}, [module])
             print(json.dumps([title, caught_by[title]]), file=file, flush=True)
             seconds = (time.monotonic() - began) / i * (len(left) - i)
@@ -180,11 +180,7 @@ def main():
     drawn = draw(right, options.seed, options.count)
     caught_by = try_all(drawn, right, options.log) if options.log else {}
     survivors = [title for title in drawn if not caught_by.get(title)]
-    made = [kind for _, kind, _ in drawn.values()]
-    survived = [drawn[title][1] for title in survivors]
-    for kind in sorted({*made}):
-        print(f"{kind:<14}{made.count(kind):>5} made{survived.count(kind):>5} survived")
-    print(f"{'all':<14}{len(made):>5} made{len(survived):>5} survived:", *survivors, sep="\n")
+    print(f"{len(drawn)} made, {len(survivors)} survived:", *survivors, sep="\n")
 
 
 if __name__ == "__main__":

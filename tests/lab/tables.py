@@ -13,14 +13,16 @@
    "shuffled" gives the levels to the contexts at random.
 
 --plot draws the third table (PREFIX-levels.png), and Emp-F1 against perplexity for each run
-(PREFIX-gain.png).
+(PREFIX-gain.png), with --ideal beside what any RL tends to.
 
 Cost: seconds.
 """
 
 import itertools
+import json
 import sys
 from operator import itemgetter
+from pathlib import Path
 from statistics import fmean
 
 import torch
@@ -211,17 +213,24 @@ def draw_levels(shares, path):
     figure.savefig(path)
 
 
-def draw_gain(runs, mean, path):
-    """A point for each run and system: weighted Emp-F1 by the judge against the perplexity."""
+def draw_gain(runs, ideal, mean, path):
+    """A point for each run and system: weighted Emp-F1 by the judge against the perplexity.
+
+    ideal: what `ablate ideal` wrote of these runs, {} to leave it out.
+    """
     figure = Figure((7.8, 3.6), layout="constrained")
     axis = figure.subplots()
     for system, name in SYSTEMS.items():
         times = [float(run[system]["perplexity"]) / run["mle"]["perplexity"] for run in runs]
         found = [run[system]["judge_emp_f1"] for run in runs]
         axis.plot(times, found, "o", color=COLOURS[system], label=name)
+    for seeds in ideal.values():
+        place = itemgetter("perplexity, times", "weighted, judge")
+        axis.plot(*zip(*map(place, seeds.values())), "kx")
     for name, style in (("always commonest", ":"), ("ceiling", "--")):
         axis.axhline(mean[name], color="black", ls=style, label=name)
-    axis.set(xlabel="perplexity, times MLE's", ylabel="weighted Emp-F1, by the judge")
+    axis.set(xlabel="perplexity, times MLE's (x: the ideal policy)")
+    axis.set_ylabel("weighted Emp-F1, by the judge")
     axis.legend(fontsize=8)
     figure.savefig(path)
 
@@ -229,6 +238,7 @@ def draw_gain(runs, mean, path):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--plot", type=new_file, metavar="PREFIX", help="also draw pictures")
+    parser.add_argument("--ideal", type=Path, help="what `ablate ideal` wrote: x in a picture")
     parser.add_argument("run", nargs="+", help="folder of a finished run")
     parser.can_write()
     options = parser.parse_args()
@@ -247,7 +257,8 @@ def main():
     if options.plot:
         draw_levels(tables["shares"], f"{options.plot}-levels.png")
         mean = tables["Emp-F1"]["judge, weighted, mean"]
-        draw_gain(runs.values(), mean, f"{options.plot}-gain.png")
+        ideal = json.loads(options.ideal.read_bytes()) if options.ideal else {}
+        draw_gain(runs.values(), ideal, mean, f"{options.plot}-gain.png")
     write_json(options.write, tables)
 
 

@@ -697,9 +697,11 @@ def read_dialogues(path):
         where = f"{path}:{line}"
         dialogues[line] = _dialogue(record, where)
         texts = _texts_key(dialogues[line])
+        keys[line] = [texts]
         id_key = _id_key(record, where)
-        keys[line] = [texts, id_key] if id_key else [texts]
-        if not id_key:
+        if id_key:
+            keys[line].append(id_key)
+        else:
             begins_without_id.add(texts[:1])
     if not dialogues:
         raise DataError(f"{path}:2: no dialogues; write at least one")
@@ -1173,9 +1175,7 @@ class Scene(NamedTuple):
     """What a context is about."""
 
     emotion: Emotion
-    situation: list[
-        tuple[str, str]
-    ]  # every (opener, topic) of it, of which this scene has one
+    situation: list[tuple[str, str]]  # every (opener, topic) of it; the scene's own is below
     opener: str
     topic: str
     severe: bool  # the feeling is strong, also if it is joy; otherwise it is mild

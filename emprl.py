@@ -170,9 +170,8 @@ class Config:
 
     preset: str = "toy"
     seed: int = 0
-    data_path: str = (
-        ""  # "": the generated world; a folder: the real corpora; a file: your own
-    )
+    # "": the generated world; a folder: the real corpora; a file: your own
+    data_path: str = ""
     t5_dir: str = ""  # the folder of an official T5; "": a new one
     data: DataConfig = field(default_factory=DataConfig)
     t5: T5Config = field(default_factory=T5Config)
@@ -341,9 +340,9 @@ def run_all(run, ppo_trainer=PPOTrainer):
     run.train("pretrain", trainer, made_of=[config.data, config.t5, config.pretrain])
     mle = run.train("mle", mle_trainer(t5, pairs["train"], pairs["valid"], config))
 
-    # 2. Classifiers of empathy levels, all three mechanisms in one. The identifiers give the
-    #    reward. The judge, trained on other data, never does: a gain that the judge sees as
-    #    well is less likely to be an artefact of the reward.
+    # 2. Classifiers of the levels of all three mechanisms. The identifiers give the reward. The
+    #    judge, trained on other data, never does: a gain that the judge sees as well is less
+    #    likely to be an artefact of the reward.
     classifiers = {
         "identifiers": train_classifier(
             run, "identifiers", mle, labelled["train"], labelled["valid"]
@@ -529,9 +528,7 @@ class Targets:
     N contexts, M = 3 mechanisms, L = 3 levels.
     """
 
-    human: (
-        torch.Tensor
-    )  # (N, M) levels of the training pairs' human responses, by the identifiers
+    human: torch.Tensor  # (N, M), by the identifiers, of the training pairs' human responses
     train: torch.Tensor  # (N, M) or (N, M, L): what PPO aims for, in the training contexts
     test: torch.Tensor  # (N, M, L): what best of n aims for, in the test contexts
     probs: torch.Tensor  # (N, M, L): P(level | context) of the test contexts, for the ceiling

@@ -62,7 +62,9 @@ class ClassifierConfig(TrainConfig):
 
     steps: int = option(150, "optimizer steps of the network")
     batch_size: int = option(64, "labelled pairs a step", 1, 10**6)
-    lr: float = option(2e-2, "learning rate, relative to each tensor's RMS", high=10)
+    lr: float = option(
+        2e-2, "learning rate, relative to each tensor's RMS if rms_scaled", high=10
+    )
     eval_every: int = option(50, "steps between validations; the best weights are kept", low=1)
     kind: str = option("network", "the type of classifier", choices=("network", "ngrams"))
     shared: bool = option(True, "one network with an output for each mechanism; off: three")
@@ -480,7 +482,7 @@ def paired_bootstrap(before, after, gold_before, gold_after, resamples=2000, see
 
 
 def weighted_emp_f1(predicted, gold, times, kind="weighted_f1"):
-    """Emp-F1, of a kind that emp_f1 has, in each of R resamples: (N, M), (N, M), (R, N) -> (R,).
+    """emp_f1 in each of R resamples: (N, M), (N, M), (R, N) -> (R,).
 
     Context n counts times[r, n] times in resample r, also in the shares of the gold levels.
     """

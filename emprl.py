@@ -1987,6 +1987,11 @@ OPENING = (
     "An exercise with a small research model: no person reads along, and it understands nothing.",
     "In danger, you or someone near you? Call 112, 911 or 999; in the US 988; findahelpline.com",
 )
+HOW_TO_CHAT = (
+    "mle replies as before PPO, emprl as after it; each remembers its own replies. In brackets:",
+    "the levels of empathy in the reply, in the identifiers' opinion, which can be wrong.",
+    "An empty line: a new conversation. /help: this again. Ctrl-D, or Ctrl-Z and Enter: the end.",
+)
 # Whole sentences that can hardly mean anything else. It is no safety feature: see README.
 CRISIS = """
 I want to die
@@ -2040,20 +2045,21 @@ def chat(arguments):
             "chat reads what you type, but it has no input; start it in a terminal"
         )
     finished = load_run(arguments.run, find_device(arguments.device))
-    say(*OPENING, sep="\n")
-    say(
-        "An empty line starts a new conversation, /help repeats this, the end of input ends it."
-    )
+    say(*OPENING, *HOW_TO_CHAT, sep="\n")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     histories = dict.fromkeys(finished.policies, ())  # each policy knows its own replies only
     for line in sys.stdin:
         line = data.clean(line)
-        if line == "/help" or signs_of_crisis(line):
+        if signs_of_crisis(line):
             say(*OPENING, sep="\n")
+            continue
+        if line == "/help":
+            say(*OPENING, *HOW_TO_CHAT, sep="\n")
             continue
         if not line:
             histories = dict.fromkeys(finished.policies, ())
+            say("(a new conversation)")
             continue
         for name, history in histories.items():
             history = (*history, line[-2000:])

@@ -640,8 +640,8 @@ def chat(finished, typed, capsys, monkeypatch):
     return capsys.readouterr().out.splitlines()
 
 
-OPENING = 3  # lines: what it is, where help is, how it is used
-TYPED = [  # a line -> is it answered?
+OPENING = 5  # lines: what it is, where help is, three on how it is used
+TYPED = [  # a line -> is it answered? If not, it begins a new conversation, and this is said.
     (b"", False),
     (b"  ", False),
     (b"\t\t", False),
@@ -670,7 +670,9 @@ def test_chat_survives_what_people_type(finished, capsys, monkeypatch):
     typed = b"\n".join(line for line, _ in TYPED)
     out = chat(finished, typed, capsys, monkeypatch)
     answered = sum(is_answered for _, is_answered in TYPED)
-    assert len(TYPED) > 20 and len(out) == OPENING + 2 * answered
+    begun = out.count("(a new conversation)")
+    assert begun >= len(TYPED) - answered > 5, "a carriage return ends a line, too"
+    assert len(TYPED) > 20 and len(out) == OPENING + 2 * answered + begun
     assert all(line.isprintable() for line in out)
     assert len(chat(finished, b"", capsys, monkeypatch)) == OPENING, "the end at once"
 
@@ -694,16 +696,18 @@ def test_too_little_memory_in_chat_names_what_helps_there(finished, refusal, mon
 
 
 def test_chat_says_first_what_it_is_and_where_help_is(finished, capsys, monkeypatch):
-    """Two lines before anything is read, and again on /help, which is no part of the talk."""
+    """Before anything is read, and again on /help, which is no part of the talk."""
     torch.manual_seed(0)
     told = chat(finished, b"Hello\n/help\nHello\n", capsys, monkeypatch)
     exercise, help_is = told[:2]
     assert "exercise" in exercise and "no person reads along" in exercise
     assert all(number in help_is for number in ("112", "911", "988", "findahelpline.com"))
     assert max(len(line) for line in told[:OPENING]) < 100
-    assert told[5:7] == told[:2] and len(told) == OPENING + 2 + 2 + 2
+    first, again = OPENING, OPENING + 2  # the lines of the two replies, and of the help
+    assert told[again : again + OPENING] == told[:OPENING] and len(told) == 2 * (OPENING + 2)
     torch.manual_seed(0)
-    assert chat(finished, b"Hello\nHello\n", capsys, monkeypatch)[5:] == told[7:]
+    unhelped = chat(finished, b"Hello\nHello\n", capsys, monkeypatch)
+    assert unhelped[first:] == told[first:again] + told[again + OPENING :]
 
 
 LONG = "I want to die. " + "so " * 5000  # more than the models are given
@@ -715,7 +719,8 @@ def test_chat_answers_signs_of_crisis_with_a_pointer_to_people(
 ):
     """No generated line answers it, and it is not kept in the context."""
     out = chat(finished, f"Hello\n{text}\nHello\n".encode(), capsys, monkeypatch)
-    assert out[5:7] == out[:2] and len(out) == OPENING + 2 + 2 + 2
+    pointer = OPENING + 2
+    assert out[pointer : pointer + 2] == out[:2] and len(out) == OPENING + 2 + 2 + 2
 
 
 def test_evaluate_and_chat_take_a_device(finished, mine, refusal, monkeypatch, capsys):

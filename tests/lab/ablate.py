@@ -3,9 +3,9 @@
     python -m tests.lab.ablate NAME RUN [RUN ...]     finished runs of one preset
 
 Each variant starts from the MLE policy and the classifiers of a finished run, and is shortened
-(see SHORT) unless --whole is given. It prints a Markdown table of means over the runs. A
-variant's own run, with its replies, stays in RUN/ablations/, named by what it is made of: the
-same run, settings and code are not measured again.
+(see SHORT). It prints a Markdown table of means over the runs. A variant's own run, with its
+replies, stays in RUN/ablations/, named by what it is made of: the same run, settings and code
+are not measured again.
 
 Two are never shortened. `ideal` trains nothing: it measures what any RL with a KL penalty tends
 to. `rivals` is PPO beside what else may take its time: its table has plain figures.
@@ -439,7 +439,6 @@ ABLATIONS = {
         for times in (1.01, 1.03, 1.06, 1.1, 1.15)
     },
 }
-AS_IT_IS = ("ideal", "rivals")  # nothing is shortened
 MEASURES = {
     "emp_f1": "weighted",
     "emp_macro_f1": "macro",
@@ -539,24 +538,21 @@ def rows_of(figures):
 
 
 def plot(rows, path):
-    """All three levels right, by each classifier, and perplexity, against the KL."""
+    """All three levels right, by each classifier, against the KL."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.8, 3.4), layout="constrained", dpi=110)
-    left, right = figure.subplots(1, 2)
+    figure = Figure((7.8, 3.4), layout="constrained")
+    axis = figure.subplots()
     ordered = sorted(rows.values(), key=itemgetter("KL"))
     kl = [row["KL"] for row in ordered]
     for name in ordered[0]:
         if name.startswith("all three right"):
-            left.plot(kl, [row[name] for row in ordered], "o-", label=name)
-    right.plot(kl, [row["perplexity, times"] for row in ordered], "ko-")
+            axis.plot(kl, [row[name] for row in ordered], "o-", label=name)
     for variant, row in rows.items():
-        place = row["KL"], row["perplexity, times"]
-        right.annotate(variant, place, (5, -9), textcoords="offset points", fontsize=7)
-    left.set_ylabel("share of replies")
-    left.legend(fontsize=8)
-    right.set_ylabel("perplexity, times MLE's")
-    figure.supxlabel("KL to MLE, nats a response")
+        place = row["KL"], row["all three right, identifiers"]
+        axis.annotate(variant, place, (0, 6), textcoords="offset points", fontsize=7)
+    axis.set(xlabel="KL to MLE, nats a response", ylabel="share of replies")
+    axis.legend(fontsize=8)
     figure.savefig(path)
 
 
@@ -564,11 +560,10 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("name", choices=ABLATIONS)
     parser.add_argument("run", nargs="+", help="folder of a finished run")
-    parser.add_argument("--whole", action="store_true", help="with all of the run's steps")
     parser.can_write()
     options = parser.parse_args()
 
-    shortened = "" if options.whole or options.name in AS_IT_IS else SHORT
+    shortened = "" if options.name in ("ideal", "rivals") else SHORT
     runs = read_runs(options.run)
     variants = ABLATIONS[options.name]
     shown = plain_figures if options.name == "rivals" else figures_of

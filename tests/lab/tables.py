@@ -12,8 +12,8 @@
 5. How much of Emp-F1 comes from how often a level is given, and how much from where:
    "shuffled" gives the levels to the contexts at random.
 
---plot draws the third table (PREFIX-levels.png), and Emp-F1 against perplexity for each run
-(PREFIX-gain.png), with --ideal beside what any RL tends to.
+--plot draws the third table (PREFIX-levels.png), and for each run Emp-F1 against perplexity and
+what PPO learns against the KL (PREFIX-gain.png); with --ideal also what any RL tends to.
 
 Cost: seconds.
 """
@@ -214,24 +214,43 @@ def draw_levels(shares, path):
 
 
 def draw_gain(runs, ideal, mean, path):
-    """A point for each run and system: weighted Emp-F1 by the judge against the perplexity.
+    """What is gained, by the judge, against the price; and how PPO gets there.
 
-    ideal: what `ablate ideal` wrote of these runs, {} to leave it out.
+    Left, a point for each run and system. ideal: what `ablate ideal` wrote of these runs, {} to
+    leave it out. Right, each run's PPO: the reward of every rollout, and what is validated.
     """
-    figure = Figure((7.8, 3.6), layout="constrained")
-    axis = figure.subplots()
+    figure = Figure((7.8, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    measured = runs.values()
     for system, name in SYSTEMS.items():
-        times = [float(run[system]["perplexity"]) / run["mle"]["perplexity"] for run in runs]
-        found = [run[system]["judge_emp_f1"] for run in runs]
-        axis.plot(times, found, "o", color=COLOURS[system], label=name)
+        found = [run[system]["judge_emp_f1"] for run in measured]
+        times = [
+            float(run[system]["perplexity"]) / run["mle"]["perplexity"] for run in measured
+        ]
+        left.plot(times, found, "o", color=COLOURS[system], label=name)
     for seeds in ideal.values():
         place = itemgetter("perplexity, times", "weighted, judge")
-        axis.plot(*zip(*map(place, seeds.values())), "kx")
+        left.plot(*zip(*map(place, seeds.values())), "kx")
     for name, style in (("always commonest", ":"), ("ceiling", "--")):
-        axis.axhline(mean[name], color="black", ls=style, label=name)
-    axis.set(xlabel="perplexity, times MLE's (x: the ideal policy)")
-    axis.set_ylabel("weighted Emp-F1, by the judge")
-    axis.legend(fontsize=8)
+        left.axhline(mean[name], color="black", ls=style, label=name)
+    left.set(
+        xlabel="perplexity, times MLE's (x: the ideal policy)",
+        ylabel="weighted Emp-F1, by the judge",
+    )
+    left.legend(fontsize=8)
+
+    for folder in runs:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        log = [record for record in map(json.loads, lines) if record["stage"] == "ppo"]
+        valid = [log[0]["start"], *(record for record in log if "valid_kl" in record)]
+        right.plot(*zip(*map(itemgetter("kl", "reward"), log)), "C0.", ms=3)
+        kl = [record["valid_kl"] for record in valid]
+        judged = [record.get("valid_judge_exact_match") for record in valid]
+        right.plot(kl, judged, "o-", color="0.4", ms=3)  # nothing where the oracle was asked
+    right.set(
+        xlabel="KL to MLE, nats a response",
+        ylabel="reward (blue); all levels right, by the judge (grey)",
+    )
     figure.savefig(path)
 
 
@@ -258,7 +277,7 @@ def main():
         draw_levels(tables["shares"], f"{options.plot}-levels.png")
         mean = tables["Emp-F1"]["judge, weighted, mean"]
         ideal = json.loads(options.ideal.read_bytes()) if options.ideal else {}
-        draw_gain(runs.values(), ideal, mean, f"{options.plot}-gain.png")
+        draw_gain(runs, ideal, mean, f"{options.plot}-gain.png")
     write_json(options.write, tables)
 
 

@@ -2,6 +2,7 @@
 
     python -m tests.lab.paper small --data DIR     t5-small's sizes
     python -m tests.lab.paper base --data DIR      t5-base's
+    python -m tests.lab.paper small --data DIR --set "identifiers.micro_batch=2"
 
 DIR holds the real corpora, of which 400 dialogues of each part are taken. On a GPU a row is the
 peak of its stage; on a CPU (Linux) it is the peak of the process so far, what is imported
@@ -65,13 +66,14 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("size", choices=("small", "base"))
     parser.add_argument("--data", required=True, help="folder of the real corpora")
-    parser.add_argument("--device", default="", choices=("cpu", "cuda"))
+    parser.add_argument("--set", default="", help="more settings, in quotes")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         random_checkpoint(folder, {"small": SMALL, "base": BASE}[options.size], options.data)
-        config = emprl.make_config("paper", 0, options.data, folder, SETTINGS.split())
-        run = Measured(folder / "run", config, emprl.find_device(options.device))
+        settings = f"{SETTINGS} {options.set}".split()
+        config = emprl.make_config("paper", 0, options.data, folder, settings)
+        run = Measured(folder / "run", config, emprl.find_device())
         run.peaks = {}
         few = partial(few_dialogues, emprl.load_corpus)
         with mock.patch.object(emprl, "load_corpus", few):

@@ -256,7 +256,8 @@ def real():
         ppo=PPOConfig(
             steps=60, batch_size=256, lr=2e-3, kl_coef=0.1, ptx_coef=0.5, average=0.99
         ),
-        eval=EvalConfig(contexts=1024, best_of=8),
+        # one sampled reply is noisy: a gain in rare levels needs thousands to be seen
+        eval=EvalConfig(contexts=4096, best_of=8),
     )
 
 
@@ -855,7 +856,7 @@ SECONDS = {
     "judge": (0.1, 3),
     "context": (0.04, 25),
     "ppo": (2.4, 6),
-    "evaluate": (24, 90),
+    "evaluate": (24, 300),
 }
 
 

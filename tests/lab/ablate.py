@@ -436,7 +436,7 @@ ABLATIONS = {
     },
     "ideal": {
         f"perplexity times {times}": Variant("ppo.steps=0", system="best_of_n", times=times)
-        for times in (1.01, 1.03, 1.06, 1.1, 1.15)
+        for times in (1.01, 1.03, 1.06, 1.1)
     },
 }
 MEASURES = {

@@ -249,7 +249,7 @@ def draw_gain(runs, ideal, mean, path):
         right.plot(kl, judged, "o-", color="0.4", ms=3)  # nothing where the oracle was asked
     right.set(
         xlabel="KL to MLE, nats a response",
-        ylabel="reward (blue); all levels right, by the judge (grey)",
+        ylabel="reward; grey: all right by the judge",
     )
     figure.savefig(path)
 

@@ -480,7 +480,7 @@ def test_figures_of_draws_are_those_of_the_drawn_levels():
 
 
 def test_the_picture_is_drawn(tmp_path):
-    row = {"KL": 1.0, "perplexity, times": 1.1, "all three right, judge": 0.4}
+    row = {"KL": 1.0, "all three right, identifiers": 0.4, "all three right, judge": 0.4}
     ablate.plot({"one": row, "other": row | {"KL": 2.0}}, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 

@@ -35,7 +35,6 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import hashlib
 import itertools
@@ -675,7 +674,6 @@ class Run:
     def loop(self, name, trainer, path, state):
         """Train to the end, saving the trainer now and then, at the end only the weights."""
         log, steps = state["log"], trainer.config.steps
-        give_back_memory()
         if log:
             trainer.load_state_dict(state.pop("trainer"))
         started = time.time() - state["seconds"]
@@ -784,12 +782,6 @@ class Run:
         """metrics.jsonl: a line for each step of all stages so far."""
         records = itertools.chain(*self.logs.values())
         self.write("metrics.jsonl", "".join(to_json(record) + "\n" for record in records))
-
-
-def give_back_memory():
-    """What the stages before have freed goes back to the system; Linux's glibc would keep it."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def signs_of_trouble(name, trainer, log):

@@ -350,14 +350,3 @@ def test_what_windows_lacks_stops_no_other_test():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed, 3 skipped" in done.stdout, done.stdout
-
-
-@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])
-def test_another_c_library_keeps_what_is_freed(error, monkeypatch):
-    """macOS has no malloc_trim; Windows refuses a library without a name."""
-
-    def refuse(name):
-        raise error
-
-    monkeypatch.setattr(emprl.ctypes, "CDLL", refuse)
-    emprl.give_back_memory()

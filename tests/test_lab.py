@@ -306,15 +306,19 @@ def test_every_variant_runs_and_stays(copied, counted, call, tmp_path, capsys):
     assert (counted[0] / "responses.jsonl").exists(), "a variant's replies can be read"
 
 
+def test_other_settings_are_measured(copied, short, counted, call, monkeypatch):
+    monkeypatch.setitem(ablate.ABLATIONS, "reward", {"default": ablate.DEFAULT})
+    assert call(ablate, "reward", copied) == 0 and len(counted) == 1
+    monkeypatch.setattr(ablate, "SHORT", f"{TINY} ppo.lr=1e-3")
+    assert call(ablate, "reward", copied) == 0 and len(counted) == 2
+
+
 def test_other_runs_and_other_code_are_measured(
     copied, short, counted, call, monkeypatch, tmp_path
 ):
     monkeypatch.setitem(ablate.ABLATIONS, "reward", {"default": ablate.DEFAULT})
     assert call(ablate, "reward", copied) == 0 and len(counted) == 1
     assert call(ablate, "reward", copied) == 0 and len(counted) == 1
-    monkeypatch.setattr(ablate, "SHORT", f"{TINY} ppo.lr=1e-3")
-    assert call(ablate, "reward", copied) == 0 and len(counted) == 2
-    monkeypatch.setattr(ablate, "SHORT", TINY)
 
     project = tmp_path / "project"
     (project / "tests" / "lab").mkdir(parents=True)
@@ -324,16 +328,16 @@ def test_other_runs_and_other_code_are_measured(
     for module in (emprl, ablate):
         elsewhere = project / Path(module.__file__).relative_to(root)
         monkeypatch.setattr(module, "__file__", str(elsewhere))
-    assert call(ablate, "reward", copied) == 0 and len(counted) == 2, "the same code elsewhere"
+    assert call(ablate, "reward", copied) == 0 and len(counted) == 1, "the same code elsewhere"
     (project / "ppo.py").write_text("changed", encoding="utf-8")
-    assert call(ablate, "reward", copied) == 0 and len(counted) == 3
+    assert call(ablate, "reward", copied) == 0 and len(counted) == 2
     (project / "tests" / "lab" / "ablate.py").write_text("changed", encoding="utf-8")
-    assert call(ablate, "reward", copied) == 0 and len(counted) == 4
+    assert call(ablate, "reward", copied) == 0 and len(counted) == 3
 
     metrics = json.loads((copied / "metrics.json").read_text(encoding="utf-8"))
     metrics["made_of"]["ppo"] = "another run"
     (copied / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
-    assert call(ablate, "reward", copied) == 0 and len(counted) == 5
+    assert call(ablate, "reward", copied) == 0 and len(counted) == 4
 
 
 def test_a_variants_figures_that_are_cut_are_named(

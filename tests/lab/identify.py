@@ -2,10 +2,11 @@
 
     python -m tests.lab.identify --data DIR    DIR: see `emprl.py download`
 
-Each of five seeds splits EPITOME by seeker: three quarters to learn from, a fifth to test on. "TF-IDF" is
-scikit-learn's class-balanced logistic regression on words and word pairs of the response, "ours"
-the n-grams of preset `real`, each trained on all three quarters; a "half" is what identifiers or
-judge get of them in a run. It prints a table of means (standard deviations) over the seeds.
+Each of five seeds splits EPITOME by seeker: three quarters to learn from, a fifth to test on.
+"TF-IDF" is scikit-learn's class-balanced logistic regression on words and word pairs of the
+response, "ours" the n-grams of preset `real`, each trained on all three quarters; a "half" is
+what identifiers or judge get of them in a run. It prints a table of means (standard deviations)
+over the seeds.
 
 Cost: two and a half minutes. Needs scikit-learn.
 """

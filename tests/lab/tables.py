@@ -214,10 +214,9 @@ def draw_levels(shares, path):
 
 
 def draw_gain(runs, ideal, mean, path):
-    """What is gained, by the judge, against the price; and how PPO gets there.
+    """What is gained, by the judge, against the price, a point for each run and system.
 
-    Left, a point for each run and system. ideal: what `ablate ideal` wrote of these runs, {} to
-    leave it out. Right, each run's PPO: the reward of every rollout, and what is validated.
+    ideal: what `ablate ideal` wrote of these runs, {} to leave it out. On the right draw_ppo.
     """
     figure = Figure((7.8, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -239,19 +238,21 @@ def draw_gain(runs, ideal, mean, path):
     )
     left.legend(fontsize=8)
 
-    for folder in runs:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    draw_ppo(runs, right)
+    figure.savefig(path)
+
+
+def draw_ppo(folders, axis):
+    """How PPO gets there: each run's reward of every rollout, and what is validated."""
+    for folder in folders:
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
         log = [record for record in map(json.loads, lines) if record["stage"] == "ppo"]
         valid = [log[0]["start"], *(record for record in log if "valid_kl" in record)]
-        right.plot(*zip(*map(itemgetter("kl", "reward"), log)), "C0.", ms=3)
-        kl = [record["valid_kl"] for record in valid]
-        judged = [record.get("valid_judge_exact_match") for record in valid]
-        right.plot(kl, judged, "o-", color="0.4", ms=3)  # nothing where the oracle was asked
-    right.set(
-        xlabel="KL to MLE, nats a response",
-        ylabel="reward; grey: all right by the judge",
-    )
-    figure.savefig(path)
+        axis.plot(*zip(*map(itemgetter("kl", "reward"), log)), "C0.")
+        # the judge's; nothing where the oracle was asked
+        points = [(one["valid_kl"], one.get("valid_judge_exact_match")) for one in valid]
+        axis.plot(*zip(*points), "o-", color="0.4")
+    axis.set(xlabel="KL to MLE, nats a response", ylabel="reward; grey: right by the judge")
 
 
 def main():

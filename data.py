@@ -109,10 +109,10 @@ class Corpus:
 
 
 class Tokenizer:
-    """Sentencepiece's unigram pieces with T5's ids: pad 0, eos 1, unk 2, 100 sentinels on top.
+    """Sentencepiece's pieces with T5's ids: pad 0, eos 1, unk 2, 100 sentinels on top.
 
-    Unigram pieces are whole words and fragments, chosen so that few of them make up a text
-    (Kudo 2018, arXiv 1804.10959). A sentinel stands for a span taken out of it (section 4).
+    Pieces are whole words and fragments. A sentinel stands for a span taken out of a text
+    (section 4).
 
     T5's own `spiece.model` (32,000 pieces) gets T5's own ids: 32,100 in all, and <extra_id_0>
     is 32,099.
@@ -147,13 +147,21 @@ class Tokenizer:
         self.sentinels = range(self.vocab_size - 1, self.num_pieces - 1, -1)
 
     @classmethod
-    def train(cls, texts, vocab_size):
-        """A tokenizer of at most `vocab_size` ids, sentinels included, for lower case."""
+    def train(cls, texts, vocab_size, model_type="unigram"):
+        """A tokenizer of at most `vocab_size` ids, sentinels included, for lower case.
+
+        model_type: "unigram", as in T5: of many candidates those stay with which few pieces
+                    make up a text (Kudo 2018, arXiv 1804.10959); or "bpe": the commonest pair
+                    of pieces becomes one, again and again (Sennrich et al. 2016, arXiv
+                    1508.07909).
+        Raises DataError.
+        """
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.Train(
                 sentence_iterator=iter(texts),
                 model_writer=model,
+                model_type=model_type,
                 vocab_size=vocab_size - cls.num_sentinels,
                 pad_id=cls.pad_id,
                 eos_id=cls.eos_id,

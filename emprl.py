@@ -191,14 +191,7 @@ def toy():
     return Config(
         preset="toy",
         # 2 decoder layers: copying the topic of a context into the reply takes two steps
-        t5=T5Config(
-            d_kv=16,
-            d_ff=256,
-            num_layers=1,
-            num_decoder_layers=2,
-            num_heads=8,
-            dropout_rate=0.0,
-        ),
+        t5=T5Config(d_ff=256, num_layers=1, num_decoder_layers=2, dropout_rate=0.0),
     )
 
 
@@ -253,9 +246,7 @@ def real():
         replying=Sampling(temperature=0.7, top_k=40, min_length=8, max_length=40),
         # One step is noisy: small steps (lr), and a running mean of the weights (average). The
         # likelihood of the human responses in the loss (ptx_coef) keeps the language.
-        ppo=PPOConfig(
-            steps=60, batch_size=256, lr=2e-3, kl_coef=0.1, ptx_coef=0.5, average=0.99
-        ),
+        ppo=PPOConfig(steps=60, lr=2e-3, kl_coef=0.1, ptx_coef=0.5, average=0.99),
         # one sampled reply is noisy: a gain in rare levels needs thousands to be seen
         eval=EvalConfig(contexts=4096, best_of=8),
     )
@@ -413,7 +404,10 @@ def make_tokenizer(config, corpus):
     texts = []
     for dialogue in corpus.dialogues["train"] + labelled:
         texts += [*dialogue.context[-2:], dialogue.response]
-    return Tokenizer.train(texts, config.data.vocab_size)
+    # A candidate of sentencepiece's unigram has to occur before two different characters. In
+    # the generated world many words occur before a space only, and would fall into fragments.
+    model_type = "unigram" if config.data_path else "bpe"
+    return Tokenizer.train(texts, config.data.vocab_size, model_type)
 
 
 def initial_t5(run):

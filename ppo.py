@@ -47,7 +47,7 @@ class PPOConfig:
 
     steps: int = option(64, "iterations of rollout and update")
     batch_size: int = option(
-        384, "responses per iteration [32: gradients are noisier]", 1, 10**6
+        256, "responses per iteration [32: gradients are noisier]", 1, 10**6
     )
     minibatch_size: int = option(
         64, "responses per optimizer step [8, accumulated 4 times]", 1
@@ -58,7 +58,7 @@ class PPOConfig:
     )
 
     lr: float = option(
-        6e-3, "learning rate, times the RMS of each tensor's weights [1e-5, absolute]"
+        9e-3, "learning rate, times the RMS of each tensor's weights [1e-5, absolute]"
     )
     rms_scaled: bool = True  # see t5_small.Optimizer.set_lr; off for a pretrained T5
     warmup: int = option(5, "iterations in which the learning rate rises [0]")

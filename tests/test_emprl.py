@@ -467,9 +467,24 @@ def test_a_new_tokenizer_learns_the_newest_two_turns_and_the_responses(monkeypat
         dialogues={"train": [dialogue], "test": [labelled]},
         labelled={"train": [labelled], "judge_train": [dialogue]},
     )
-    monkeypatch.setattr(emprl.Tokenizer, "train", lambda texts, size: texts)
+    monkeypatch.setattr(emprl.Tokenizer, "train", lambda texts, *others: texts)
     texts = emprl.make_tokenizer(emprl.make_config("smoke"), corpus)
     assert texts == "two three four five six two three four".split()
+
+
+def test_words_of_the_generated_world_stay_whole():
+    """Ids per word: bpe, which it gets, beside unigram, which other corpora get."""
+    config = emprl.make_config(
+        "toy", settings=["data.num_train=2000", "data.num_labelled=500"]
+    )
+    corpus = emprl.load_corpus(config)
+    words = " ".join(d.response for d in corpus.dialogues["test"]).split()
+    ids_per_word = []
+    for config.data_path in ("", "mine.jsonl"):
+        tokenizer = emprl.make_tokenizer(config, corpus)
+        ids_per_word.append(sum(len(tokenizer.encode(word)) for word in words) / len(words))
+    bpe, unigram = ids_per_word
+    assert bpe < 0.85 * unigram
 
 
 def test_settings_with_an_effect_stay(finished, tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def test_the_results_quoted_for_toy_are_those_of_the_runs():
     means = in_the_table("`toy`, weighted, by the oracle", "toy", "oracle_emp_f1", "best")
     way = (means["emprl"] - means["mle"]) / (means["ceiling"] - means["mle"])
     assert f"covers {way * 100:.0f} % of" in README
-    assert f"price of {means['dearer'] * 100 - 100:.0f} % more" in README
+    assert f"for {means['dearer'] * 100 - 100:.0f} % more" in README
 
     first = load("toy")[0]
     greedy = first["mle_greedy"] if "mle_greedy" in first else first["sft_greedy"]

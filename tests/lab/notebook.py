@@ -1,4 +1,4 @@
-"""Run the cells of train.ipynb without Jupyter, about eight minutes on two cores.
+"""Run the cells of train.ipynb without Jupyter, about four minutes on two cores.
 
     python -m tests.lab.notebook             prints how long each cell takes
     python -m tests.lab.notebook --write     also stores in it what the cells print and draw

@@ -150,10 +150,10 @@ class Tokenizer:
     def train(cls, texts, vocab_size, model_type="unigram"):
         """A tokenizer of at most `vocab_size` ids, sentinels included, for lower case.
 
-        model_type: "unigram", as in T5: of many candidates those stay with which few pieces
-                    make up a text (Kudo 2018, arXiv 1804.10959); or "bpe": the commonest pair
-                    of pieces becomes one, again and again (Sennrich et al. 2016, arXiv
-                    1508.07909).
+        model_type: "unigram", as in T5: many candidates are pruned to those that make the texts
+                    likeliest (Kudo 2018, arXiv 1804.10959); or "bpe": the commonest pair of
+                    neighbouring pieces in a word becomes one piece, again and again (Sennrich
+                    et al. 2016, arXiv 1508.07909).
         Raises DataError.
         """
         model = io.BytesIO()

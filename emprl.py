@@ -246,7 +246,9 @@ def real():
         replying=Sampling(temperature=0.7, top_k=40, min_length=8, max_length=40),
         # One step is noisy: small steps (lr), and a running mean of the weights (average). The
         # likelihood of the human responses in the loss (ptx_coef) keeps the language.
-        ppo=PPOConfig(steps=60, lr=2e-3, kl_coef=0.1, ptx_coef=0.5, average=0.99),
+        ppo=PPOConfig(
+            steps=60, batch_size=256, lr=2e-3, kl_coef=0.1, ptx_coef=0.5, average=0.99
+        ),
         # one sampled reply is noisy: a gain in rare levels needs thousands to be seen
         eval=EvalConfig(contexts=4096, best_of=8),
     )
@@ -404,8 +406,9 @@ def make_tokenizer(config, corpus):
     texts = []
     for dialogue in corpus.dialogues["train"] + labelled:
         texts += [*dialogue.context[-2:], dialogue.response]
-    # A candidate of sentencepiece's unigram has to occur before two different characters. In
-    # the generated world many words occur before a space only, and would fall into fragments.
+    # Unigram considers only pieces that occur before two different characters. In the generated
+    # world half the words occur before one only, mostly a space: "your" would be "you" and "r".
+    # In real corpora few words do, and T5's own kind of tokenizer stays.
     model_type = "unigram" if config.data_path else "bpe"
     return Tokenizer.train(texts, config.data.vocab_size, model_type)
 

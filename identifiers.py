@@ -223,7 +223,7 @@ def predict(classifier, pairs, size=32):
 
     Call classifier.eval() first: in training mode there would be dropout. A classifier that is
     kept on the CPU is moved to the pairs' device for the call, and back afterwards.
-    size: pairs at a time. 128 take four times the memory, and on a CPU 1.2 times as long.
+    size: pairs at a time. More need more memory, and are no faster on a CPU.
     """
     home = next(classifier.parameters()).device
     classifier.to(pairs.device)

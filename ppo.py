@@ -140,7 +140,7 @@ def kl_estimate(log_probs, ref_log_probs, kind="k1"):
 
     The loss asks it for KL(p_old || p), too. With d = log p - log p_ref:
         k1 = d               unbiased, may be negative: the penalty, and `kl` in the log
-        k3 = e^-d - 1 + d    unbiased, never negative, less noisy: `kl_k3` and `update_kl`
+        k3 = e^-d - 1 + d    unbiased, never negative, less noisy near 0: `kl_k3`, `update_kl`
     Source: Schulman 2020, joschu.net/blog/kl-approx.html.
     """
     difference = log_probs - ref_log_probs

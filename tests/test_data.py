@@ -53,9 +53,15 @@ def corpus():
     return data.generated_corpus(seed=3, num_train=3000, num_labelled=1500)
 
 
+@pytest.fixture(scope="module", params=["unigram", "bpe"])
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def tokenizer(corpus):
-    return Tokenizer.train(joined(map(texts_of, corpus.dialogues["train"])), 1000)
+def tokenizer(corpus, kind):
+    texts = joined(map(texts_of, corpus.dialogues["train"]))
+    return Tokenizer.train(texts, 1000, kind)
 
 
 def joined(lists):
@@ -433,9 +439,9 @@ def test_marker_written_by_a_user_is_only_text(tokenizer):
     assert 1 not in tokenizer.encode("no </s> eos")
 
 
-def test_training_is_deterministic_and_a_model_reloads(corpus, tokenizer, tmp_path):
+def test_training_is_deterministic_and_a_model_reloads(corpus, kind, tokenizer, tmp_path):
     texts = [d.response for d in corpus.dialogues["train"][:500]]
-    one, two = Tokenizer.train(texts, 400), Tokenizer.train(iter(texts), 400)
+    one, two = Tokenizer.train(texts, 400, kind), Tokenizer.train(iter(texts), 400, kind)
     assert one.model == two.model and one.vocab_size <= 400
     path = tmp_path / "spiece.model"
     path.write_bytes(tokenizer.model)
@@ -466,7 +472,7 @@ def test_t5_like_model_keeps_t5_ids(corpus):
     assert tokenizer.sentinels[0] == tokenizer.vocab_size - 1
 
 
-def test_damaged_models_are_refused(corpus, tokenizer, tmp_path):
+def test_damaged_models_are_refused(corpus, kind, tokenizer, tmp_path):
     foreign = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter([d.response for d in corpus.dialogues["train"][:200]]),
@@ -481,9 +487,9 @@ def test_damaged_models_are_refused(corpus, tokenizer, tmp_path):
     with pytest.raises(DataError, match="none.model: cannot be read"):
         Tokenizer(tmp_path / "none.model")
     with pytest.raises(DataError, match="vocab_size"):
-        Tokenizer.train(["ab"] * 3, 101)
+        Tokenizer.train(["ab"] * 3, 101, kind)
     with pytest.raises(DataError, match="vocab_size"):
-        Tokenizer.train([], 500)
+        Tokenizer.train([], 500, kind)
 
 
 # ---- batches

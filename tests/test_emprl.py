@@ -467,24 +467,29 @@ def test_a_new_tokenizer_learns_the_newest_two_turns_and_the_responses(monkeypat
         dialogues={"train": [dialogue], "test": [labelled]},
         labelled={"train": [labelled], "judge_train": [dialogue]},
     )
-    monkeypatch.setattr(emprl.Tokenizer, "train", lambda texts, *others: texts)
-    texts = emprl.make_tokenizer(emprl.make_config("smoke"), corpus)
-    assert texts == "two three four five six two three four".split()
+    monkeypatch.setattr(emprl.Tokenizer, "train", lambda *arguments: arguments)
+    config = emprl.make_config("smoke")
+    for config.data_path, kind in (("", "bpe"), ("mine.jsonl", "unigram")):
+        texts, *others = emprl.make_tokenizer(config, corpus)
+        assert texts == "two three four five six two three four".split()
+        assert others == [500, kind]
 
 
 def test_words_of_the_generated_world_stay_whole():
-    """Ids per word: bpe, which it gets, beside unigram, which other corpora get."""
-    config = emprl.make_config(
-        "toy", settings=["data.num_train=2000", "data.num_labelled=500"]
-    )
+    """With bpe, which only that world gets. Unigram cuts a third of them."""
+    settings = ["data.num_train=2000", "data.num_labelled=500"]
+    config = emprl.make_config("toy", settings=settings)
     corpus = emprl.load_corpus(config)
-    words = " ".join(d.response for d in corpus.dialogues["test"]).split()
-    ids_per_word = []
-    for config.data_path in ("", "mine.jsonl"):
+    responses = " ".join(d.response.lower() for d in corpus.dialogues["test"])
+    words = re.findall("[a-z]+", responses)
+
+    def share_whole(data_path):
+        config.data_path = data_path  # the corpus stays; only the kind depends on it
         tokenizer = emprl.make_tokenizer(config, corpus)
-        ids_per_word.append(sum(len(tokenizer.encode(word)) for word in words) / len(words))
-    bpe, unigram = ids_per_word
-    assert bpe < 0.85 * unigram
+        return sum(len(tokenizer.encode(word)) == 1 for word in words) / len(words)
+
+    assert share_whole("") > 0.95
+    assert share_whole("mine.jsonl") < 0.8, "unigram would do now"
 
 
 def test_settings_with_an_effect_stay(finished, tmp_path, monkeypatch):

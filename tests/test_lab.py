@@ -686,6 +686,20 @@ def labelled(count):
     return dialogues
 
 
+def test_the_n_grams_read_the_ids_of_preset_real(monkeypatch):
+    asked = []
+
+    def enough(config, corpus):
+        asked.append(config)
+        raise DataError("enough")
+
+    monkeypatch.setattr(identify, "real_corpus", lambda *_: None)
+    monkeypatch.setattr(identify, "make_tokenizer", enough)
+    with pytest.raises(DataError, match="enough"):
+        identify.one_seed("DIR", 0)
+    assert (asked[0].preset, asked[0].data_path) == ("real", "DIR")
+
+
 def test_ours_learn_what_a_word_tells():
     train, test = labelled(60), labelled(25)
     tokenizer = Tokenizer.train([d.response for d in train] + ["we met there"], 160)

@@ -53,7 +53,7 @@ def test_the_results_quoted_for_toy_are_those_of_the_runs():
     means = in_the_table("`toy`, weighted, by the oracle", "toy", "oracle_emp_f1", "best")
     way = (means["emprl"] - means["mle"]) / (means["ceiling"] - means["mle"])
     assert f"covers {way * 100:.0f} % of" in README
-    assert f"for {means['dearer'] * 100 - 100:.0f} % more" in README
+    assert f"for {means['dearer'] * 100 - 100:.0f} % more perplexity" in README
 
     first = load("toy")[0]
     greedy = first["mle_greedy"] if "mle_greedy" in first else first["sft_greedy"]
@@ -167,3 +167,9 @@ def test_published_runs_have_the_settings_that_their_preset_has_now(name):
     for config in (preset, *(run["config"] for run in load(name))):
         del config["seed"], config["data_path"], config["t5"]["vocab_size"]
         assert config == preset
+
+
+def test_published_runs_have_the_tokenizer_of_now():
+    """No setting names it; its size does."""
+    for name, size in (("toy", 1200), ("real", 5000)):
+        assert {run["config"]["t5"]["vocab_size"] for run in load(name)} == {size}

@@ -51,7 +51,7 @@ from t5_small import (
 )
 from tests.lab.command import Parser, means, read_metrics, read_runs, sheet, start, write_json
 
-SHORT = "ppo.steps=12 ppo.warmup=2 eval.contexts=200"
+SHORT = "ppo.steps=12 ppo.warmup=2 ppo.batch_size=256 eval.contexts=200"
 GROUP = 4  # responses to each context, where they are compared with each other
 TRIES = 32  # of MLE for each context, of which `ideal` is made
 DRAWS = 100  # from these tries, for its levels

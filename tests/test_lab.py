@@ -686,7 +686,7 @@ def labelled(count):
     return dialogues
 
 
-def test_the_n_grams_read_the_ids_of_preset_real(monkeypatch):
+def test_the_n_grams_read_the_ids_of_preset_real(tmp_path, monkeypatch):
     asked = []
 
     def enough(config, corpus):
@@ -696,8 +696,8 @@ def test_the_n_grams_read_the_ids_of_preset_real(monkeypatch):
     monkeypatch.setattr(identify, "real_corpus", lambda *_: None)
     monkeypatch.setattr(identify, "make_tokenizer", enough)
     with pytest.raises(DataError, match="enough"):
-        identify.one_seed("DIR", 0)
-    assert (asked[0].preset, asked[0].data_path) == ("real", "DIR")
+        identify.one_seed(tmp_path, 0)
+    assert (asked[0].preset, asked[0].data_path) == ("real", str(tmp_path))
 
 
 def test_ours_learn_what_a_word_tells():

@@ -334,24 +334,25 @@ def run_all(run, ppo_trainer=PPOTrainer):
     run.train("pretrain", trainer, made_of=[config.data, config.t5, config.pretrain])
     mle = run.train("mle", mle_trainer(t5, pairs["train"], pairs["valid"], config))
 
-    # 2. Classifiers of the levels of all three mechanisms. The identifiers give the reward. The
-    #    judge, trained on other data, never does: a gain that the judge sees as well is less
-    #    likely to be an artefact of the reward.
-    classifiers = {
-        "identifiers": train_classifier(
-            run, "identifiers", mle, labelled["train"], labelled["valid"]
-        ),
-        "judge": train_classifier(
-            run, "judge", mle, labelled["judge_train"], labelled["judge_valid"]
-        ),
-    }
+    # 2. The identifiers, which give the reward: classifiers of the levels of all mechanisms.
+    identifiers = train_classifier(
+        run, "identifiers", mle, labelled["train"], labelled["valid"]
+    )
 
-    # 3. The levels that a reply to each context should have.
-    targets = find_targets(run, mle, classifiers["identifiers"], whole)
+    # 3. The levels that a reply to each context should have. The classifier that tells them is
+    #    gone before the judge comes: so no more than one waits while another is trained.
+    targets = find_targets(run, mle, identifiers, whole)
 
-    # 4. PPO trains a copy of the initial policy. The reward, 0 to 1, is how likely a response
+    # 4. The judge, trained on other data, never gives the reward: a gain that it sees as well is
+    #    less likely to be an artefact of the reward.
+    judge = train_classifier(
+        run, "judge", mle, labelled["judge_train"], labelled["judge_valid"]
+    )
+    classifiers = {"identifiers": identifiers, "judge": judge}
+
+    # 5. PPO trains a copy of the initial policy. The reward, 0 to 1, is how likely a response
     #    has all three levels that it should have.
-    reward = EmpathyReward(classifiers["identifiers"].to(run.device), config.reward)
+    reward = EmpathyReward(identifiers.to(run.device), config.reward)
     prompts = PromptBatches(pairs["train"], targets.train, config.ppo.batch_size, config.seed)
     validate = Evaluator(run, whole["probe"], classifiers, mle).validate
     trainer = ppo_trainer(mle, reward, prompts, config.exploring, config.ppo, validate)
@@ -361,7 +362,7 @@ def run_all(run, ppo_trainer=PPOTrainer):
     save_pretrained(mle, run.folder / "mle")
     save_pretrained(trainer.model, run.folder / "emprl")
 
-    # 5. Before and after: replies to the same test contexts, seen by the same classifiers.
+    # 6. Before and after: replies to the same test contexts, seen by the same classifiers.
     run.progress.announce("evaluate")
     test = Evaluator(run, whole["test"], classifiers, mle)
     metrics = {who: classifier_figures(c, labelled["test"]) for who, c in classifiers.items()}
@@ -848,12 +849,12 @@ def minutes(seconds):
 # step, and `evaluate` counts as one. Progress rescales them by the speed so far.
 SECONDS = {
     "pretrain": (0.04, 0.55),
-    "mle": (0.04, 0.5),
-    "identifiers": (0.1, 3),
-    "judge": (0.1, 3),
-    "context": (0.04, 25),
-    "ppo": (2.4, 6),
-    "evaluate": (24, 300),
+    "mle": (0.033, 0.5),
+    "identifiers": (0.07, 3),
+    "context": (0.03, 25),
+    "judge": (0.07, 3),
+    "ppo": (1.2, 6),
+    "evaluate": (16, 300),
 }
 
 

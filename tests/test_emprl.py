@@ -739,7 +739,7 @@ def test_the_time_that_a_run_still_takes(capsys, monkeypatch):
     config = emprl.make_config("toy")
     expected = emprl.stages_of(config)
     assert expected["ppo"] == config.ppo.steps * emprl.SECONDS["ppo"][0]
-    assert list(expected) == ["mle", "identifiers", "judge", "context", "ppo", "evaluate"]
+    assert list(expected) == ["mle", "identifiers", "context", "judge", "ppo", "evaluate"]
     progress = emprl.Progress(config)
     progress.worked, progress.began = 10_000.0, 1000.0
     monkeypatch.setattr(emprl.time, "time", lambda: 6000.0)

@@ -247,7 +247,7 @@ def test_a_stage_is_saved_at_its_end_and_now_and_then(tmp_path, monkeypatch, no_
     monkeypatch.setattr(emprl, "save_atomically", watched)
     monkeypatch.setattr(emprl.Run, "save_every", 1e9)
     smoke(tmp_path / "a", "eval.contexts=4")
-    stages = ["pretrain 4", "mle 12", "identifiers 8", "judge 8", "context 4", "ppo 4"]
+    stages = ["pretrain 4", "mle 12", "identifiers 8", "context 4", "judge 8", "ppo 4"]
     assert saved == stages
 
     saved.clear()

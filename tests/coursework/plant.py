@@ -19,7 +19,7 @@ MODULES = ("data.py", "emprl.py", "identifiers.py", "ppo.py", "t5_small.py")
 FILES = (*MODULES, "train.ipynb", "requirements.txt", "README.md", "LICENSE")
 # Of this folder a copy has only what train.ipynb imports: nothing that knows of bugs.
 PICTURES = Path("tests", "coursework", "pictures.py")
-# What shortens a training so far that bugs can still be seen: two minutes on two cores. The
+# What shortens a training so far that bugs can still be seen: a minute or two on two cores. The
 # curves in bugs.png are of this command.
 SETTINGS = ("ppo.steps=15", "ppo.batch_size=192", "eval.contexts=100")
 BUGS = {  # number: (file, right, wrong)

@@ -335,24 +335,24 @@ def run_all(run, ppo_trainer=PPOTrainer):
     mle = run.train("mle", mle_trainer(t5, pairs["train"], pairs["valid"], config))
 
     # 2. The identifiers, which give the reward: classifiers of the levels of all mechanisms.
-    identifiers = train_classifier(
+    classifiers = {}
+    classifiers["identifiers"] = train_classifier(
         run, "identifiers", mle, labelled["train"], labelled["valid"]
     )
 
     # 3. The levels that a reply to each context should have. The classifier that tells them is
     #    gone before the judge comes: so no more than one waits while another is trained.
-    targets = find_targets(run, mle, identifiers, whole)
+    targets = find_targets(run, mle, classifiers["identifiers"], whole)
 
     # 4. The judge, trained on other data, never gives the reward: a gain that it sees as well is
     #    less likely to be an artefact of the reward.
-    judge = train_classifier(
+    classifiers["judge"] = train_classifier(
         run, "judge", mle, labelled["judge_train"], labelled["judge_valid"]
     )
-    classifiers = {"identifiers": identifiers, "judge": judge}
 
     # 5. PPO trains a copy of the initial policy. The reward, 0 to 1, is how likely a response
     #    has all three levels that it should have.
-    reward = EmpathyReward(identifiers.to(run.device), config.reward)
+    reward = EmpathyReward(classifiers["identifiers"].to(run.device), config.reward)
     prompts = PromptBatches(pairs["train"], targets.train, config.ppo.batch_size, config.seed)
     validate = Evaluator(run, whole["probe"], classifiers, mle).validate
     trainer = ppo_trainer(mle, reward, prompts, config.exploring, config.ppo, validate)

@@ -1673,10 +1673,15 @@ class Files(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request, address):
+        """Nothing: a traceback of a client that hung up would stand in a later test's stderr."""
+
+
 @contextlib.contextmanager
 def serving(handler):
     """A server on a free port of this machine, and its address."""
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    httpd = Server(("127.0.0.1", 0), handler)
     often = {"poll_interval": 0.01}
     threading.Thread(target=httpd.serve_forever, kwargs=often, daemon=True).start()
     try:

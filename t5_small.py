@@ -449,7 +449,7 @@ class BlockCache:
     def __init__(self, block, memory):
         keys, values = block.cross_attn.keys_values(memory)  # (B, H, S, d_kv)
         # The memory's keys and values, laid out once and not at each step: with the preset
-        # `toy` sampling is 1.41x faster.
+        # `toy` sampling is 1.28x faster.
         self.memory = keys.contiguous(), values.contiguous()
         # The tokens' keys and values: none yet. The memory's are used only for their shape.
         self.keys = keys[:, :, :0]  # (B, H, 0, d_kv)
@@ -469,8 +469,8 @@ def generate(model, source, sampling, banned=(PAD_ID, UNK_ID)):
     model: a T5 in eval mode. banned: ids that are never sampled.
     Returns a Generation, as long as the longest response.
     """
-    # 32 rows at a time, which fit into the processor's cache: with the preset `toy` sampling
-    # is 1.33x faster.
+    # 32 rows at a time, which fit into the processor's cache: with the preset `real` sampling
+    # is 1.17x faster.
     memory = torch.cat([model.encode(part) for part in source.split(32)])  # (B, S, D)
     memory_bias = padding_bias(source)
     self_bias = model.decoder.position_bias(sampling.max_length)  # (1, H, T, T)

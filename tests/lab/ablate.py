@@ -550,9 +550,9 @@ def plot(rows, path):
             axis.plot(kl, [row[name] for row in ordered], "o-", label=name)
     for variant, row in rows.items():
         place = row["KL"], row["all three right, identifiers"]
-        axis.annotate(variant, place, (9, -9), textcoords="offset points", fontsize=7)
+        axis.annotate(variant, place, (-9, -13), textcoords="offset points", fontsize=7)
     axis.set(xlabel="KL to MLE, nats a response", ylabel="share of replies")
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend()
     figure.savefig(path)
 
 

@@ -410,7 +410,7 @@ def make_tokenizer(config, corpus):
     # Unigram considers only pieces that occur before two different characters. In the generated
     # world half the words occur before one only, mostly a space: "your" would be "you" and "r".
     # In real corpora few words do, and T5's own kind of tokenizer stays.
-    model_type = "unigram" if config.data_path else "bpe"
+    model_type = "bpe" if corpus.level_probs else "unigram"  # only that world has them
     return Tokenizer.train(texts, config.data.vocab_size, model_type)
 
 

@@ -469,7 +469,7 @@ def test_a_new_tokenizer_learns_the_newest_two_turns_and_the_responses(monkeypat
     )
     monkeypatch.setattr(emprl.Tokenizer, "train", lambda *arguments: arguments)
     config = emprl.make_config("smoke")
-    for config.data_path, kind in (("", "bpe"), ("mine.jsonl", "unigram")):
+    for corpus.level_probs, kind in (({"id": ()}, "bpe"), ({}, "unigram")):
         texts, *others = emprl.make_tokenizer(config, corpus)
         assert texts == "two three four five six two three four".split()
         assert others == [500, kind]
@@ -483,13 +483,13 @@ def test_words_of_the_generated_world_stay_whole():
     responses = " ".join(d.response.lower() for d in corpus.dialogues["test"])
     words = re.findall("[a-z]+", responses)
 
-    def share_whole(data_path):
-        config.data_path = data_path  # the corpus stays; only the kind depends on it
+    def share_whole():
         tokenizer = emprl.make_tokenizer(config, corpus)
         return sum(len(tokenizer.encode(word)) == 1 for word in words) / len(words)
 
-    assert share_whole("") > 0.95
-    assert share_whole("mine.jsonl") < 0.8, "unigram would do now"
+    assert share_whole() > 0.95
+    corpus.level_probs = {}  # as if it were another corpus
+    assert share_whole() < 0.8, "unigram would do now"
 
 
 def test_settings_with_an_effect_stay(finished, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import emprl
 import identifiers
 import ppo
 import t5_small
-from data import DataError, Dialogue, Pairs, Tokenizer
+from data import Corpus, DataError, Dialogue, Pairs, Tokenizer
 from ppo import PPOConfig, PPOTrainer, Prompts
 from t5_small import T5, Sampling, T5Config
 from tests.conftest import check
@@ -686,18 +686,16 @@ def labelled(count):
     return dialogues
 
 
-def test_the_n_grams_read_the_ids_of_preset_real(tmp_path, monkeypatch):
-    asked = []
+def test_the_n_grams_read_the_ids_of_preset_real(monkeypatch):
+    def enough(texts, *size_and_kind):
+        raise DataError(str(size_and_kind))
 
-    def enough(config, corpus):
-        asked.append(config)
-        raise DataError("enough")
-
-    monkeypatch.setattr(identify, "real_corpus", lambda *_: None)
-    monkeypatch.setattr(identify, "make_tokenizer", enough)
-    with pytest.raises(DataError, match="enough"):
-        identify.one_seed(tmp_path, 0)
-    assert (asked[0].preset, asked[0].data_path) == ("real", str(tmp_path))
+    corpus = Corpus({"train": []}, {"train": labelled(3), "judge_train": []}, [])
+    monkeypatch.setattr(identify, "real_corpus", lambda *_: corpus)
+    monkeypatch.setattr(Tokenizer, "train", enough)
+    with pytest.raises(DataError) as error:
+        identify.one_seed("DIR", 0)
+    assert str(error.value) == "(5000, 'unigram')"
 
 
 def test_ours_learn_what_a_word_tells():

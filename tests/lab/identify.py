@@ -17,7 +17,7 @@ from statistics import fmean, pstdev
 import torch
 
 from data import LEVELS, MECHANISMS, DataError, Pairs, real_corpus
-from emprl import make_config, make_tokenizer, real, say
+from emprl import make_tokenizer, real, say
 from identifiers import NGramClassifier, confusions, f1_scores, predict_levels
 from tests.lab.command import Parser, sheet, start, write_json
 from tests.lab.tables import f1_of
@@ -64,11 +64,11 @@ def figures_of(levels, gold):
 def one_seed(folder, seed):
     """{system: its figures} on the test part of one split."""
     corpus = real_corpus(folder, seed)
-    config = make_config("real", data_path=folder)
-    tokenizer = make_tokenizer(config, corpus)
+    sizes = real()
+    tokenizer = make_tokenizer(sizes, corpus)
     parts = corpus.labelled
     parts["all"] = parts["train"] + parts["judge_train"] + parts["judge_valid"]
-    lengths = config.data.identifier_source, config.data.identifier_target
+    lengths = sizes.data.identifier_source, sizes.data.identifier_target
     pairs = {part: Pairs(parts[part], tokenizer, *lengths) for part in parts}
     test = pairs["test"]
     told = {
